@@ -1,0 +1,2 @@
+from .config import GRArguments, GRConfig
+from .trainer import GRMixin, GRTrainer

@@ -1,0 +1,64 @@
+"""What gradient regularization refuses to run with, and what to use instead.
+
+A combination is refused where the update would silently be another one than the paper's, or where nobody has tested
+that it is the same.
+"""
+
+import os
+
+import torch
+from accelerate.utils import DistributedType
+from torch import nn
+from transformers import Trainer
+from transformers.training_args import OptimizerNames
+
+OFF = "or set gr_lambda=0 to train without gradient regularization"
+
+
+def refuse_unsupported(trainer: Trainer) -> None:
+    """Raise `ValueError` if `trainer` is set up in a way under which GR is not known to be right."""
+    for reason in (_parallelism(trainer), _optimizer(trainer), _weights(trainer.model)):
+        if reason is not None:
+            raise ValueError(f"Gradient regularization cannot be used with {reason}, {OFF}.")
+
+
+def _parallelism(trainer: Trainer) -> str | None:
+    accelerator = trainer.accelerator
+    if trainer.is_deepspeed_enabled:
+        return "DeepSpeed: its engine keeps the gradients out of `.grad`, where the perturbation is read. Use DDP"
+    if trainer.is_fsdp_enabled or trainer.is_fsdp_xla_enabled or trainer.is_distributed_loading_by_transformers:
+        return "sharded parameters (FSDP): not tested yet. Use DDP"
+    if accelerator.distributed_type in (DistributedType.MEGATRON_LM, DistributedType.XLA):
+        return f"{accelerator.distributed_type}: not tested. Use DDP"
+    if os.environ.get("SM_HP_MP_PARAMETERS"):
+        return "SageMaker model parallelism: it runs forward and backward itself. Use DDP"
+    parallel = getattr(accelerator, "parallelism_config", None)
+    if parallel is not None and any(getattr(parallel, f"{kind}_enabled", False) for kind in ("tp", "cp", "sp")):
+        return "tensor, context or sequence parallelism: the inputs of a step cannot be replayed. Use DDP"
+    if trainer.args.n_gpu > 1:
+        return (
+            f"nn.DataParallel over {trainer.args.n_gpu} GPUs: not tested. Start the script with `accelerate launch` "
+            "(one process per GPU), or make one GPU visible with CUDA_VISIBLE_DEVICES"
+        )
+    return None
+
+
+def _optimizer(trainer: Trainer) -> str | None:
+    name = OptimizerNames(trainer.args.optim).value
+    if name in ("lomo", "adalomo") or name.endswith("_layerwise"):
+        return f"optim={name}: it updates the weights during the backward pass. Use another optimizer"
+    return None
+
+
+def _weights(model: nn.Module) -> str | None:
+    for name, p in model.named_parameters():
+        if p.requires_grad and p.dtype in (torch.float16, torch.bfloat16):
+            return (
+                f"trainable weights in {str(p.dtype).removeprefix('torch.')} ({name}): a perturbation this small is "
+                "lost in their rounding. Load the model with dtype=torch.float32 and use --bf16 or --fp16, which keep "
+                "the weights in float32"
+            )
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse and module.weight.requires_grad:
+            return f"sparse gradients ({name}). Build the embedding with sparse=False"
+    return None

@@ -1,0 +1,84 @@
+"""GR warmups: how the degree and the radius of gradient regularization grow at the start of training.
+
+An adaptive optimizer estimates its second moments during the first steps; regularizing the gradient there makes that
+estimate worse. The warmups of "When Will Gradient Regularization Be Harmful?" (Zhao et al., ICML 2024) therefore hold
+GR back for the T_w steps in which the learning rate warms up.
+
+Every warmup is a pure function of the step: `f(t, T_w) -> (lambda_scale, r_scale)`, t = 1, 2, ... counting optimizer
+steps, so a resumed run continues on the same schedule without any state. To add one, write the function and give it a
+line in `GR_WARMUPS`: the command line, the validation and the tests read that table.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+
+class GRStrength(NamedTuple):
+    """What GR does at one step: the degree `lambda_t` and the radius `r_t` of Algorithm 1."""
+
+    lambda_t: float
+    r_t: float
+
+    @property
+    def is_active(self) -> bool:
+        """Whether the step needs a second pass. With lambda_t = 0 or r_t = 0 the regularized gradient is g1 itself."""
+        return self.lambda_t != 0 and self.r_t != 0
+
+
+def _ramp(t: int, warmup_steps: int) -> float:
+    """w(t) = min(t / T_w, 1). The first step already has 1/T_w: the released code starts at 0 and lags one step."""
+    return min(t / warmup_steps, 1.0) if warmup_steps > 0 else 1.0
+
+
+def no_warmup(t: int, warmup_steps: int) -> tuple[float, float]:
+    """Full strength from the first step."""
+    return 1.0, 1.0
+
+
+def r_warmup(t: int, warmup_steps: int) -> tuple[float, float]:
+    """Eq. 10-11: r_t = w(t) r. lambda_t ramps with it, so that lambda_t / r_t stays what the user set."""
+    w = _ramp(t, warmup_steps)
+    return w, w
+
+
+def lambda_warmup(t: int, warmup_steps: int) -> tuple[float, float]:
+    """Eq. 12-13: lambda_t = w(t) lambda, the radius is r throughout."""
+    return _ramp(t, warmup_steps), 1.0
+
+
+def zero_warmup(t: int, warmup_steps: int) -> tuple[float, float]:
+    """Eq. 14-15: lambda_t = 0 for t <= T_w, lambda afterwards.
+
+    The box of Algorithm 1 has t < T_w; Eq. 14 and the released code agree on t <= T_w, and so do we.
+    """
+    return (0.0, 1.0) if t <= warmup_steps else (1.0, 1.0)
+
+
+GR_WARMUPS: dict[str, Callable[[int, int], tuple[float, float]]] = {
+    "none": no_warmup,
+    "r": r_warmup,
+    "lambda": lambda_warmup,
+    "zero": zero_warmup,
+}
+
+
+def gr_strength(
+    step: int, *, r: float, lambda_: float, warmup: str, warmup_steps: int, interval: int = 1
+) -> GRStrength:
+    """(lambda_t, r_t) of the optimizer step that follows `step` completed ones.
+
+    Args:
+        step: completed optimizer steps, `TrainerState.global_step`; the paper's t is `step + 1`.
+        r: radius of the perturbation.
+        lambda_: degree of regularization; equal to `r` it is SAM.
+        warmup: a key of `GR_WARMUPS`.
+        warmup_steps: T_w.
+        interval: after the warmup only every `interval`-th step is regularized, beginning with the first; the others
+            are plain. 1 is the paper.
+    """
+    t = step + 1
+    lambda_scale, r_scale = GR_WARMUPS[warmup](t, warmup_steps)
+    steps_after_warmup = step - warmup_steps
+    if steps_after_warmup > 0 and steps_after_warmup % interval:
+        lambda_scale = 0.0
+    return GRStrength(lambda_scale * lambda_, r_scale * r)

@@ -1,0 +1,260 @@
+"""The model card, written from what the run recorded: arguments, logs, optimizer, model. Nothing in it is typed in."""
+
+import dataclasses
+import platform
+from collections.abc import Iterable
+from enum import Enum
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from peft import PeftModel
+from transformers import TrainingArguments
+
+from .config import GRArguments
+from .plots import plot_curves
+
+if TYPE_CHECKING:
+    from .trainer import GRMixin
+
+TEMPLATE = Path(__file__).with_name("model_card_template.md")
+PICTURE = "curves.png"
+
+#: Shown even at their default: without them nobody can read the rest.
+ALWAYS_SHOWN = ("seed", "learning_rate", "per_device_train_batch_size", "num_train_epochs", "weight_decay")
+#: Where the run was kept, watched and published, not what it computed.
+BOOKKEEPING = frozenset(
+    "output_dir run_name report_to disable_tqdm log_level log_level_replica log_on_each_node project do_train do_eval "
+    "do_predict resume_from_checkpoint accelerator_config push_to_hub local_rank ddp_backend label_names "
+    "remove_unused_columns trackio_space_id trackio_bucket_id trackio_static_space_id skip_memory_metrics "
+    "logging_strategy logging_steps logging_first_step eval_strategy eval_steps save_strategy save_steps "
+    "save_total_limit per_device_eval_batch_size".split()
+)
+PIPELINE_TAGS = {
+    "ForImageClassification": "image-classification",
+    "ForCausalLM": "text-generation",
+    "ForSequenceClassification": "text-classification",
+    "ForMaskedLM": "fill-mask",
+}
+SPEED_METRICS = ("runtime", "samples_per_second", "steps_per_second", "jit_compilation_time")
+
+
+def write_model_card(
+    trainer: "GRMixin",
+    language: str | None = None,
+    license: str | None = None,
+    tags: str | list[str] | None = None,
+    model_name: str | None = None,
+    finetuned_from: str | None = None,
+    tasks: str | list[str] | None = None,
+    dataset_tags: str | list[str] | None = None,
+    dataset: str | list[str] | None = None,
+    dataset_args: str | list[str] | None = None,
+) -> None:
+    """Write `README.md` and `curves.png` into the output folder of `trainer`.
+
+    The arguments are those of `Trainer.create_model_card`; what is left out is taken from the run or not mentioned.
+
+    Args:
+        dataset: the data set's name for people; `dataset_tags`, its id on the Hub; `dataset_args`, its split.
+    """
+    folder = Path(trainer.args.output_dir)
+    history = trainer.state.log_history
+    if any("loss" in entry for entry in history):
+        plot_curves(history, folder / PICTURE)
+    model_name = model_name or folder.resolve().name
+    base_model = finetuned_from or _hub_base_model(trainer.model)
+    task = _listed(tasks)[0] if tasks else _pipeline_tag(trainer.model)
+    results = _final_metrics(history)
+    dataset_ids, dataset_names = _listed(dataset_tags), _listed(dataset) or _listed(dataset_tags)
+    split = ", ".join(_listed(dataset_args))
+    gr_is_on = trainer.gr_args.gr_degree != 0
+
+    eval_results = None
+    if results and task and dataset_names:
+        eval_results = [
+            EvalResult(
+                task_type=task,
+                dataset_type=(dataset_ids or dataset_names)[0],
+                dataset_name=dataset_names[0],
+                dataset_split=split or None,
+                metric_type=name,
+                metric_value=value,
+            )
+            for name, value in results.items()
+        ]
+    card_data = ModelCardData(
+        language=language,
+        license=license,
+        library_name="peft" if isinstance(trainer.model, PeftModel) else "transformers",
+        pipeline_tag=task,
+        tags=sorted({"hf_gr", "generated_from_trainer", *(["gradient-regularization"] if gr_is_on else []), *_listed(tags)}),
+        datasets=dataset_ids or None,
+        base_model=base_model,
+        metrics=list(results) or None,
+        model_name=model_name,
+        eval_results=eval_results,
+        ignore_metadata_errors=False,
+    )
+    card = ModelCard.from_template(
+        card_data,
+        template_path=str(TEMPLATE),
+        model_name=model_name,
+        summary=_summary(trainer, base_model, " and ".join(dataset_names)),
+        results=[(name, f"{value:.4g}") for name, value in results.items()],
+        evaluated_on=_evaluated_on(trainer, dataset_names, split),
+        best_checkpoint=_best_checkpoint(trainer),
+        picture=PICTURE if (folder / PICTURE).is_file() else None,
+        gr_summary=_gr_summary(trainer),
+        gr_table=_gr_table(trainer.gr_args) if gr_is_on else None,
+        usage=_usage(trainer, task, model_name),
+        cost=_cost(trainer),
+        optimizer=_optimizer(trainer),
+        args_class=type(trainer.args).__name__,
+        hyperparameters=_hyperparameters(trainer.args),
+        versions=_versions(),
+    )
+    card.save(folder / "README.md")
+
+
+def _listed(value: str | Iterable[str] | None) -> list[str]:
+    if value is None:
+        return []
+    return [value] if isinstance(value, str) else list(value)
+
+
+def _hub_base_model(model: torch.nn.Module) -> str | None:
+    """Where the weights came from, if that is a name and not a folder of somebody's disk."""
+    name = getattr(getattr(model, "config", None), "_name_or_path", None)
+    return name if name and not Path(name).exists() and name.count("/") <= 1 else None
+
+
+def _pipeline_tag(model: torch.nn.Module) -> str | None:
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    return next((tag for suffix, tag in PIPELINE_TAGS.items() if type(inner).__name__.endswith(suffix)), None)
+
+
+def _final_metrics(history: list[dict[str, float]]) -> dict[str, float]:
+    """The last evaluation in the log: name without `eval_` -> value."""
+    for entry in reversed(history):
+        metrics = {
+            key.removeprefix("eval_"): value
+            for key, value in entry.items()
+            if key.startswith("eval_") and not key.endswith(SPEED_METRICS)
+        }
+        if metrics:
+            return metrics
+    return {}
+
+
+def _summary(trainer: "GRMixin", base_model: str | None, dataset: str) -> str:
+    model = trainer.model
+    count = sum(p.numel() for p in model.parameters())
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    name = type(model.get_base_model() if isinstance(model, PeftModel) else model).__name__
+    size = f"{count:,} parameters" if trainable == count else f"{count:,} parameters, {trainable:,} of them trained"
+    start = f"fine-tuned from [{base_model}](https://huggingface.co/{base_model})" if base_model else "trained"
+    data = f" on {dataset}" if dataset else ""
+    examples = getattr(trainer.train_dataset, "__len__", lambda: None)()
+    seen = f" ({examples:,} training examples)" if examples else ""
+    with_gr = "with gradient regularization" if trainer.gr_args.gr_degree != 0 else "without gradient regularization"
+    return f"`{name}` with {size}, {start}{data}{seen} {with_gr}, using the library `hf_gr`."
+
+
+def _evaluated_on(trainer: "GRMixin", dataset_names: list[str], split: str) -> str:
+    data = " and ".join(dataset_names) or "the evaluation set"
+    examples = getattr(trainer.eval_dataset, "__len__", lambda: None)()
+    return data + (f", split `{split}`" if split else "") + (f" ({examples:,} examples)" if examples else "")
+
+
+def _best_checkpoint(trainer: "GRMixin") -> str | None:
+    best = trainer.state.best_model_checkpoint
+    return Path(best).name if trainer.args.load_best_model_at_end and best else None
+
+
+def _gr_summary(trainer: "GRMixin") -> str:
+    gr = trainer.gr_args
+    if gr.gr_degree == 0:
+        return "None: `gr_lambda` was 0, every step used the plain gradient of the loss."
+    regularized = trainer.gr_regularized_steps(trainer.state.global_step)
+    sam = " With lambda = r this is SAM." if gr.gr_degree == gr.gr_r else ""
+    return (
+        "The optimizer was given (1 - lambda/r) g1 + (lambda/r) g2, where g1 is the gradient at the weights theta and "
+        f"g2 the gradient of the same batch at theta + r g1/||g1||.{sam} It did so in {regularized:,} of "
+        f"{trainer.state.global_step:,} steps; the others were plain."
+    )
+
+
+def _gr_table(gr: GRArguments) -> list[tuple[str, str, Any]]:
+    symbols = {
+        "gr_r": "r",
+        "gr_lambda": "lambda",
+        "gr_warmup": "",
+        "gr_warmup_steps": "T_w",
+        "gr_scope": "",
+        "gr_interval": "",
+    }
+    meaning = {"gr_lambda": f"{gr.gr_degree:g}", "gr_warmup_steps": "that of the learning rate"}
+    rows = []
+    for flag, symbol in symbols.items():
+        value = getattr(gr, flag)
+        rows.append((flag, symbol, meaning[flag] if value is None else value))
+    return rows
+
+
+def _usage(trainer: "GRMixin", task: str | None, model_name: str) -> str | None:
+    if task is None or isinstance(trainer.model, PeftModel):
+        return None
+    example = {"image-classification": '"image.png"'}.get(task, '"Some text"')
+    where = trainer.hub_model_id or model_name
+    return f'from transformers import pipeline\n\nmodel = pipeline("{task}", model="{where}")\nprint(model({example}))'
+
+
+def _cost(trainer: "GRMixin") -> str:
+    """Steps, passes and seconds. The seconds are those of the last call of `train` and leave out what came before."""
+    steps = trainer.state.global_step
+    passes = steps + trainer.gr_regularized_steps(steps)
+    text = (
+        f"{steps:,} optimizer steps, {passes:,} forward and backward passes over a batch of "
+        f"{trainer.get_total_train_batch_size(trainer.args):,} examples"
+    )
+    seconds = next((e["train_runtime"] for e in reversed(trainer.state.log_history) if "train_runtime" in e), None)
+    device = trainer.args.device
+    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
+    processes = f"{trainer.args.world_size} processes, each on " if trainer.args.world_size > 1 else ""
+    return f"{text}{f', in {seconds:,.0f} seconds' if seconds is not None else ''}, on {processes}{hardware}."
+
+
+def _optimizer(trainer: "GRMixin") -> str:
+    """The optimizer that ran, with the settings of its first parameter group; those that schedules change are left to
+    the table of hyperparameters."""
+    optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
+    if optimizer is None:
+        return "not created"
+    hidden = {"params", "lr", "initial_lr", "weight_decay"}
+    settings = {k: v for k, v in optimizer.param_groups[0].items() if k not in hidden and v is not None}
+    return f"`{type(optimizer).__name__}` ({', '.join(f'{k}={v}' for k, v in settings.items())})"
+
+
+def _hyperparameters(args: TrainingArguments) -> list[tuple[str, Any]]:
+    """The arguments that differ from their defaults, and `ALWAYS_SHOWN`. New flags appear by themselves."""
+    gr_flags = {field.name for field in dataclasses.fields(GRArguments)}  # they have a table of their own
+    values = args.to_dict()
+    rows = []
+    for field in dataclasses.fields(args):
+        name = field.name
+        if name not in values or name in BOOKKEEPING or name in gr_flags or name.startswith("hub_"):
+            continue
+        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        default = default.value if isinstance(default, Enum) else default
+        # None and an empty list are ways to say "not set" that `__post_init__` turns into each other or into False.
+        if name in ALWAYS_SHOWN or (values[name] != default and (values[name] or default)):
+            rows.append((name, values[name]))
+    return rows
+
+
+def _versions() -> str:
+    packages = ("hf_gr", "transformers", "torch", "accelerate", "datasets", "peft")
+    return f"Python {platform.python_version()}, " + ", ".join(f"{name} {version(name)}" for name in packages) + "."

@@ -1,0 +1,49 @@
+"""Models by name, to be trained from scratch."""
+
+from torch import nn
+from transformers import ViTConfig, ViTForImageClassification
+
+#: The ViTs of the GR paper: patches of 4 on images of 32 pixels, and `vit-micro`, small enough for 8-pixel images and
+#: a laptop.
+VIT_PRESETS: dict[str, dict[str, int]] = {
+    "vit-micro": {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "image_size": 8, "patch_size": 2},
+    "vit-ti": {"hidden_size": 192, "num_hidden_layers": 12, "num_attention_heads": 3, "image_size": 32, "patch_size": 4},
+    "vit-s": {"hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6, "image_size": 32, "patch_size": 4},
+    "vit-b": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "image_size": 32, "patch_size": 4},
+}
+
+
+def create_vit(
+    preset: str, label_names: list[str], image_size: int | None = None, dropout: float = 0.1
+) -> ViTForImageClassification:
+    """A freshly initialized ViT: MLP of 4 x width, class token, learned positions, zero-initialized head.
+
+    Dropout (also on the attention weights) and the zero head are those of the code released with the paper; the other
+    weights are initialized as transformers does, from a normal distribution with standard deviation 0.02.
+
+    Args:
+        preset: a key of `VIT_PRESETS`.
+        label_names: the classes, in the order of their ids.
+        image_size: pixels per side if not the preset's; a multiple of the patch size.
+        dropout: probability for hidden states and attention weights.
+    """
+    if preset not in VIT_PRESETS:
+        raise ValueError(f"model={preset!r}: choose one of {', '.join(VIT_PRESETS)}.")
+    shape = VIT_PRESETS[preset]
+    image_size = image_size or shape["image_size"]
+    if image_size % shape["patch_size"]:
+        raise ValueError(
+            f"image_size={image_size}: {preset} cuts images into patches of {shape['patch_size']} pixels; choose a "
+            "multiple of that."
+        )
+    config = ViTConfig(
+        **{**shape, "image_size": image_size},
+        intermediate_size=4 * shape["hidden_size"],
+        hidden_dropout_prob=dropout,
+        attention_probs_dropout_prob=dropout,
+        id2label=dict(enumerate(label_names)),
+        label2id={name: i for i, name in enumerate(label_names)},
+    )
+    model = ViTForImageClassification(config)
+    nn.init.zeros_(model.classifier.weight)
+    return model

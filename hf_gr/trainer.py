@@ -1,0 +1,291 @@
+"""`GRTrainer`: `transformers.Trainer` with gradient regularization.
+
+One optimizer step, with gradient accumulation over a window of micro-batches:
+
+1. (lambda_t, r_t) follow from `state.global_step`. If one is 0, this is `Trainer.training_step` and nothing else.
+2. Each micro-batch runs as always and is recorded: references to its inputs, and the state of the random generators.
+3. After the last one `.grad` holds g1 of the whole step. theta is perturbed, the recorded window is replayed, theta
+   is restored, and `.grad` holds (1 - lambda/r) g1 + (lambda/r) g2. All inside `training_step`, so that `Trainer`
+   goes on to clip and step as it always does.
+"""
+
+import copy
+import math
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import Trainer
+from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import logging
+
+from .checkpoints import check_adapter, check_checkpoint, load_weights, require_same_names
+from .compatibility import refuse_unsupported
+from .config import GRArguments
+from .gr_warmup import GRStrength
+from .gradient_regularization import Perturbation, gradient_norm, scale_gradients_
+from .model_card import write_model_card
+from .replay import MicroBatch, RNGState, preserve_buffers
+
+logger = logging.get_logger(__name__)
+
+
+class GRMixin:
+    """Gradient regularization for any `Trainer`: `class MyTrainer(GRMixin, Seq2SeqTrainer)`.
+
+    Its flags are those of `GRArguments`, read from `args`; if `args` has none (a plain `TrainingArguments`), their
+    defaults apply. What `compute_loss` does runs twice per micro-batch; `gr_second_pass` tells it when.
+
+    Logged with the training loss, as they were at that step: `gr_lambda`, `gr_r`, `gr_grad_norm` (||g1||) and
+    `gr_perturbed_grad_norm` (||g2||). `loss` is that of the first pass, `grad_norm` the norm of the combined gradient.
+    With `gr_scope="local"` or `"micro"`, `gr_grad_norm` is that of the main process (averaged over its micro-batches),
+    and ||g2||, which is then known only together with g1, is logged only for lambda = r.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.gr_second_pass = False
+        self._gr_window: list[MicroBatch] = []
+        self._gr_perturbation: Perturbation | None = None
+        self._gr_norms: list[float] = []
+        self._gr_logs: dict[str, float] = {}
+        if self.gr_args.gr_degree != 0:
+            refuse_unsupported(self)
+
+    @property
+    def gr_args(self) -> GRArguments:
+        """The flags of gradient regularization that are in force."""
+        return self.args if isinstance(self.args, GRArguments) else GRArguments()
+
+    # ---- Schedule ----
+
+    def _gr_warmup_steps(self, num_training_steps: int) -> int:
+        return self.gr_args.get_gr_warmup_steps(self.args.get_warmup_steps(num_training_steps), num_training_steps)
+
+    def _gr_strength(self) -> GRStrength:
+        return self.gr_args.gr_strength(self.state.global_step, self._gr_warmup_steps(self.state.max_steps))
+
+    def gr_regularized_steps(self, steps: int) -> int:
+        """How many of the first `steps` optimizer steps have a second pass."""
+        if self.gr_args.gr_degree == 0:
+            return 0
+        warmup_steps = self._gr_warmup_steps(self.state.max_steps)
+        return sum(self.gr_args.gr_strength(step, warmup_steps).is_active for step in range(steps))
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
+        """As in `Trainer`; the GR warmup is checked here, where the number of steps is first known."""
+        gr = self.gr_args
+        gr.check_gr_arguments()
+        if gr.gr_degree != 0:
+            warmup_steps = self._gr_warmup_steps(num_training_steps)
+            if gr.gr_warmup != "none":
+                self._check_gr_warmup_steps(warmup_steps, num_training_steps)
+            logger.info(
+                f"  Gradient regularization: r = {gr.gr_r}, lambda = {gr.gr_degree}, warmup '{gr.gr_warmup}' over "
+                f"{warmup_steps} of {num_training_steps} steps"
+            )
+        return super().create_scheduler(num_training_steps, optimizer)
+
+    def _check_gr_warmup_steps(self, warmup_steps: int, num_training_steps: int) -> None:
+        gr = self.gr_args
+        if warmup_steps == 0:
+            logger.warning(
+                f"gr_warmup='{gr.gr_warmup}' has no effect, because the learning-rate warmup that it follows has no "
+                "steps: GR acts at full strength from the first step. Set warmup_steps or gr_warmup_steps, or say "
+                "gr_warmup='none'."
+                if gr.gr_warmup_steps is None
+                else f"gr_warmup='{gr.gr_warmup}' has no effect with gr_warmup_steps={gr.gr_warmup_steps}."
+            )
+        # With zero-warmup a warmup of just the whole run leaves no step for GR either.
+        elif warmup_steps + (gr.gr_warmup == "zero") > num_training_steps:
+            never = "GR would never act" if gr.gr_warmup == "zero" else "GR would never reach its full strength"
+            if gr.gr_warmup_steps is not None:
+                raise ValueError(
+                    f"gr_warmup_steps={gr.gr_warmup_steps} is {warmup_steps} steps, as long as the whole run of "
+                    f"{num_training_steps} or longer: with gr_warmup='{gr.gr_warmup}' {never}. Make it shorter, or "
+                    "train longer."
+                )
+            logger.warning(
+                f"The learning-rate warmup of {warmup_steps} steps, which gr_warmup='{gr.gr_warmup}' follows, is as "
+                f"long as the whole run of {num_training_steps} or longer: {never}. Set gr_warmup_steps."
+            )
+
+    # ---- One step ----
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """`Trainer.training_step`, and at the end of an accumulation window the second pass."""
+        gr = self._gr_strength()
+        if not gr.is_active:
+            self._gr_logs = {"gr_lambda": gr.lambda_t, "gr_r": gr.r_t} if self.gr_args.gr_degree != 0 else {}
+            return super().training_step(model, inputs, num_items_in_batch)
+        try:
+            return self._gr_training_step(model, inputs, num_items_in_batch, gr)
+        except BaseException:
+            self._gr_reset()
+            raise
+
+    def _gr_training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None, gr: GRStrength
+    ) -> Tensor:
+        scope = self.gr_args.gr_scope
+        ends_window = self.accelerator.sync_gradients
+        params = [p for p in model.parameters() if p.requires_grad]
+        earlier_grads: list[Tensor | None] = []
+        if scope == "micro":  # the direction is that of this micro-batch alone: what came before it is set aside
+            earlier_grads = [p.grad for p in params]
+            for p in params:
+                p.grad = None
+
+        self._gr_window.append(
+            MicroBatch(
+                copy.copy(inputs),
+                num_items_in_batch,
+                self.current_gradient_accumulation_steps,
+                RNGState.capture(self.args.device),
+            )
+        )
+        with nullcontext() if scope == "global" else self.accelerator.no_sync(model):
+            loss = super().training_step(model, inputs, num_items_in_batch)
+
+        if ends_window or scope == "micro":
+            self._gr_second_pass(model, params, earlier_grads, gr, ends_window)
+            self._gr_window.clear()
+        return loss
+
+    def _gr_second_pass(
+        self,
+        model: nn.Module,
+        params: list[Tensor],
+        earlier_grads: list[Tensor | None],
+        gr: GRStrength,
+        ends_window: bool,
+    ) -> None:
+        """Turn the g1 in `.grad` into (1 - lambda/r) g1 + (lambda/r) g2, added to `earlier_grads`."""
+        norm = gradient_norm(params)
+        # Without a direction g2 is g1. A g1 that is not finite is left for the gradient scaler, or the user, to see.
+        has_direction = 0 < norm < math.inf
+        self._gr_norms.append(norm)
+        self._gr_logs = {"gr_lambda": gr.lambda_t, "gr_r": gr.r_t}
+        is_global = self.gr_args.gr_scope == "global"
+        # A global norm is the same on all processes, which skip the second pass together. Where it differs between
+        # them, the other processes are waiting for this one in the reduction of g2.
+        if has_direction or not is_global:
+            ratio = (gr.r_t - gr.lambda_t) / gr.lambda_t
+            perturbation = self._gr_perturbation = Perturbation(params)
+            try:
+                if has_direction:
+                    perturbation.apply(gr.r_t, norm)
+                scale_gradients_(params, ratio)
+                for p, grad in zip(params, earlier_grads, strict=False):
+                    if grad is not None:
+                        p.grad = grad if p.grad is None else p.grad.add_(grad)
+                self._gr_replay(model)
+                if is_global:
+                    self._gr_logs["gr_perturbed_grad_norm"] = perturbation.second_gradient_norm(ratio)
+                elif ratio == 0:
+                    self._gr_logs["gr_perturbed_grad_norm"] = gradient_norm(params)
+            finally:
+                perturbation.restore()
+            if ends_window:  # until then the sum keeps the factor r/lambda
+                scale_gradients_(params, gr.lambda_t / gr.r_t)
+        if ends_window:
+            self._gr_logs["gr_grad_norm"] = sum(self._gr_norms) / len(self._gr_norms)
+            self._gr_norms.clear()
+            if self.accelerator.scaler is not None:
+                for key in self._gr_logs.keys() - {"gr_lambda", "gr_r"}:
+                    self._gr_logs[key] /= self.accelerator.scaler.get_scale()
+
+    def _gr_replay(self, model: nn.Module) -> None:
+        """Run the recorded window again, as it ran: same inputs, randomness and synchronization."""
+        *earlier, last = self._gr_window
+        gradient_state = self.accelerator.gradient_state
+        after = RNGState.capture(self.args.device)
+        accumulation_steps, sync = self.current_gradient_accumulation_steps, gradient_state.sync_gradients
+        self.gr_second_pass = True
+        try:
+            with preserve_buffers(model):
+                for micro_batch in (*earlier, last):
+                    is_last = micro_batch is last
+                    micro_batch.rng_state.restore()
+                    self.current_gradient_accumulation_steps = micro_batch.gradient_accumulation_steps
+                    gradient_state._set_sync_gradients(is_last and sync)
+                    # Whether the last one communicates, the context that `Trainer` called this step in has decided.
+                    with nullcontext() if is_last else self.accelerator.no_sync(model):
+                        super().training_step(model, copy.copy(micro_batch.inputs), micro_batch.num_items_in_batch)
+        finally:
+            self.gr_second_pass = False
+            self.current_gradient_accumulation_steps = accumulation_steps
+            gradient_state._set_sync_gradients(sync)
+            after.restore()
+
+    def _gr_reset(self) -> None:
+        """Forget the window. theta is restored once more, in case the first time was interrupted."""
+        if self._gr_perturbation is not None:
+            self._gr_perturbation.restore()
+            self._gr_perturbation = None
+        self._gr_window.clear()
+        self._gr_norms.clear()
+
+    # ---- Around the step ----
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
+        """As in `Trainer`. A checkpoint to resume from is checked first: one that is cut short changes nothing."""
+        folder = resume_from_checkpoint
+        if folder is True:
+            folder = get_last_checkpoint(self.args.output_dir)
+        if folder and not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+            check_checkpoint(folder)
+        try:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        finally:
+            self._gr_reset()
+
+    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+        """As in `Trainer`, with the values of gradient regularization beside the training loss."""
+        if "loss" in logs and self._gr_logs:
+            logs.update(self._gr_logs)
+            if "grad_norm" in logs:  # a plain step has only g1
+                logs.setdefault("gr_grad_norm", logs["grad_norm"])
+        super().log(logs, *args, **kwargs)
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """As in `Trainer`, with the second pass counted."""
+        return super().floating_point_ops(inputs) * (2 if self._gr_strength().is_active else 1)
+
+    # ---- Checkpoints and card ----
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Load every weight, under the name it has in memory; a weight that is missing or unknown raises."""
+        target = self.model if model is None else model
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled or not load_weights(target, resume_from_checkpoint):
+            if isinstance(target, PeftModel):
+                check_adapter(target, resume_from_checkpoint)
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        """Load the best checkpoint with the same care as one that is resumed from."""
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            super()._load_best_model()
+        else:
+            logger.info(f"Loading best model from {self.state.best_model_checkpoint}.")
+            if not load_weights(self.model, self.state.best_model_checkpoint):
+                super()._load_best_model()
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Where `Trainer` itself loads a checkpoint, names that do not match are an error, not a warning."""
+        ignored = getattr(self.model, "_keys_to_ignore_on_save", None) or ()
+        require_same_names("the checkpoint", set(load_result.missing_keys) - set(ignored), load_result.unexpected_keys)
+        super()._issue_warnings_after_load(load_result)
+
+    def create_model_card(self, *args, **kwargs) -> None:
+        """Write `README.md` into the output folder: what this run did. Takes the arguments of `Trainer`'s."""
+        if self.is_world_process_zero():
+            write_model_card(self, *args, **kwargs)
+
+
+class GRTrainer(GRMixin, Trainer):
+    """`transformers.Trainer` with gradient regularization; see `GRMixin`."""

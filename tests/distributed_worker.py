@@ -1,0 +1,64 @@
+"""What each process of `test_distributed.py` runs: training under DDP, once per case; the paths go to a file."""
+
+import sys
+
+import conftest
+import toys
+import torch
+import torch.distributed as dist
+
+from hf_gr import GRConfig, GRTrainer
+
+CASES = {
+    (scope, accumulation, degree): {
+        "gr_scope": scope,
+        "gr_lambda": degree * 0.1,
+        "gradient_accumulation_steps": accumulation,
+    }
+    for scope in ("global", "local", "micro")
+    for accumulation in (1, 2)
+    for degree in (0.5, 1.0)
+}
+STEPS = 3
+LEARNING_RATE = 0.1
+
+
+class RanksAgree(conftest.PathRecorder):
+    """Fails in the step after which two processes differ in any bit."""
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        super().on_step_end(args, state, control, model=model, **kwargs)
+        mine = self.path[-1]
+        everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+        dist.all_gather(everyone, mine)
+        assert all(torch.equal(other, mine) for other in everyone), f"ranks differ after step {state.global_step}"
+
+
+def run(output_dir: str, **flags) -> RanksAgree:
+    recorder = RanksAgree()
+    settings = {
+        "ddp_backend": "gloo",
+        "max_steps": STEPS,
+        "optim": "sgd",
+        "learning_rate": LEARNING_RATE,
+        "lr_scheduler_type": "constant",
+        "max_grad_norm": 0.0,
+        "gr_warmup": "none",
+        **flags,
+    }
+    GRTrainer(
+        model=toys.llama(),
+        args=GRConfig(**toys.arguments(output_dir, **settings)),
+        train_dataset=toys.text(24),
+        callbacks=[recorder],
+    ).train()
+    return recorder
+
+
+if __name__ == "__main__":
+    folder = sys.argv[1]
+    paths = {case: run(folder, **flags).path for case, flags in CASES.items()}
+    if dist.get_rank() == 0:
+        torch.save(paths, f"{folder}/paths.pt")
+    dist.barrier()
+    dist.destroy_process_group()

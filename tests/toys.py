@@ -1,0 +1,102 @@
+"""Small real models and data sets, the same in every process."""
+
+import torch
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    SwinConfig,
+    SwinForImageClassification,
+    ViTConfig,
+    ViTForImageClassification,
+    set_seed,
+)
+
+VOCABULARY = 50
+
+
+def llama(dropout: float = 0.0, **kwargs) -> PreTrainedModel:
+    set_seed(0)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            max_position_embeddings=64,
+            attention_dropout=dropout,
+            **kwargs,
+        )
+    )
+
+
+def vit(dropout: float = 0.0) -> PreTrainedModel:
+    set_seed(0)
+    return ViTForImageClassification(
+        ViTConfig(
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            image_size=8,
+            patch_size=4,
+            num_labels=10,
+            hidden_dropout_prob=dropout,
+            attention_probs_dropout_prob=dropout,
+        )
+    )
+
+
+def swin() -> PreTrainedModel:
+    set_seed(0)
+    return SwinForImageClassification(
+        SwinConfig(
+            image_size=16, patch_size=2, window_size=4, embed_dim=16, depths=[1, 1], num_heads=[2, 2], num_labels=10
+        )
+    )
+
+
+def text(count: int = 24, length: int = 12) -> list[dict]:
+    """Random tokens; a different number of leading labels is masked in every example."""
+    generator = torch.Generator().manual_seed(0)
+    examples = []
+    for _ in range(count):
+        ids = torch.randint(0, VOCABULARY, (length,), generator=generator)
+        labels = ids.clone()
+        labels[: int(torch.randint(0, length - 3, (1,), generator=generator))] = -100
+        examples.append({"input_ids": ids, "labels": labels})
+    return examples
+
+
+def images(count: int = 24, size: int = 8) -> list[dict]:
+    generator = torch.Generator().manual_seed(0)
+    return [
+        {
+            "pixel_values": torch.randn(3, size, size, generator=generator),
+            "labels": int(torch.randint(0, 10, (1,), generator=generator)),
+        }
+        for _ in range(count)
+    ]
+
+
+def arguments(output_dir, **kwargs) -> dict:
+    """Keyword arguments for a `TrainingArguments`: quick, quiet, on the CPU."""
+    return {
+        "output_dir": str(output_dir),
+        "use_cpu": True,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "per_device_train_batch_size": 2,
+        "train_sampling_strategy": "sequential",
+        "max_steps": 6,
+        "learning_rate": 1e-2,
+        **kwargs,
+    }
+
+
+def weights(model: torch.nn.Module) -> torch.Tensor:
+    return torch.cat([p.detach().reshape(-1) for p in model.parameters()]).clone()
