@@ -1,6 +1,8 @@
 """Every flag of the project: its name, help, default and validation."""
 
 import math
+import os
+import tempfile
 from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
@@ -76,7 +78,7 @@ class GRArguments:
             super().__post_init__()
 
     def check_gr_arguments(self) -> None:
-        """Raise `ValueError` for a flag out of its range. Called again when training starts: a sweep sets attributes."""
+        """Raise `ValueError` for a flag out of its range. Called again as training starts: a sweep sets attributes."""
         if not (math.isfinite(self.gr_r) and self.gr_r > 0):
             raise ValueError(f"gr_r={self.gr_r}: the radius must be > 0. To turn GR off, set gr_lambda=0 instead.")
         if self.gr_lambda is not None and not (math.isfinite(self.gr_lambda) and self.gr_lambda >= 0):
@@ -129,3 +131,12 @@ class GRArguments:
 @dataclass
 class GRConfig(GRArguments, TrainingArguments):
     """`transformers.TrainingArguments` plus the flags of `GRArguments`. No default of the parent is changed."""
+
+
+def require_writable(output_dir: str) -> None:
+    """Raise `ValueError` if `output_dir` cannot be made or written to: before the data is loaded, not after."""
+    try:
+        os.makedirs(output_dir, exist_ok=True)
+        tempfile.TemporaryFile(dir=output_dir).close()
+    except OSError as error:
+        raise ValueError(f"output_dir={output_dir!r} cannot be written to ({error}). Choose another folder.") from error

@@ -2,7 +2,6 @@
 
 import functools
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,18 +20,19 @@ def load_image_dataset(name: str, config: str | None = None) -> DatasetDict:
     people. Its split is ours: 360 test images, drawn per class with a fixed seed.
     """
     if name == "digits":
+        if config is not None:
+            raise ValueError(f"dataset_config_name={config!r}: 'digits' has no configurations. Leave it out.")
         return _load_digits()
     try:
         if name.endswith(".parquet"):
             return load_dataset("parquet", data_files=name)
-        loaded = load_dataset(name, config)
+        return load_dataset(name, config)
     except Exception as error:  # the many ways in which a name can fail: wrong path, no network, not a data set
         raise ValueError(
             f"dataset_name={name!r} could not be loaded ({type(error).__name__}: {error}). Give 'digits' (embedded), a "
             "parquet file, a folder with parquet files or with one folder of images per class, or the name of a data "
             "set on the Hub that can be reached from here."
         ) from error
-    return loaded
 
 
 def _load_digits() -> DatasetDict:
@@ -52,7 +52,9 @@ def find_image_column(features: Features, name: str | None = None) -> str:
     """The column to take images from: `name`, or the only one of type `Image`."""
     if name is not None:
         if name not in features:
-            raise ValueError(f"image_column_name={name!r} is not a column of the data set, which has {_list(features)}.")
+            raise ValueError(
+                f"image_column_name={name!r} is not a column of the data set, which has {_list(features)}."
+            )
         if not isinstance(features[name], Image):
             raise ValueError(f"image_column_name={name!r} holds {_type(features[name])}, not images.")
         return name
@@ -92,30 +94,42 @@ def _list(features: Features) -> str:
 
 
 def split_train_eval(
-    dataset: DatasetDict, label_column: str, eval_fraction: float, seed: int
+    dataset: DatasetDict, label_column: str, eval_fraction: float | None, seed: int
 ) -> tuple[Dataset, Dataset, str]:
-    """(train, evaluation, name of the evaluation split): `test`, `validation` or `valid`, whichever is there first;
-    otherwise a share of `train` that is drawn per class with `seed`."""
+    """(train, evaluation, name of the evaluation split).
+
+    The evaluation split is `test`, `validation` or `valid`, whichever is there first with labels (benchmarks hide those
+    of their test split, and put -1). Without any, it is a share of `train`, drawn per class with `seed`: 10 % unless
+    `eval_fraction` says otherwise.
+    """
     if "train" not in dataset:
         raise ValueError(f"The data set has no split 'train', only {', '.join(dataset)}.")
     for name in EVAL_SPLITS:
-        if name in dataset:
+        if name in dataset and _is_labelled(dataset[name], label_column):
+            if eval_fraction is not None:
+                raise ValueError(
+                    f"eval_fraction={eval_fraction} has no effect: the data set has a split {name!r} to evaluate on. "
+                    "Leave it out."
+                )
             return dataset["train"], dataset[name], name
-    if not 0 < eval_fraction < 1:
-        raise ValueError(
-            f"eval_fraction={eval_fraction}: the data set has none of the splits {', '.join(EVAL_SPLITS)}, so a share "
-            "of train between 0 and 1 has to be set aside."
-        )
-    parts = dataset["train"].train_test_split(test_size=eval_fraction, stratify_by_column=label_column, seed=seed)
-    return parts["train"], parts["test"], f"train[{eval_fraction:g}, seed {seed}]"
+    fraction = 0.1 if eval_fraction is None else eval_fraction
+    if not 0 < fraction < 1:
+        raise ValueError(f"eval_fraction={eval_fraction}: must be a share between 0 and 1.")
+    parts = dataset["train"].train_test_split(test_size=fraction, stratify_by_column=label_column, seed=seed)
+    return parts["train"], parts["test"], f"{fraction:g} of train"
 
 
-def keep_first(dataset: Dataset, count: int | None, seed: int) -> Dataset:
-    """`count` examples of a shuffled `dataset`, or all."""
+def _is_labelled(dataset: Dataset, label_column: str) -> bool:
+    label = dataset.select_columns([label_column])[0][label_column] if len(dataset) else None
+    return label is not None and label >= 0
+
+
+def keep_first(dataset: Dataset, count: int | None, seed: int, flag: str) -> Dataset:
+    """`count` examples of a shuffled `dataset`, or all if `count` is None. `flag` is named in errors."""
     if count is None or count >= len(dataset):
         return dataset
     if count < 1:
-        raise ValueError(f"{count} examples were asked for: give at least 1, or leave the flag out for all.")
+        raise ValueError(f"{flag}={count}: give at least 1, or leave it out for all.")
     return dataset.shuffle(seed=seed).select(range(count))
 
 

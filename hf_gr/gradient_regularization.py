@@ -46,6 +46,14 @@ def scale_gradients_(params: Iterable[Tensor], factor: float) -> None:
             p.grad.zero_() if factor == 0 else p.grad.mul_(factor)
 
 
+@torch.no_grad()
+def add_gradients_(params: Iterable[Tensor], grads: Iterable[Tensor | None]) -> None:
+    """`.grad += grad`, pair by pair, where either may be None. The tensors in `grads` may be taken over as `.grad`."""
+    for p, grad in zip(params, grads, strict=True):
+        if grad is not None:
+            p.grad = grad if p.grad is None else p.grad.add_(grad)
+
+
 class Perturbation:
     """theta -> theta + r g / ||g||, and exactly back.
 

@@ -26,11 +26,13 @@ PICTURE = "curves.png"
 ALWAYS_SHOWN = ("seed", "learning_rate", "per_device_train_batch_size", "num_train_epochs", "weight_decay")
 #: Where the run was kept, watched and published, not what it computed.
 BOOKKEEPING = frozenset(
-    "output_dir run_name report_to disable_tqdm log_level log_level_replica log_on_each_node project do_train do_eval "
-    "do_predict resume_from_checkpoint accelerator_config push_to_hub local_rank ddp_backend label_names "
-    "remove_unused_columns trackio_space_id trackio_bucket_id trackio_static_space_id skip_memory_metrics "
-    "logging_strategy logging_steps logging_first_step eval_strategy eval_steps save_strategy save_steps "
-    "save_total_limit per_device_eval_batch_size".split()
+    """
+    output_dir run_name project report_to disable_tqdm log_level log_level_replica log_on_each_node logging_strategy
+    logging_steps logging_first_step eval_strategy eval_steps per_device_eval_batch_size save_strategy save_steps
+    save_total_limit do_train do_eval do_predict resume_from_checkpoint push_to_hub label_names remove_unused_columns
+    accelerator_config ddp_backend local_rank skip_memory_metrics trackio_space_id trackio_bucket_id
+    trackio_static_space_id
+    """.split()  # noqa: SIM905
 )
 PIPELINE_TAGS = {
     "ForImageClassification": "image-classification",
@@ -65,7 +67,7 @@ def write_model_card(
     if any("loss" in entry for entry in history):
         plot_curves(history, folder / PICTURE)
     model_name = model_name or folder.resolve().name
-    base_model = finetuned_from or _hub_base_model(trainer.model)
+    base_model = _hub_base_model(finetuned_from, trainer.model)
     task = _listed(tasks)[0] if tasks else _pipeline_tag(trainer.model)
     results = _final_metrics(history)
     dataset_ids, dataset_names = _listed(dataset_tags), _listed(dataset) or _listed(dataset_tags)
@@ -90,7 +92,9 @@ def write_model_card(
         license=license,
         library_name="peft" if isinstance(trainer.model, PeftModel) else "transformers",
         pipeline_tag=task,
-        tags=sorted({"hf_gr", "generated_from_trainer", *(["gradient-regularization"] if gr_is_on else []), *_listed(tags)}),
+        tags=sorted(
+            {"hf_gr", "generated_from_trainer", *(["gradient-regularization"] if gr_is_on else []), *_listed(tags)}
+        ),
         datasets=dataset_ids or None,
         base_model=base_model,
         metrics=list(results) or None,
@@ -108,7 +112,7 @@ def write_model_card(
         best_checkpoint=_best_checkpoint(trainer),
         picture=PICTURE if (folder / PICTURE).is_file() else None,
         gr_summary=_gr_summary(trainer),
-        gr_table=_gr_table(trainer.gr_args) if gr_is_on else None,
+        gr_table=_gr_table(trainer) if gr_is_on else None,
         usage=_usage(trainer, task, model_name),
         cost=_cost(trainer),
         optimizer=_optimizer(trainer),
@@ -125,9 +129,9 @@ def _listed(value: str | Iterable[str] | None) -> list[str]:
     return [value] if isinstance(value, str) else list(value)
 
 
-def _hub_base_model(model: torch.nn.Module) -> str | None:
-    """Where the weights came from, if that is a name and not a folder of somebody's disk."""
-    name = getattr(getattr(model, "config", None), "_name_or_path", None)
+def _hub_base_model(finetuned_from: str | None, model: torch.nn.Module) -> str | None:
+    """Where the weights came from, if that is a name on the Hub and not a folder on somebody's disk."""
+    name = finetuned_from or getattr(getattr(model, "config", None), "_name_or_path", None)
     return name if name and not Path(name).exists() and name.count("/") <= 1 else None
 
 
@@ -155,7 +159,11 @@ def _summary(trainer: "GRMixin", base_model: str | None, dataset: str) -> str:
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     name = type(model.get_base_model() if isinstance(model, PeftModel) else model).__name__
     size = f"{count:,} parameters" if trainable == count else f"{count:,} parameters, {trainable:,} of them trained"
-    start = f"fine-tuned from [{base_model}](https://huggingface.co/{base_model})" if base_model else "trained"
+    if base_model:
+        start = f"fine-tuned from [{base_model}](https://huggingface.co/{base_model})"
+    else:
+        local = getattr(getattr(model, "config", None), "_name_or_path", None)
+        start = "trained from a local checkpoint" if local else "trained from scratch"
     data = f" on {dataset}" if dataset else ""
     examples = getattr(trainer.train_dataset, "__len__", lambda: None)()
     seen = f" ({examples:,} training examples)" if examples else ""
@@ -187,21 +195,12 @@ def _gr_summary(trainer: "GRMixin") -> str:
     )
 
 
-def _gr_table(gr: GRArguments) -> list[tuple[str, str, Any]]:
-    symbols = {
-        "gr_r": "r",
-        "gr_lambda": "lambda",
-        "gr_warmup": "",
-        "gr_warmup_steps": "T_w",
-        "gr_scope": "",
-        "gr_interval": "",
-    }
-    meaning = {"gr_lambda": f"{gr.gr_degree:g}", "gr_warmup_steps": "that of the learning rate"}
-    rows = []
-    for flag, symbol in symbols.items():
-        value = getattr(gr, flag)
-        rows.append((flag, symbol, meaning[flag] if value is None else value))
-    return rows
+def _gr_table(trainer: "GRMixin") -> list[tuple[str, str, Any]]:
+    gr = trainer.gr_args
+    rows = [("gr_r", "r", gr.gr_r), ("gr_lambda", "lambda", gr.gr_degree), ("gr_warmup", "", gr.gr_warmup)]
+    if gr.gr_warmup != "none":
+        rows.append(("gr_warmup_steps", "T_w", f"{trainer.gr_warmup_steps(trainer.state.max_steps):,} steps"))
+    return [*rows, ("gr_scope", "", gr.gr_scope), ("gr_interval", "", gr.gr_interval)]
 
 
 def _usage(trainer: "GRMixin", task: str | None, model_name: str) -> str | None:
@@ -256,5 +255,11 @@ def _hyperparameters(args: TrainingArguments) -> list[tuple[str, Any]]:
 
 
 def _versions() -> str:
-    packages = ("hf_gr", "transformers", "torch", "accelerate", "datasets", "peft")
-    return f"Python {platform.python_version()}, " + ", ".join(f"{name} {version(name)}" for name in packages) + "."
+    from . import __version__  # not yet there when this module is imported
+
+    packages = ("transformers", "torch", "accelerate", "datasets", "peft")
+    return (
+        f"hf_gr {__version__}, Python {platform.python_version()}, "
+        + ", ".join(f"{name} {version(name)}" for name in packages)
+        + "."
+    )

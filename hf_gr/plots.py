@@ -55,7 +55,7 @@ def plot_curves(log_history: list[dict[str, float]], path: str | Path) -> None:
         if axis is not schedules and axis.get_lines():
             axis.legend(frameon=False)
     if handles:
-        schedules.legend(handles=handles, frameon=False, loc="lower center")
+        schedules.legend(handles=handles, frameon=False, loc="lower left")
     figure.savefig(path, dpi=120)
 
 

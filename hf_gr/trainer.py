@@ -25,7 +25,7 @@ from .checkpoints import check_adapter, check_checkpoint, load_weights, require_
 from .compatibility import refuse_unsupported
 from .config import GRArguments
 from .gr_warmup import GRStrength
-from .gradient_regularization import Perturbation, gradient_norm, scale_gradients_
+from .gradient_regularization import Perturbation, add_gradients_, gradient_norm, scale_gradients_
 from .model_card import write_model_card
 from .replay import MicroBatch, RNGState, preserve_buffers
 
@@ -61,17 +61,18 @@ class GRMixin:
 
     # ---- Schedule ----
 
-    def _gr_warmup_steps(self, num_training_steps: int) -> int:
+    def gr_warmup_steps(self, num_training_steps: int) -> int:
+        """T_w of a run of `num_training_steps` optimizer steps."""
         return self.gr_args.get_gr_warmup_steps(self.args.get_warmup_steps(num_training_steps), num_training_steps)
 
     def _gr_strength(self) -> GRStrength:
-        return self.gr_args.gr_strength(self.state.global_step, self._gr_warmup_steps(self.state.max_steps))
+        return self.gr_args.gr_strength(self.state.global_step, self.gr_warmup_steps(self.state.max_steps))
 
     def gr_regularized_steps(self, steps: int) -> int:
         """How many of the first `steps` optimizer steps have a second pass."""
         if self.gr_args.gr_degree == 0:
             return 0
-        warmup_steps = self._gr_warmup_steps(self.state.max_steps)
+        warmup_steps = self.gr_warmup_steps(self.state.max_steps)
         return sum(self.gr_args.gr_strength(step, warmup_steps).is_active for step in range(steps))
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
@@ -79,7 +80,7 @@ class GRMixin:
         gr = self.gr_args
         gr.check_gr_arguments()
         if gr.gr_degree != 0:
-            warmup_steps = self._gr_warmup_steps(num_training_steps)
+            warmup_steps = self.gr_warmup_steps(num_training_steps)
             if gr.gr_warmup != "none":
                 self._check_gr_warmup_steps(warmup_steps, num_training_steps)
             logger.info(
@@ -134,7 +135,7 @@ class GRMixin:
         scope = self.gr_args.gr_scope
         ends_window = self.accelerator.sync_gradients
         params = [p for p in model.parameters() if p.requires_grad]
-        earlier_grads: list[Tensor | None] = []
+        earlier_grads = None
         if scope == "micro":  # the direction is that of this micro-batch alone: what came before it is set aside
             earlier_grads = [p.grad for p in params]
             for p in params:
@@ -160,7 +161,7 @@ class GRMixin:
         self,
         model: nn.Module,
         params: list[Tensor],
-        earlier_grads: list[Tensor | None],
+        earlier_grads: list[Tensor | None] | None,
         gr: GRStrength,
         ends_window: bool,
     ) -> None:
@@ -180,9 +181,8 @@ class GRMixin:
                 if has_direction:
                     perturbation.apply(gr.r_t, norm)
                 scale_gradients_(params, ratio)
-                for p, grad in zip(params, earlier_grads, strict=False):
-                    if grad is not None:
-                        p.grad = grad if p.grad is None else p.grad.add_(grad)
+                if earlier_grads is not None:
+                    add_gradients_(params, earlier_grads)
                 self._gr_replay(model)
                 if is_global:
                     self._gr_logs["gr_perturbed_grad_norm"] = perturbation.second_gradient_norm(ratio)

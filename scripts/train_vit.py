@@ -5,8 +5,8 @@
     accelerate launch scripts/train_vit.py scripts/recipes/vit_ti_cifar10.yaml --seed 1
     accelerate launch scripts/train_vit.py --dataset_name PATH_OR_HUB_NAME --model vit-s --output_dir out
 
-A recipe (YAML or JSON) may come first; flags overrule it. Without a recipe and without --dataset_name the recipe is
-scripts/recipes/vit_digits.yaml.
+A recipe (YAML or JSON) may come first; flags overrule it. Without one, and unless --dataset_name or
+--model_name_or_path is given, the recipe is scripts/recipes/vit_digits.yaml.
 """
 
 import sys
@@ -25,6 +25,7 @@ from transformers import (
 from transformers.image_processing_utils import BaseImageProcessor
 
 from hf_gr import GRConfig, GRTrainer
+from hf_gr.config import require_writable
 from hf_gr.data import (
     add_augmentation,
     find_image_column,
@@ -42,13 +43,30 @@ DEFAULT_RECIPE = Path(__file__).parent / "recipes" / "vit_digits.yaml"
 
 @dataclass
 class ModelArguments:
-    model: str = field(
-        default="vit-ti", metadata={"help": "Architecture to train from scratch.", "choices": list(VIT_PRESETS)}
+    model: str | None = field(
+        default=None,
+        metadata={"help": "Architecture to train from scratch. Default: vit-ti.", "choices": list(VIT_PRESETS)},
     )
     model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Pretrained checkpoint to start from, on the Hub or in a folder, in place of --model."}
+        default=None, metadata={"help": "Pretrained checkpoint to start from, on the Hub or in a folder."}
     )
-    dropout: float = field(default=0.1, metadata={"help": "Dropout of a model that is trained from scratch."})
+    # A checkpoint brings its own values of these; they describe a model that is trained from scratch.
+    dropout: float | None = field(default=None, metadata={"help": "Dropout, on attention weights too. Default: 0.1."})
+    image_size: int | None = field(default=None, metadata={"help": "Pixels per side. Default: the architecture's."})
+    image_mean: list[float] | None = field(
+        default=None, metadata={"help": "Subtracted from each channel, scaled to [0, 1]. Default: 0.5 0.5 0.5."}
+    )
+    image_std: list[float] | None = field(default=None, metadata={"help": "Then divided by. Default: 0.5 0.5 0.5."})
+
+    def __post_init__(self):
+        if self.model_name_or_path is None:
+            return
+        for name in ("model", "dropout", "image_size", "image_mean", "image_std"):
+            if (value := getattr(self, name)) is not None:
+                raise ValueError(
+                    f"{name}={value} has no effect with model_name_or_path={self.model_name_or_path!r}, which brings "
+                    f"its own. Leave {name} out, or train from scratch without model_name_or_path."
+                )
 
 
 @dataclass
@@ -60,23 +78,15 @@ class DataArguments:
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the data set."})
     image_column_name: str | None = field(default=None, metadata={"help": "Default: the column of type Image."})
     label_column_name: str | None = field(default=None, metadata={"help": "Default: the column of type ClassLabel."})
-    eval_fraction: float = field(
-        default=0.1, metadata={"help": "Share of train to evaluate on, where there is no test or validation split."}
+    eval_fraction: float | None = field(
+        default=None,
+        metadata={"help": "Share of train to evaluate on, if there is no test or validation split. Default: 0.1."},
     )
     max_train_samples: int | None = field(default=None, metadata={"help": "Train on this many examples only."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on this many examples only."})
-    image_size: int | None = field(
-        default=None, metadata={"help": "Pixels per side. Default: that of the architecture or of the checkpoint."}
-    )
-    image_mean: list[float] = field(
-        default_factory=lambda: [0.5, 0.5, 0.5], metadata={"help": "Subtracted per channel; a checkpoint brings its own."}
-    )
-    image_std: list[float] = field(
-        default_factory=lambda: [0.5, 0.5, 0.5], metadata={"help": "Divided by per channel; a checkpoint brings its own."}
-    )
     random_flip: bool = field(default=True, metadata={"help": "Mirror training images at random."})
     crop_padding: int = field(
-        default=4, metadata={"help": "Shift training images by up to this many pixels, filled by reflection; 0 is off."}
+        default=4, metadata={"help": "Shift training images by up to so many pixels, border reflected; 0 is off."}
     )
 
 
@@ -86,7 +96,7 @@ def parse_args(argv: list[str]) -> tuple[ModelArguments, DataArguments, GRConfig
     recipe = None
     if argv and argv[0].endswith((".yaml", ".yml", ".json")):
         recipe, *argv = argv
-    elif not any(flag.split("=")[0].replace("-", "_") == "__dataset_name" for flag in argv):
+    elif not {flag.split("=")[0].replace("-", "_") for flag in argv} & {"__dataset_name", "__model_name_or_path"}:
         recipe = DEFAULT_RECIPE
     if recipe is not None:
         defaults = yaml.safe_load(Path(recipe).read_text(encoding="utf-8"))  # JSON is YAML, too
@@ -97,21 +107,24 @@ def parse_args(argv: list[str]) -> tuple[ModelArguments, DataArguments, GRConfig
     return parser.parse_args_into_dataclasses(argv)
 
 
-def create_model(
-    args: ModelArguments, data: DataArguments, label_names: list[str]
-) -> tuple[PreTrainedModel, BaseImageProcessor]:
+def create_model(args: ModelArguments, label_names: list[str]) -> tuple[PreTrainedModel, BaseImageProcessor]:
     """The model and the image processor that belongs to it."""
     if args.model_name_or_path is not None:
         model = AutoModelForImageClassification.from_pretrained(
             args.model_name_or_path,
             id2label=dict(enumerate(label_names)),
             label2id={name: i for i, name in enumerate(label_names)},
-            ignore_mismatched_sizes=True,
+            ignore_mismatched_sizes=True,  # the head, where the number of classes is another
         )
         return model, AutoImageProcessor.from_pretrained(args.model_name_or_path)
-    model = create_vit(args.model, label_names, data.image_size, args.dropout)
-    size = {"height": model.config.image_size, "width": model.config.image_size}
-    return model, ViTImageProcessorPil(size=size, image_mean=data.image_mean, image_std=data.image_std)
+    dropout = 0.1 if args.dropout is None else args.dropout
+    model = create_vit(args.model or "vit-ti", label_names, args.image_size, dropout)
+    image_processor = ViTImageProcessorPil(
+        size={"height": model.config.image_size, "width": model.config.image_size},
+        image_mean=args.image_mean or [0.5, 0.5, 0.5],
+        image_std=args.image_std or [0.5, 0.5, 0.5],
+    )
+    return model, image_processor
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -119,6 +132,7 @@ def main(argv: list[str] | None = None) -> None:
     args.remove_unused_columns = False  # the image column is read when an example is asked for
     args.label_names = ["labels"]
     set_seed(args.seed)
+    require_writable(args.output_dir)
 
     with args.main_process_first(desc="loading the data"):
         dataset = load_image_dataset(data_args.dataset_name, data_args.dataset_config_name)
@@ -126,10 +140,10 @@ def main(argv: list[str] | None = None) -> None:
     image_column = find_image_column(features, data_args.image_column_name)
     label_column, label_names = find_label_column(features, data_args.label_column_name)
     train, evaluation, eval_split = split_train_eval(dataset, label_column, data_args.eval_fraction, args.seed)
-    train = keep_first(train, data_args.max_train_samples, args.seed)
-    evaluation = keep_first(evaluation, data_args.max_eval_samples, args.seed)
+    train = keep_first(train, data_args.max_train_samples, args.seed, "max_train_samples")
+    evaluation = keep_first(evaluation, data_args.max_eval_samples, args.seed, "max_eval_samples")
 
-    model, image_processor = create_model(model_args, data_args, label_names)
+    model, image_processor = create_model(model_args, label_names)
     add_augmentation(model, flip=data_args.random_flip, crop_padding=data_args.crop_padding)
     trainer = GRTrainer(
         model=model,
@@ -143,12 +157,30 @@ def main(argv: list[str] | None = None) -> None:
 
     result = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model()
+    trainer.log_metrics("train", result.metrics)
     trainer.save_metrics("train", result.metrics)
     metrics = trainer.evaluate()
     trainer.log_metrics("eval", metrics)
     trainer.save_metrics("eval", metrics)
     trainer.save_state()
-    print(result.metrics, metrics)
+
+    name = "the handwritten digits of scikit-learn" if data_args.dataset_name == "digits" else data_args.dataset_name
+    is_local = data_args.dataset_name == "digits" or Path(data_args.dataset_name).exists()
+    card = {
+        "tasks": "image-classification",
+        "dataset": Path(name).name if is_local else name,
+        "dataset_tags": None if is_local else name,
+        "dataset_args": eval_split,
+        "finetuned_from": model_args.model_name_or_path,
+    }
+    if args.push_to_hub:
+        trainer.push_to_hub(**card)
+    else:
+        trainer.create_model_card(**card)
+    if trainer.is_world_process_zero():
+        folder = Path(args.output_dir).resolve()
+        print(f"Test error {100 * metrics['eval_error']:.2f} % on {len(evaluation)} images.")
+        print(f"Model    {folder}\nCard     {folder / 'README.md'}\nPicture  {folder / 'curves.png'}")
 
 
 if __name__ == "__main__":

@@ -2,11 +2,11 @@
 
 import sys
 
-import conftest
-import toys
 import torch
 import torch.distributed as dist
 
+import conftest
+import toys
 from hf_gr import GRConfig, GRTrainer
 
 CASES = {

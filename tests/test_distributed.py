@@ -5,8 +5,9 @@ import sys
 from pathlib import Path
 
 import pytest
-import toys
 import torch
+
+import toys
 from distributed_worker import CASES, LEARNING_RATE, STEPS
 from reference import regularized_gradient
 from test_trainer import relative_error_of_path, sum_of_token_losses

@@ -43,7 +43,9 @@ def test_every_warmup_ends_at_full_strength_and_never_falls(warmup):
 
 
 def test_interval_counts_from_the_end_of_the_warmup():
-    active = [gr_strength(s, r=0.1, lambda_=0.1, warmup="zero", warmup_steps=2, interval=3).is_active for s in range(10)]
+    active = [
+        gr_strength(s, r=0.1, lambda_=0.1, warmup="zero", warmup_steps=2, interval=3).is_active for s in range(10)
+    ]
     assert active == [False, False, True, False, False, True, False, False, True, False]
 
 

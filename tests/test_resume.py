@@ -4,11 +4,11 @@ import json
 import shutil
 
 import pytest
-import toys
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import set_seed
 
+import toys
 from hf_gr import GRConfig, GRTrainer
 
 

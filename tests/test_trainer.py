@@ -1,12 +1,10 @@
-"""`GRTrainer` against an independent loop, against `Trainer` where they must be equal, and with the Trainer's options."""
+"""`GRTrainer` against an independent loop, against `Trainer` where they must be equal, and with Trainer's options."""
 
 import copy
 
 import numpy as np
 import pytest
 import torch
-import toys
-from reference import train as reference_train
 from torch import nn
 from torch.nn import functional as F
 from transformers import (
@@ -20,7 +18,9 @@ from transformers import (
     set_seed,
 )
 
-from hf_gr import GRConfig, GRMixin, GRTrainer
+import toys
+from hf_gr import GRArguments, GRConfig, GRMixin, GRTrainer
+from reference import train as reference_train
 
 
 def run(model, data, output_dir, *, cls=GRTrainer, config=GRConfig, callbacks=None, trainer_kwargs=None, **kwargs):
@@ -65,9 +65,7 @@ MODELS = {"llama": (toys.llama, toys.text, llama_windows), "vit": (toys.vit, toy
 
 def relative_error_of_path(path, expected):
     start = expected[0]
-    return max(
-        ((a - b).norm() / (b - start).norm()).item() for a, b in zip(path[1:], expected[1:], strict=True)
-    )
+    return max(((a - b).norm() / (b - start).norm()).item() for a, b in zip(path[1:], expected[1:], strict=True))
 
 
 @pytest.mark.parametrize("accumulation", [1, 3])
@@ -473,8 +471,6 @@ def test_load_best_model_at_end_loads_every_weight(tmp_path):
 def test_seq2seq_trainer_through_the_mixin(tmp_path):
     from dataclasses import dataclass
 
-    from hf_gr import GRArguments
-
     @dataclass
     class Config(GRArguments, Seq2SeqTrainingArguments):
         pass
@@ -522,10 +518,11 @@ def test_hyperparameter_search_refuses_a_radius_that_makes_no_sense(tmp_path):
 
 
 def test_trl_sft_trainer(tmp_path):
+    """Also what a subclass with its own `compute_loss` and metrics needs: its window is replayed, not a Trainer's."""
     trl = pytest.importorskip("trl")
     from dataclasses import dataclass
 
-    from hf_gr import GRArguments
+    from datasets import Dataset
 
     @dataclass
     class Config(GRArguments, trl.SFTConfig):
@@ -534,7 +531,39 @@ def test_trl_sft_trainer(tmp_path):
     class GRSFTTrainer(GRMixin, trl.SFTTrainer):
         pass
 
-    assert issubclass(GRSFTTrainer, GRMixin) and Config(output_dir=str(tmp_path), use_cpu=True).gr_r == 0.1
+    data = Dataset.from_list([{k: v.tolist() for k, v in example.items()} for example in toys.text()])
+
+    def train(name, cls, config, **flags):
+        args = config(
+            **toys.arguments(
+                tmp_path / name, gradient_accumulation_steps=2, bf16=False, activation_checkpointing=False, **flags
+            )
+        )
+        trainer = cls(
+            model=toys.llama(), args=args, train_dataset=data, processing_class=word_tokenizer(), data_collator=pad
+        )
+        trainer.train()
+        return trainer
+
+    def pad(examples):
+        batch = {key: torch.tensor([e[key] for e in examples]) for key in ("input_ids", "labels")}
+        return {**batch, "attention_mask": torch.ones_like(batch["labels"])}
+
+    plain = train("plain", trl.SFTTrainer, trl.SFTConfig)
+    off = train("off", GRSFTTrainer, Config, gr_lambda=0)
+    assert torch.equal(toys.weights(off.model), toys.weights(plain.model))
+    regularized = train("gr", GRSFTTrainer, Config, gr_warmup="none", gr_r=0.05)
+    assert not torch.equal(toys.weights(regularized.model), toys.weights(plain.model))
+    assert [e["gr_r"] for e in regularized.state.log_history if "gr_r" in e] == [0.05] * 6
+
+
+def word_tokenizer():
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = {"<unk>": 0, **{f"word{i}": i for i in range(1, toys.VOCABULARY)}}
+    tokenizer = Tokenizer(models.WordLevel(words, "<unk>"))
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<unk>", eos_token="word1")
 
 
 # ---- Mixed precision ----
@@ -650,4 +679,6 @@ def test_warns_of_a_warmup_without_steps(tmp_path, caplog):
     logging.getLogger("transformers").propagate = True
     logging.getLogger("hf_gr").propagate = True
     create(tmp_path, max_steps=1).train()
-    assert "gr_warmup='zero' has no effect, because the learning-rate warmup that it follows has no steps" in caplog.text
+    assert (
+        "gr_warmup='zero' has no effect, because the learning-rate warmup that it follows has no steps" in caplog.text
+    )

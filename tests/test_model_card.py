@@ -1,0 +1,133 @@
+"""The card and the picture say what the run did, and nothing else."""
+
+import re
+
+import pytest
+from huggingface_hub import ModelCard
+from PIL import Image as PILImage
+
+import toys
+from hf_gr import GRConfig, GRTrainer
+from hf_gr.plots import plot_curves
+
+
+def metrics(prediction):
+    accuracy = float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())
+    return {"accuracy": accuracy, "error": 1 - accuracy}
+
+
+def trained(folder, **kwargs):
+    trainer = GRTrainer(
+        model=toys.vit(),
+        args=GRConfig(**toys.arguments(folder, **kwargs)),
+        train_dataset=toys.images(),
+        eval_dataset=toys.images(10),
+        compute_metrics=metrics,
+    )
+    trainer.train()
+    trainer.evaluate()
+    return trainer
+
+
+CARD = {"tasks": "image-classification", "dataset": "random pixels", "dataset_args": "test", "license": "apache-2.0"}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    trainer = trained(folder, gr_r=0.07, gr_lambda=0.05, gr_warmup_steps=2, weight_decay=0.013, optim="rmsprop")
+    trainer.create_model_card(**CARD)
+    return trainer, ModelCard.load(folder / "README.md"), folder
+
+
+def test_metadata(run):
+    trainer, card, _ = run
+    assert card.data.library_name == "transformers"
+    assert card.data.pipeline_tag == "image-classification"
+    assert card.data.license == "apache-2.0"
+    assert {"hf_gr", "gradient-regularization"} <= set(card.data.tags)
+    (evaluation,) = [e for e in trainer.state.log_history if "eval_loss" in e]
+    values = {r.metric_type: r.metric_value for r in card.data.eval_results}
+    assert values == {name: evaluation[f"eval_{name}"] for name in ("loss", "accuracy", "error")}
+    result = card.data.eval_results[0]
+    assert (result.dataset_name, result.dataset_split) == ("random pixels", "test")
+
+
+def test_text_follows_the_run(run):
+    _, card, folder = run
+    assert "with gradient regularization" in card.text
+    assert "It did so in 4 of 6 steps" in card.text
+    assert "SAM" not in card.text  # lambda is not r
+    assert "`RMSprop` (" in card.text and "AdamW" not in card.text
+    for row in (
+        "| `gr_r` | r | 0.07 |",
+        "| `gr_lambda` | lambda | 0.05 |",
+        "| `gr_warmup_steps` | T_w | 2 steps |",
+        "| `weight_decay` | 0.013 |",
+        "| `optim` | rmsprop |",
+        "| `max_steps` | 6 |",
+    ):
+        assert row in card.text
+    assert "6 optimizer steps, 10 forward and backward passes over a batch of 2 examples" in card.text
+    assert "`adam_beta1`" not in card.text  # a default
+    assert str(folder) not in card.content  # nobody's disk
+
+
+def test_every_number_of_the_card_is_in_the_run(run):
+    trainer, card, _ = run
+    text = card.text.split("## Versions")[0]
+    text = re.sub(r"\(Zhao.*?\)\.", "", text)  # the citation
+    text = re.sub(r"\b(g1|g2|\(1 - lambda)", "", text)
+    evaluation = trainer.state.log_history[-1]
+    seconds = next(e["train_runtime"] for e in trainer.state.log_history if "train_runtime" in e)
+    known = {0.07, 0.05, 2, 0.013, 6, 4, 10, 24, trainer.args.seed, round(seconds), trainer.args.learning_rate}
+    known |= {sum(p.numel() for p in trainer.model.parameters()), trainer.gr_args.gr_interval}
+    known |= {trainer.args.num_train_epochs}
+    known |= {float(f"{evaluation[f'eval_{name}']:.4g}") for name in ("loss", "accuracy", "error")}
+    known |= {float(v) for v in trainer.optimizer.param_groups[0].values() if isinstance(v, int | float)}
+    found = {float(n.replace(",", "")) for n in re.findall(r"(?<![\w.])\d[\d,]*(?:\.\d+)?(?:e-?\d+)?(?![\w])", text)}
+    assert found <= known, found - known
+
+
+def test_without_gradient_regularization(tmp_path):
+    trained(tmp_path, gr_lambda=0).create_model_card(**CARD)
+    card = ModelCard.load(tmp_path / "README.md")
+    assert "every step used the plain gradient" in card.text and "T_w" not in card.text
+    assert "gradient-regularization" not in card.data.tags
+    assert "`AdamW` (" in card.text and "6 forward and backward passes" in card.text
+
+
+def test_sam_is_named_and_the_untrained_is_not_evaluated(tmp_path):
+    trainer = GRTrainer(
+        model=toys.vit(), args=GRConfig(**toys.arguments(tmp_path, gr_warmup="none")), train_dataset=toys.images()
+    )
+    trainer.train()
+    trainer.create_model_card()
+    card = ModelCard.load(tmp_path / "README.md")
+    assert "With lambda = r this is SAM" in card.text and "The run was not evaluated" in card.text
+    assert card.data.eval_results is None
+
+
+def test_card_of_an_adapter(tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    trainer = GRTrainer(
+        model=get_peft_model(toys.llama(), LoraConfig(r=2, target_modules=["q_proj"])),
+        args=GRConfig(**toys.arguments(tmp_path, gr_warmup="none", max_steps=1)),
+        train_dataset=toys.text(),
+    )
+    trainer.train()
+    trainer.create_model_card(model_name="adapter")
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.library_name == "peft" and card.data.pipeline_tag == "text-generation"
+    assert "`LlamaForCausalLM` with" in card.text and "256 of them trained" in card.text
+
+
+def test_picture(run, tmp_path):
+    trainer, _, folder = run
+    with PILImage.open(folder / "curves.png") as picture:
+        assert picture.size[0] > 1000
+    plain = [{k: v for k, v in e.items() if not k.startswith(("gr_", "eval"))} for e in trainer.state.log_history]
+    plot_curves(plain, tmp_path / "plain.png")
+    with PILImage.open(tmp_path / "plain.png") as picture:
+        assert picture.size[0] > 1000

@@ -1,0 +1,219 @@
+"""The scripts as users start them: as subprocesses, offline. Mistakes in this process, for their messages."""
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset, DatasetDict, Features, Image, Value
+from PIL import Image as PILImage
+from transformers import AutoModelForImageClassification, pipeline
+
+ROOT = Path(__file__).parent.parent
+SCRIPT = ROOT / "scripts" / "train_vit.py"
+
+
+def launch(*arguments, processes=1, script=SCRIPT):
+    """`accelerate launch`; for several processes on a CPU torch's launcher, where accelerate would want MPI."""
+    command = ["accelerate.commands.launch", "--num_processes", "1", "--cpu"]
+    if processes > 1:
+        command = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    done = subprocess.run(
+        [sys.executable, "-m", *command, str(script), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-4000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def main():
+    spec = importlib.util.spec_from_file_location("train_vit", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["train_vit"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module.main
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The default job, cut to two epochs."""
+    folder = tmp_path_factory.mktemp("vit") / "digits"
+    printed = launch("--output_dir", folder, "--num_train_epochs", 2, "--save_strategy", "epoch")
+    return folder, printed
+
+
+def test_output_folder(finished):
+    folder, printed = finished
+    written = {p.name for p in folder.iterdir()}
+    assert written >= {
+        "model.safetensors",
+        "config.json",
+        "preprocessor_config.json",
+        "trainer_state.json",
+        "all_results.json",
+        "curves.png",
+        "README.md",
+    }
+    assert json.loads((folder / "config.json").read_text())["id2label"]["7"] == "7"
+    results = json.loads((folder / "all_results.json").read_text())
+    assert f"Test error {100 * results['eval_error']:.2f} % on 360 images." in printed
+    for name in ("Model", "Card", "Picture"):
+        assert Path(re.search(rf"{name}\s+(\S+)", printed).group(1)).exists()
+    card = (folder / "README.md").read_text()
+    assert "the handwritten digits of scikit-learn" in card and "| `gr_warmup` |  | zero |" in card
+
+
+def test_pipeline_without_torchvision(finished):
+    folder, _ = finished
+    assert importlib.util.find_spec("torchvision") is None
+    classify = pipeline("image-classification", model=str(folder))
+    assert classify(PILImage.new("L", (20, 20)))[0]["label"] in set("0123456789")
+
+
+def test_resume_is_bit_identical(finished, tmp_path):
+    folder, _ = finished
+    launch("--output_dir", tmp_path, "--num_train_epochs", 2, "--resume_from_checkpoint", folder / "checkpoint-23")
+    assert (tmp_path / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+
+
+def test_recipe_in_json_flags_overrule_it_and_two_processes(tmp_path):
+    recipe = {
+        "output_dir": str(tmp_path / "out"),
+        "dataset_name": "digits",
+        "model": "vit-micro",
+        "max_train_samples": 64,
+        "max_eval_samples": 41,
+        "max_steps": 100,
+        "per_device_train_batch_size": 8,
+        "gr_warmup": "lambda",
+        "gr_warmup_steps": 2,
+        "crop_padding": 1,
+        "logging_steps": 1,
+        "report_to": "none",
+        "ddp_backend": "gloo",
+        "use_cpu": True,
+    }
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe))
+    printed = launch(tmp_path / "recipe.json", "--max_steps", 3, processes=2)
+    # 41 images over two processes: one of them is padded, and must not be counted twice.
+    assert "on 41 images" in printed
+    state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
+    degrees = [e["gr_lambda"] for e in state["log_history"] if "gr_lambda" in e]
+    assert degrees == pytest.approx([0.05, 0.1, 0.1])
+    assert "2 processes, each on CPU" in (tmp_path / "out" / "README.md").read_text()
+    accuracy = json.loads((tmp_path / "out" / "eval_results.json").read_text())["eval_accuracy"]
+    assert round(accuracy * 41, 6) == round(accuracy * 41)
+
+
+def test_fine_tuning_a_checkpoint_with_another_number_of_classes(finished, main, tmp_path):
+    folder, _ = finished
+    pixels = np.random.default_rng(0).integers(0, 255, (12, 8, 8), dtype=np.uint8)
+    names = ["odd", "even", "zero"]
+    from datasets import ClassLabel
+
+    data = Dataset.from_dict(
+        {"picture": list(pixels), "parity": [i % 3 for i in range(12)]},
+        features=Features({"picture": Image(), "parity": ClassLabel(names=names)}),
+    )
+    data.to_parquet(tmp_path / "data.parquet")
+    main(
+        f"--dataset_name {tmp_path}/data.parquet --model_name_or_path {folder} --output_dir {tmp_path}/out "
+        "--max_steps 2 --random_flip False --crop_padding 0 --eval_fraction 0.25 --report_to none --use_cpu "
+        "--gr_warmup none".split()
+    )
+    model = AutoModelForImageClassification.from_pretrained(tmp_path / "out")
+    assert list(model.config.id2label.values()) == names and model.classifier.weight.shape[0] == 3
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "trained from a local checkpoint on data.parquet (9 training examples)" in card
+
+
+def parquet(folder, features, columns):
+    dataset = Dataset.from_dict(columns, features=Features(features))
+    DatasetDict(train=dataset, test=dataset)["train"].to_parquet(folder / "data.parquet")
+    return str(folder / "data.parquet")
+
+
+def no_image(folder):
+    return ["--dataset_name", parquet(folder, {"text": Value("string")}, {"text": ["a", "b"]})]
+
+
+def string_labels(folder):
+    pixels = [np.zeros((8, 8), np.uint8)] * 2
+    features = {"image": Image(), "label": Value("string")}
+    return ["--dataset_name", parquet(folder, features, {"image": pixels, "label": ["cat", "dog"]})]
+
+
+def unwritable(folder):
+    (folder / "file").write_text("")
+    return ["--output_dir", str(folder / "file" / "out")]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--gr_r", "0"], "gr_r=0.0: the radius must be > 0"),
+        (["--gr_lambda", "-1"], "gr_lambda=-1.0: the degree must be >= 0"),
+        (
+            ["--gr_warmup_steps", "100", "--max_steps", "50"],
+            "gr_warmup_steps=100.0 is 100 steps, as long as the whole run",
+        ),
+        (["--dataset_name", "/no/such/data"], "dataset_name='/no/such/data' could not be loaded"),
+        (no_image, "The data set has no image column; its columns are text (string)"),
+        (string_labels, "The data set has no class label column; its columns are image (Image), label (string)"),
+        (
+            lambda f: [*string_labels(f), "--label_column_name", "label"],
+            "label_column_name='label' holds string, not cla",
+        ),
+        (unwritable, "cannot be written to"),
+        (
+            ["--resume_from_checkpoint", "/no/such/checkpoint"],
+            "resume_from_checkpoint=/no/such/checkpoint: there is no s",
+        ),
+        (["--model_name_or_path", "x", "--dropout", "0.2"], "dropout=0.2 has no effect with model_name_or_path='x'"),
+        (lambda f: [recipe_with_a_typo(f)], "unknown argument gr_radius; see --help"),
+    ],
+)
+def test_mistakes_are_named(arguments, message, main, tmp_path):
+    arguments = arguments(tmp_path) if callable(arguments) else arguments
+    if "--output_dir" not in arguments and not arguments[0].endswith(".yaml"):
+        arguments = [*arguments, "--output_dir", str(tmp_path / "out")]
+    with pytest.raises(ValueError) as error:
+        main([*arguments, "--use_cpu"])
+    assert message in str(error.value)
+
+
+def recipe_with_a_typo(folder):
+    (folder / "recipe.yaml").write_text("gr_radius: 0.1\n")
+    return str(folder / "recipe.yaml")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--gr_warmup", "foo"], "argument --gr_warmup/--gr-warmup: invalid choice: 'foo' (choose from"),
+        (["--optim", "nosuch"], "argument --optim: invalid choice: 'nosuch' (choose from"),
+        (["--model", "vit-xl"], "argument --model: invalid choice: 'vit-xl' (choose from"),
+    ],
+)
+def test_wrong_choices_are_named(arguments, message, main, capsys):
+    with pytest.raises(SystemExit):
+        main(arguments)
+    assert message in capsys.readouterr().err
+
+
+def test_recipes_parse(main):
+    module = sys.modules["train_vit"]
+    for recipe in (ROOT / "scripts" / "recipes").glob("vit_*.yaml"):
+        model, data, args = module.parse_args([str(recipe), "--use_cpu", "--report_to", "none"])
+        assert args.gr_warmup == "zero" and model.model.startswith("vit-") and data.dataset_name
+    assert torch.get_default_dtype() == torch.float32
