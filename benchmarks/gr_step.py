@@ -1,4 +1,4 @@
-"""What a GR step costs: time against a plain step and a hand-written SAM loop, bookkeeping against SAM optimizers, memory.
+"""What a GR step costs: against a plain step, a SAM loop written by hand, and SAM optimizers; time and memory.
 
     pip install -c constraints.txt -e ".[bench]" && python benchmarks/gr_step.py --threads 1 2
 

@@ -4,13 +4,12 @@ A combination is refused where the update would silently be another one than the
 that it is the same.
 """
 
-import os
-
 import torch
 from accelerate.utils import DistributedType
 from torch import nn
 from transformers import Trainer
 from transformers.training_args import OptimizerNames
+from transformers.utils import is_sagemaker_mp_enabled
 
 OFF = "or set gr_lambda=0 to train without gradient regularization"
 
@@ -26,11 +25,12 @@ def _parallelism(trainer: Trainer) -> str | None:
     accelerator = trainer.accelerator
     if trainer.is_deepspeed_enabled:
         return "DeepSpeed: its engine keeps the gradients out of `.grad`, where the perturbation is read. Use DDP"
-    if trainer.is_fsdp_enabled or trainer.is_fsdp_xla_enabled or trainer.is_distributed_loading_by_transformers:
+    # The last attribute is younger than the oldest transformers that we support.
+    if trainer.is_fsdp_enabled or getattr(trainer, "is_distributed_loading_by_transformers", False):
         return "sharded parameters (FSDP): not tested yet. Use DDP"
     if accelerator.distributed_type in (DistributedType.MEGATRON_LM, DistributedType.XLA):
         return f"{accelerator.distributed_type}: not tested. Use DDP"
-    if os.environ.get("SM_HP_MP_PARAMETERS"):
+    if is_sagemaker_mp_enabled():
         return "SageMaker model parallelism: it runs forward and backward itself. Use DDP"
     parallel = getattr(accelerator, "parallelism_config", None)
     if parallel is not None and any(getattr(parallel, f"{kind}_enabled", False) for kind in ("tp", "cp", "sp")):

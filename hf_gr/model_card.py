@@ -31,7 +31,7 @@ BOOKKEEPING = frozenset(
     logging_steps logging_first_step eval_strategy eval_steps per_device_eval_batch_size save_strategy save_steps
     save_total_limit do_train do_eval do_predict resume_from_checkpoint push_to_hub label_names remove_unused_columns
     accelerator_config ddp_backend local_rank skip_memory_metrics trackio_space_id trackio_bucket_id
-    trackio_static_space_id
+    trackio_static_space_id dataset_name model_name_or_path
     """.split()  # noqa: SIM905
 )
 PIPELINE_TAGS = {
@@ -54,70 +54,56 @@ def write_model_card(
     dataset_tags: str | list[str] | None = None,
     dataset: str | list[str] | None = None,
     dataset_args: str | list[str] | None = None,
+    script_args: Iterable[Any] = (),
 ) -> None:
     """Write `README.md` and `curves.png` into the output folder of `trainer`.
 
-    The arguments are those of `Trainer.create_model_card`; what is left out is taken from the run or not mentioned.
+    The arguments are those of `Trainer.create_model_card` and one more; what is left out is taken from the run or not
+    mentioned.
 
     Args:
         dataset: the data set's name for people; `dataset_tags`, its id on the Hub; `dataset_args`, its split.
+        script_args: dataclasses with further arguments of the run, to be listed like those of the trainer.
     """
     folder = Path(trainer.args.output_dir)
     history = trainer.state.log_history
     if any("loss" in entry for entry in history):
         plot_curves(history, folder / PICTURE)
     model_name = model_name or folder.resolve().name
-    base_model = _hub_base_model(finetuned_from, trainer.model)
     task = _listed(tasks)[0] if tasks else _pipeline_tag(trainer.model)
-    results = _final_metrics(history)
+    base_model = _hub_base_model(finetuned_from, trainer.model)
     dataset_ids, dataset_names = _listed(dataset_tags), _listed(dataset) or _listed(dataset_tags)
     split = ", ".join(_listed(dataset_args))
+    results = _final_metrics(history)
     gr_is_on = trainer.gr_args.gr_degree != 0
+    method_tags = ["gradient-regularization"] if gr_is_on else []
 
-    eval_results = None
-    if results and task and dataset_names:
-        eval_results = [
-            EvalResult(
-                task_type=task,
-                dataset_type=(dataset_ids or dataset_names)[0],
-                dataset_name=dataset_names[0],
-                dataset_split=split or None,
-                metric_type=name,
-                metric_value=value,
-            )
-            for name, value in results.items()
-        ]
-    card_data = ModelCardData(
+    metadata = ModelCardData(
         language=language,
         license=license,
         library_name="peft" if isinstance(trainer.model, PeftModel) else "transformers",
         pipeline_tag=task,
-        tags=sorted(
-            {"hf_gr", "generated_from_trainer", *(["gradient-regularization"] if gr_is_on else []), *_listed(tags)}
-        ),
+        tags=sorted({"hf_gr", "generated_from_trainer", *method_tags, *_listed(tags)}),
         datasets=dataset_ids or None,
         base_model=base_model,
         metrics=list(results) or None,
         model_name=model_name,
-        eval_results=eval_results,
-        ignore_metadata_errors=False,
+        eval_results=_eval_results(results, task, dataset_ids, dataset_names, split) or None,
     )
     card = ModelCard.from_template(
-        card_data,
+        metadata,
         template_path=str(TEMPLATE),
         model_name=model_name,
         summary=_summary(trainer, base_model, " and ".join(dataset_names)),
         results=[(name, f"{value:.4g}") for name, value in results.items()],
-        evaluated_on=_evaluated_on(trainer, dataset_names, split),
-        best_checkpoint=_best_checkpoint(trainer),
+        evaluated=_evaluated(trainer, dataset_names, split),
         picture=PICTURE if (folder / PICTURE).is_file() else None,
         gr_summary=_gr_summary(trainer),
         gr_table=_gr_table(trainer) if gr_is_on else None,
         usage=_usage(trainer, task, model_name),
         cost=_cost(trainer),
         optimizer=_optimizer(trainer),
-        args_class=type(trainer.args).__name__,
-        hyperparameters=_hyperparameters(trainer.args),
+        hyperparameters=_hyperparameters([*script_args, trainer.args]),
         versions=_versions(),
     )
     card.save(folder / "README.md")
@@ -140,17 +126,40 @@ def _pipeline_tag(model: torch.nn.Module) -> str | None:
     return next((tag for suffix, tag in PIPELINE_TAGS.items() if type(inner).__name__.endswith(suffix)), None)
 
 
+def _last(history: list[dict[str, float]], key: str) -> int:
+    """Index of the last log entry with `key`, -1 if there is none."""
+    return max((i for i, entry in enumerate(history) if key in entry), default=-1)
+
+
 def _final_metrics(history: list[dict[str, float]]) -> dict[str, float]:
     """The last evaluation in the log: name without `eval_` -> value."""
-    for entry in reversed(history):
-        metrics = {
-            key.removeprefix("eval_"): value
-            for key, value in entry.items()
-            if key.startswith("eval_") and not key.endswith(SPEED_METRICS)
-        }
-        if metrics:
-            return metrics
-    return {}
+    index = _last(history, "eval_runtime")
+    if index < 0:
+        return {}
+    return {
+        key.removeprefix("eval_"): value
+        for key, value in history[index].items()
+        if key.startswith("eval_") and not key.endswith(SPEED_METRICS)
+    }
+
+
+def _eval_results(
+    results: dict[str, float], task: str | None, dataset_ids: list[str], dataset_names: list[str], split: str
+) -> list[EvalResult]:
+    """The results as the Hub indexes them; it wants to know of which task on which data they are."""
+    if not (task and dataset_names):
+        return []
+    return [
+        EvalResult(
+            task_type=task,
+            dataset_type=(dataset_ids or dataset_names)[0],
+            dataset_name=dataset_names[0],
+            dataset_split=split or None,
+            metric_type=name,
+            metric_value=value,
+        )
+        for name, value in results.items()
+    ]
 
 
 def _summary(trainer: "GRMixin", base_model: str | None, dataset: str) -> str:
@@ -171,15 +180,16 @@ def _summary(trainer: "GRMixin", base_model: str | None, dataset: str) -> str:
     return f"`{name}` with {size}, {start}{data}{seen} {with_gr}, using the library `hf_gr`."
 
 
-def _evaluated_on(trainer: "GRMixin", dataset_names: list[str], split: str) -> str:
+def _evaluated(trainer: "GRMixin", dataset_names: list[str], split: str) -> str:
+    """On what and when the last evaluation was: after a step of training, or of the best checkpoint, loaded again."""
     data = " and ".join(dataset_names) or "the evaluation set"
     examples = getattr(trainer.eval_dataset, "__len__", lambda: None)()
-    return data + (f", split `{split}`" if split else "") + (f" ({examples:,} examples)" if examples else "")
-
-
-def _best_checkpoint(trainer: "GRMixin") -> str | None:
-    best = trainer.state.best_model_checkpoint
-    return Path(best).name if trainer.args.load_best_model_at_end and best else None
+    where = data + (f", split `{split}`" if split else "") + (f" ({examples:,} examples)" if examples else "")
+    history, best = trainer.state.log_history, trainer.state.best_model_checkpoint
+    index = _last(history, "eval_runtime")
+    if trainer.args.load_best_model_at_end and best and index > _last(history, "train_runtime"):
+        return f"{where}, with the weights of the best checkpoint ({Path(best).name})"
+    return f"{where}, after step {history[index]['step']:,} of {trainer.state.max_steps:,}" if index >= 0 else where
 
 
 def _gr_summary(trainer: "GRMixin") -> str:
@@ -237,21 +247,27 @@ def _optimizer(trainer: "GRMixin") -> str:
     return f"`{type(optimizer).__name__}` ({', '.join(f'{k}={v}' for k, v in settings.items())})"
 
 
-def _hyperparameters(args: TrainingArguments) -> list[tuple[str, Any]]:
-    """The arguments that differ from their defaults, and `ALWAYS_SHOWN`. New flags appear by themselves."""
+def _hyperparameters(arguments: Iterable[Any]) -> list[tuple[str, Any]]:
+    """What differs from its default in some dataclasses, and `ALWAYS_SHOWN`. New flags appear by themselves."""
     gr_flags = {field.name for field in dataclasses.fields(GRArguments)}  # they have a table of their own
-    values = args.to_dict()
     rows = []
-    for field in dataclasses.fields(args):
-        name = field.name
-        if name not in values or name in BOOKKEEPING or name in gr_flags or name.startswith("hub_"):
-            continue
-        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-        default = default.value if isinstance(default, Enum) else default
-        # None and an empty list are ways to say "not set" that `__post_init__` turns into each other or into False.
-        if name in ALWAYS_SHOWN or (values[name] != default and (values[name] or default)):
-            rows.append((name, values[name]))
+    for args in arguments:
+        values = args.to_dict() if isinstance(args, TrainingArguments) else dataclasses.asdict(args)
+        for field in dataclasses.fields(args):
+            name = field.name
+            if name not in values or name in BOOKKEEPING or name in gr_flags or name.startswith("hub_"):
+                continue
+            default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+            default = default.value if isinstance(default, Enum) else default
+            differs = values[name] != default and not (_is_unset(values[name]) and _is_unset(default))
+            if differs or name in ALWAYS_SHOWN:
+                rows.append((name, values[name]))
     return rows
+
+
+def _is_unset(value: Any) -> bool:
+    """None, False and empty: `TrainingArguments.__post_init__` turns one into another."""
+    return value is None or value is False or value in ("", [], {})
 
 
 def _versions() -> str:

@@ -46,6 +46,7 @@ class GRMixin:
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
+        self._default_gr_args = GRArguments()
         self.gr_second_pass = False
         self._gr_window: list[MicroBatch] = []
         self._gr_perturbation: Perturbation | None = None
@@ -57,7 +58,7 @@ class GRMixin:
     @property
     def gr_args(self) -> GRArguments:
         """The flags of gradient regularization that are in force."""
-        return self.args if isinstance(self.args, GRArguments) else GRArguments()
+        return self.args if isinstance(self.args, GRArguments) else self._default_gr_args
 
     # ---- Schedule ----
 

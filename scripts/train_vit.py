@@ -172,6 +172,7 @@ def main(argv: list[str] | None = None) -> None:
         "dataset_tags": None if is_local else name,
         "dataset_args": eval_split,
         "finetuned_from": model_args.model_name_or_path,
+        "script_args": (model_args, data_args),
     }
     if args.push_to_hub:
         trainer.push_to_hub(**card)

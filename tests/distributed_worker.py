@@ -55,9 +55,26 @@ def run(output_dir: str, **flags) -> RanksAgree:
     return recorder
 
 
+def overflow_on_one_rank(output_dir: str) -> bool:
+    """A local g1 that is not finite on one rank only. Nobody may wait forever, and no rank may miss it."""
+
+    class Overflows(GRTrainer):
+        def compute_loss(self, *args, **kwargs):
+            loss = super().compute_loss(*args, **kwargs)
+            return loss * float("inf") if dist.get_rank() == 0 else loss
+
+    settings = {"ddp_backend": "gloo", "max_steps": 2, "gr_warmup": "none", "gr_scope": "local"}
+    trainer = Overflows(
+        model=toys.llama(), args=GRConfig(**toys.arguments(output_dir, **settings)), train_dataset=toys.text()
+    )
+    trainer.train()
+    return not toys.weights(trainer.model).isfinite().any()
+
+
 if __name__ == "__main__":
     folder = sys.argv[1]
     paths = {case: run(folder, **flags).path for case, flags in CASES.items()}
+    assert overflow_on_one_rank(folder)
     if dist.get_rank() == 0:
         torch.save(paths, f"{folder}/paths.pt")
     dist.barrier()

@@ -71,6 +71,7 @@ def test_text_follows_the_run(run):
     assert "6 optimizer steps, 10 forward and backward passes over a batch of 2 examples" in card.text
     assert "`adam_beta1`" not in card.text  # a default
     assert str(folder) not in card.content  # nobody's disk
+    assert "Evaluated on random pixels, split `test` (10 examples), after step 6 of 6:" in card.text
 
 
 def test_every_number_of_the_card_is_in_the_run(run):
@@ -131,3 +132,43 @@ def test_picture(run, tmp_path):
     plot_curves(plain, tmp_path / "plain.png")
     with PILImage.open(tmp_path / "plain.png") as picture:
         assert picture.size[0] > 1000
+
+
+def test_an_evaluation_in_the_middle_is_not_passed_off_as_the_last(tmp_path):
+    trainer = GRTrainer(
+        model=toys.vit(),
+        args=GRConfig(**toys.arguments(tmp_path, eval_strategy="steps", eval_steps=4, gr_warmup="none")),
+        train_dataset=toys.images(),
+        eval_dataset=toys.images(10),
+    )
+    trainer.train()
+    trainer.state.log_history = [e for e in trainer.state.log_history if not ("eval_loss" in e and e["step"] > 4)]
+    trainer.create_model_card()
+    assert "(10 examples), after step 4 of 6:" in ModelCard.load(tmp_path / "README.md").text
+
+
+def test_best_checkpoint_is_named_only_where_it_was_evaluated(tmp_path):
+    settings = {"eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 2, "save_steps": 2}
+    trainer = trained(tmp_path, load_best_model_at_end=True, gr_warmup="none", **settings)
+    trainer.create_model_card()
+    best = trainer.state.best_model_checkpoint.split("/")[-1]
+    text = ModelCard.load(tmp_path / "README.md").text
+    assert f"with the weights of the best checkpoint ({best})" in text
+
+
+def test_arguments_of_the_script_are_listed(tmp_path):
+    from dataclasses import dataclass
+
+    @dataclass
+    class DataArguments:
+        crop_padding: int = 4
+        random_flip: bool = True
+        dataset_name: str = "x"
+        dropout: float | None = None
+        image_size: int | None = None
+
+    trainer = trained(tmp_path, gr_lambda=0, max_steps=1)
+    trainer.create_model_card(script_args=[DataArguments(random_flip=False, dataset_name="/some/folder", dropout=0.0)])
+    text = ModelCard.load(tmp_path / "README.md").text
+    assert "| `random_flip` | False |" in text and "| `dropout` | 0.0 |" in text
+    assert "crop_padding" not in text and "image_size" not in text and "/some/folder" not in text

@@ -217,3 +217,26 @@ def test_recipes_parse(main):
         model, data, args = module.parse_args([str(recipe), "--use_cpu", "--report_to", "none"])
         assert args.gr_warmup == "zero" and model.model.startswith("vit-") and data.dataset_name
     assert torch.get_default_dtype() == torch.float32
+
+
+def test_push_to_hub_uploads_the_finished_card(main, monkeypatch, tmp_path):
+    """The client is replaced; what it is asked to upload is real."""
+    uploads = []
+
+    class Client:
+        def create_repo(self, name, **kwargs):
+            return type("Url", (), {"repo_id": f"somebody/{name}"})
+
+        def upload_folder(self, repo_id, folder_path, **kwargs):
+            folder = Path(folder_path)
+            uploads.append((repo_id, {p.name for p in folder.iterdir()}, (folder / "README.md").read_text()))
+
+    monkeypatch.setattr("transformers.trainer.hf_api", Client)
+    main(
+        f"--output_dir {tmp_path}/vit --push_to_hub --hub_model_id digits --num_train_epochs 0.1 --use_cpu "
+        "--max_train_samples 128 --eval_strategy no".split()
+    )
+    repository, files, card = uploads[-1]
+    assert repository == "somebody/digits"
+    assert {"model.safetensors", "config.json", "preprocessor_config.json", "curves.png", "README.md"} <= files
+    assert 'model="somebody/digits"' in card and "| accuracy |" in card and "name: digits" in card

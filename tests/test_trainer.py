@@ -366,7 +366,10 @@ def test_tied_weights_are_perturbed_once(tmp_path):
 
 def test_activation_checkpointing_changes_nothing(tmp_path):
     plain = run(toys.llama(0.2), toys.text(), tmp_path, gr_warmup="none")
-    checkpointed = run(toys.llama(0.2), toys.text(), tmp_path, gr_warmup="none", activation_checkpointing=True)
+    # transformers before 5.20 or so calls it gradient_checkpointing.
+    flag = "activation_checkpointing" if hasattr(GRConfig, "activation_checkpointing") else "gradient_checkpointing"
+    checkpointed = run(toys.llama(0.2), toys.text(), tmp_path, gr_warmup="none", **{flag: True})
+    assert checkpointed.model.model.layers[0].gradient_checkpointing
     assert torch.equal(toys.weights(plain.model), toys.weights(checkpointed.model))
 
 
