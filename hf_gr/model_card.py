@@ -2,6 +2,7 @@
 
 import dataclasses
 import platform
+import re
 from collections.abc import Iterable
 from enum import Enum
 from importlib.metadata import version
@@ -152,7 +153,8 @@ def _eval_results(
     return [
         EvalResult(
             task_type=task,
-            dataset_type=(dataset_ids or dataset_names)[0],
+            # An id is wanted here, also of data that is not on the Hub.
+            dataset_type=dataset_ids[0] if dataset_ids else re.sub(r"\W+", "-", dataset_names[0].lower()),
             dataset_name=dataset_names[0],
             dataset_split=split or None,
             metric_type=name,

@@ -164,7 +164,7 @@ def main(argv: list[str] | None = None) -> None:
     trainer.save_metrics("eval", metrics)
     trainer.save_state()
 
-    name = "the handwritten digits of scikit-learn" if data_args.dataset_name == "digits" else data_args.dataset_name
+    name = "scikit-learn digits" if data_args.dataset_name == "digits" else data_args.dataset_name
     is_local = data_args.dataset_name == "digits" or Path(data_args.dataset_name).exists()
     card = {
         "tasks": "image-classification",

@@ -18,7 +18,20 @@ def lora():
     return get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], lora_dropout=0.1))
 
 
+class Plain(torch.nn.Module):
+    """Not a `PreTrainedModel`: `Trainer` loads it itself, and the names are checked all the same."""
+
+    def __init__(self):
+        super().__init__()
+        set_seed(0)
+        self.layers = torch.nn.Sequential(torch.nn.Linear(192, 16), torch.nn.BatchNorm1d(16), torch.nn.Linear(16, 10))
+
+    def forward(self, pixel_values, labels):
+        return {"loss": torch.nn.functional.cross_entropy(self.layers(pixel_values.flatten(1)), labels)}
+
+
 CASES = {
+    "module": (Plain, toys.images),
     "vit": (lambda: toys.vit(0.1), toys.images),
     "swin": (toys.swin, lambda: toys.images(size=16)),
     "llama": (lambda: toys.llama(0.1), toys.text),
@@ -99,6 +112,13 @@ def test_missing_weights_are_an_error(checkpoint):
 def test_unexpected_weights_are_an_error(checkpoint):
     rewrite_weights(checkpoint, lambda weights: weights.update(extra=torch.ones(1)))
     assert "none missing, 1 (extra) unexpected" in resume(checkpoint)
+
+
+def test_missing_weights_of_a_plain_module_are_an_error(tmp_path):
+    trainer("module", tmp_path, gr_warmup="none").train()
+    rewrite_weights(tmp_path / "checkpoint-6", lambda weights: weights.pop("layers.2.bias"))
+    with pytest.raises(ValueError, match=r"do not fit the model: 1 \(layers\.2\.bias\) missing"):
+        trainer("module", tmp_path, gr_warmup="none").train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "trainer_state.json", "scheduler.pt"])

@@ -70,7 +70,10 @@ def test_output_folder(finished):
     for name in ("Model", "Card", "Picture"):
         assert Path(re.search(rf"{name}\s+(\S+)", printed).group(1)).exists()
     card = (folder / "README.md").read_text()
-    assert "the handwritten digits of scikit-learn" in card and "| `gr_warmup` |  | zero |" in card
+    assert (
+        "trained from scratch on scikit-learn digits (1,437 training examples)" in card
+        and "| `gr_warmup` |  | zero |" in card
+    )
 
 
 def test_pipeline_without_torchvision(finished):
@@ -239,4 +242,9 @@ def test_push_to_hub_uploads_the_finished_card(main, monkeypatch, tmp_path):
     repository, files, card = uploads[-1]
     assert repository == "somebody/digits"
     assert {"model.safetensors", "config.json", "preprocessor_config.json", "curves.png", "README.md"} <= files
-    assert 'model="somebody/digits"' in card and "| accuracy |" in card and "name: digits" in card
+    assert (
+        'model="somebody/digits"' in card
+        and "| accuracy |" in card
+        and "name: digits" in card
+        and "type: scikit-learn-digits" in card
+    )

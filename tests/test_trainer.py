@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers import (
+    SchedulerType,
     Seq2SeqTrainer,
     Seq2SeqTrainingArguments,
     T5Config,
@@ -110,7 +111,7 @@ def test_path_equals_the_reference(name, strategy, degree, accumulation, recorde
     assert relative_error_of_path(recorder.path, expected) <= 1e-5
 
 
-@pytest.mark.parametrize("optim", ["adamw_torch", "rmsprop", "sgd", "adagrad", "adafactor"])
+@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused", "rmsprop", "sgd", "adagrad", "adafactor"])
 def test_any_optimizer_steps_with_the_regularized_gradient(optim, recorder, tmp_path):
     # In float64, since Adam divides by the size of the gradient and would magnify float32 noise.
     data, steps = toys.text(12), 3
@@ -141,6 +142,17 @@ def test_any_optimizer_steps_with_the_regularized_gradient(optim, recorder, tmp_
     assert len(trainer.state.log_history) > steps
     # RMSNorm casts to float32 inside Llama, so that is the precision here, too.
     assert relative_error_of_path(recorder.path, expected) <= 1e-4
+
+
+@pytest.mark.parametrize("scheduler", SchedulerType)
+def test_the_gr_warmup_follows_the_learning_rate_warmup_of_every_scheduler(scheduler, tmp_path):
+    kwargs = {"cosine_with_min_lr": {"min_lr": 1e-4}, "cosine_warmup_with_min_lr": {"min_lr": 1e-4},
+              "warmup_stable_decay": {"num_decay_steps": 2}}.get(scheduler.value)  # fmt: skip
+    trainer = run(toys.vit(), toys.images(), tmp_path, lr_scheduler_type=scheduler, lr_scheduler_kwargs=kwargs,
+                  warmup_steps=0.4, eval_strategy="steps", eval_steps=3,
+                  trainer_kwargs={"eval_dataset": toys.images(4)})  # fmt: skip
+    degrees = [e["gr_lambda"] for e in trainer.state.log_history if "gr_lambda" in e]
+    assert degrees == [0, 0, 0, 0.1, 0.1, 0.1]
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
@@ -373,11 +385,18 @@ def test_activation_checkpointing_changes_nothing(tmp_path):
     assert torch.equal(toys.weights(plain.model), toys.weights(checkpointed.model))
 
 
-def test_torch_compile(tmp_path):
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_torch_compile(backend, tmp_path):
     plain = run(toys.llama(), toys.text(), tmp_path, gr_warmup="none", max_steps=3)
     compiled = run(toys.llama(), toys.text(), tmp_path, gr_warmup="none", max_steps=3, torch_compile=True,
-                   torch_compile_backend="aot_eager")  # fmt: skip
-    torch.testing.assert_close(toys.weights(compiled.model), toys.weights(plain.model), rtol=1e-4, atol=1e-6)
+                   torch_compile_backend=backend)  # fmt: skip
+    # Adam divides by the size of the gradient, which magnifies the rounding of the smallest ones.
+    torch.testing.assert_close(toys.weights(compiled.model), toys.weights(plain.model), rtol=1e-3, atol=1e-4)
+    # Compiled dropout draws the same mask in both passes: at a tiny radius g2 is g1.
+    dropped = run(toys.llama(0.3), toys.text(), tmp_path, gr_warmup="none", gr_r=1e-4, max_steps=1, torch_compile=True,
+                  torch_compile_backend=backend)  # fmt: skip
+    first = dropped.state.log_history[0]
+    assert first["gr_perturbed_grad_norm"] == pytest.approx(first["gr_grad_norm"], rel=1e-3)
 
 
 def test_lora_moves_the_adapter_alone(tmp_path):
@@ -667,6 +686,23 @@ def test_refuses_what_hides_the_gradients(attribute, message, tmp_path, monkeypa
     monkeypatch.setattr(GRTrainer, "create_accelerator_and_postprocess", pretend)
     with pytest.raises(ValueError, match=message):
         create(tmp_path)
+
+
+def test_refuses_data_parallel_and_parallel_inputs(tmp_path):
+    from types import SimpleNamespace
+
+    from hf_gr.compatibility import refuse_unsupported
+
+    trainer = create(tmp_path)
+    trainer.args._n_gpu = 2
+    with pytest.raises(ValueError, match=r"nn\.DataParallel over 2 GPUs.*accelerate launch.*or set gr_lambda=0"):
+        refuse_unsupported(trainer)
+    trainer.args._n_gpu = 0
+    trainer.accelerator = SimpleNamespace(
+        distributed_type="NO", parallelism_config=SimpleNamespace(cp_enabled=True), gradient_state=None
+    )
+    with pytest.raises(ValueError, match="tensor, context or sequence parallelism"):
+        refuse_unsupported(trainer)
 
 
 @pytest.mark.parametrize("steps", [6, 10])
