@@ -174,8 +174,7 @@ def bookkeeping(name: str, model: nn.Module, rounds: int, threads: int) -> list[
 
     def ours(degree):
         perturbation = Perturbation(params)
-        perturbation.apply(0.1, gradient_norm(params))
-        scale_gradients_(params, (0.1 - degree) / degree)
+        perturbation.apply(0.1, gradient_norm(params), grad_scale=(0.1 - degree) / degree)
         perturbation.restore()
         scale_gradients_(params, degree / 0.1)
 

@@ -13,8 +13,7 @@ Autograd accumulates the second gradient onto the first, so that besides `.grad`
     loss(model).backward()                                      # .grad = g1
     perturbation = Perturbation(params)
     try:
-        perturbation.apply(r, gradient_norm(params))
-        scale_gradients_(params, (r - lambda_) / lambda_)
+        perturbation.apply(r, gradient_norm(params), grad_scale=(r - lambda_) / lambda_)
         loss(model).backward()                                  # .grad = (r/lambda - 1) g1 + g2
     finally:
         perturbation.restore()
@@ -39,11 +38,16 @@ def gradient_norm(params: Iterable[Tensor]) -> float:
 @torch.no_grad()
 def scale_gradients_(params: Iterable[Tensor], factor: float) -> None:
     """`.grad *= factor`, in place. A factor of 0 writes zeros: a gradient that is present stays present."""
-    if factor == 1:
-        return
     for p in params:
         if p.grad is not None:
-            p.grad.zero_() if factor == 0 else p.grad.mul_(factor)
+            _scale_(p.grad, factor)
+
+
+def _scale_(grad: Tensor, factor: float) -> None:
+    if factor == 0:
+        grad.zero_()
+    elif factor != 1:
+        grad.mul_(factor)
 
 
 @torch.no_grad()
@@ -71,12 +75,16 @@ class Perturbation:
         self._step_per_grad = 0.0
 
     @torch.no_grad()
-    def apply(self, radius: float, norm: float) -> None:
-        """Move the parameters by `radius` along g; `norm` is ||g|| over all parameters that share the radius."""
+    def apply(self, radius: float, norm: float, grad_scale: float = 1.0) -> None:
+        """Move the parameters by `radius` along g; `norm` is ||g|| over all parameters that share the radius.
+
+        The gradients are multiplied by `grad_scale` on the way, while each is in the processor's cache.
+        """
         self._step_per_grad = radius / (norm + NORM_EPS)
-        self._theta = [p.detach().clone() for p in self._params]
         for p in self._params:
+            self._theta.append(p.detach().clone())
             p.add_(p.grad, alpha=self._step_per_grad)
+            _scale_(p.grad, grad_scale)
 
     @torch.no_grad()
     def restore(self) -> None:

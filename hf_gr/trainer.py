@@ -180,8 +180,9 @@ class GRMixin:
             perturbation = self._gr_perturbation = Perturbation(params)
             try:
                 if has_direction:
-                    perturbation.apply(gr.r_t, norm)
-                scale_gradients_(params, ratio)
+                    perturbation.apply(gr.r_t, norm, grad_scale=ratio)
+                else:
+                    scale_gradients_(params, ratio)
                 if earlier_grads is not None:
                     add_gradients_(params, earlier_grads)
                 self._gr_replay(model)

@@ -12,8 +12,7 @@ def two_pass(params, loss_of, r, lambda_):
     loss_of().backward()
     perturbation = Perturbation(params)
     try:
-        perturbation.apply(r, gradient_norm(params))
-        scale_gradients_(params, (r - lambda_) / lambda_)
+        perturbation.apply(r, gradient_norm(params), grad_scale=(r - lambda_) / lambda_)
         loss_of().backward()
         norm = perturbation.second_gradient_norm((r - lambda_) / lambda_)
     finally:
