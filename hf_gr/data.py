@@ -16,8 +16,8 @@ DIGITS_EVAL_SIZE = 360
 def load_image_dataset(name: str, config: str | None = None) -> DatasetDict:
     """`digits`, a parquet file, a folder (of parquet files, or of images in one folder per class), or a Hub data set.
 
-    `digits` comes with scikit-learn: 1,797 scans of handwritten digits, 8 x 8 pixels in 17 shades of gray, by 43
-    people. Its split is ours: 360 test images, drawn per class with a fixed seed.
+    `digits` comes with scikit-learn: 1,797 scans of handwritten digits, 8 x 8 pixels in 17 shades of gray. Its split is
+    ours: 360 test images, drawn per class with a fixed seed.
     """
     if name == "digits":
         if config is not None:

@@ -55,7 +55,8 @@ def plot_curves(log_history: list[dict[str, float]], path: str | Path) -> None:
         if axis is not schedules and axis.get_lines():
             axis.legend(frameon=False)
     if handles:
-        schedules.legend(handles=handles, frameon=False, loc="lower left")
+        # Below the axes: the curves of a warmup and a decay leave no corner free.
+        schedules.legend(handles=handles, frameon=False, ncols=3, loc="upper right", bbox_to_anchor=(1, -0.14))
     figure.savefig(path, dpi=120)
 
 

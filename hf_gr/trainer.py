@@ -15,11 +15,11 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
+from accelerate.logging import get_logger
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import Trainer
 from transformers.trainer_utils import get_last_checkpoint
-from transformers.utils import logging
 
 from .checkpoints import check_adapter, check_checkpoint, load_weights, require_same_names
 from .compatibility import refuse_unsupported
@@ -29,7 +29,7 @@ from .gradient_regularization import Perturbation, add_gradients_, gradient_norm
 from .model_card import write_model_card
 from .replay import MicroBatch, RNGState, preserve_buffers
 
-logger = logging.get_logger(__name__)
+logger = get_logger(__name__)  # speaks once, not once per process
 
 
 class GRMixin:

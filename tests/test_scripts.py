@@ -78,7 +78,8 @@ def test_output_folder(finished):
 
 def test_pipeline_without_torchvision(finished):
     folder, _ = finished
-    assert importlib.util.find_spec("torchvision") is None
+    if importlib.util.find_spec("torchvision") is not None:
+        pytest.skip("torchvision is installed")
     classify = pipeline("image-classification", model=str(folder))
     assert classify(PILImage.new("L", (20, 20)))[0]["label"] in set("0123456789")
 

@@ -31,20 +31,22 @@ def run(model, data, output_dir, *, cls=GRTrainer, config=GRConfig, callbacks=No
     return trainer
 
 
-def sum_of_token_losses(model, batch):
+def sum_of_token_losses(model, batch, label_smoothing=0.0):
     logits = model(input_ids=torch.stack([e["input_ids"] for e in batch])).logits[:, :-1]
     labels = torch.stack([e["labels"] for e in batch])[:, 1:]
-    return F.cross_entropy(logits.reshape(-1, logits.shape[-1]), labels.reshape(-1), reduction="sum")
+    return F.cross_entropy(
+        logits.reshape(-1, logits.shape[-1]), labels.reshape(-1), reduction="sum", label_smoothing=label_smoothing
+    )
 
 
-def llama_windows(data, accumulation, steps, batch=2):
+def llama_windows(data, accumulation, steps, batch=2, label_smoothing=0.0):
     """Loss of each optimizer step: the mean over all its label tokens, however the micro-batches share them."""
     size = batch * accumulation
     windows = [data[k * size : (k + 1) * size] for k in range(steps)]
 
     def loss(window):
         count = sum(int((e["labels"][1:] != -100).sum()) for e in window)
-        return lambda model: sum_of_token_losses(model, window) / count
+        return lambda model: sum_of_token_losses(model, window, label_smoothing) / count
 
     return [loss(window) for window in windows]
 
@@ -339,7 +341,7 @@ def test_a_gradient_that_is_not_finite_is_seen_and_not_replayed(tmp_path):
 # ---- The Trainer's own options ----
 
 
-def test_label_smoothing_and_compute_loss_func_see_the_same_items_twice(tmp_path):
+def test_compute_loss_func_sees_the_same_items_in_both_passes(tmp_path):
     seen = []
 
     def loss_func(outputs, labels, num_items_in_batch=None):
@@ -352,9 +354,23 @@ def test_label_smoothing_and_compute_loss_func_see_the_same_items_twice(tmp_path
     windows = [seen[0:2], seen[2:4], seen[4:6], seen[6:8]]
     assert len(seen) == 8 and windows[0] == windows[1] and windows[2] == windows[3] and windows[0] != windows[2]
 
-    smoothed = run(toys.llama(), toys.text(), tmp_path, label_smoothing_factor=0.1, gr_warmup="none")
-    plain = run(toys.llama(), toys.text(), tmp_path, gr_warmup="none")
-    assert not torch.equal(toys.weights(smoothed.model), toys.weights(plain.model))
+
+def test_label_smoothing_equals_the_reference(recorder, tmp_path):
+    data = toys.text(12)
+    expected = reference_train(
+        toys.llama(),
+        llama_windows(data, 2, 3, label_smoothing=0.1),
+        lambda params: torch.optim.SGD(params, lr=0.1),
+        strategy="none",
+        warmup_steps=1,
+        r=0.1,
+        lambda_=0.05,
+        max_grad_norm=1e9,
+    )
+    run(toys.llama(), data, tmp_path, callbacks=[recorder], label_smoothing_factor=0.1, gr_warmup="none",
+        gr_lambda=0.05, optim="sgd", learning_rate=0.1, lr_scheduler_type="constant", max_steps=3, max_grad_norm=0.0,
+        gradient_accumulation_steps=2)  # fmt: skip
+    assert relative_error_of_path(recorder.path, expected) <= 1e-5
 
 
 def test_frozen_parameters_neither_move_nor_count(tmp_path):
@@ -362,8 +378,14 @@ def test_frozen_parameters_neither_move_nor_count(tmp_path):
     for p in model.model.embed_tokens.parameters():
         p.requires_grad_(False)
     frozen = model.model.embed_tokens.weight.detach().clone()
-    trainer = run(model, toys.text(), tmp_path, gr_warmup="none")
+    trainer = run(model, toys.text(), tmp_path, gr_warmup="none", max_steps=1)
     assert torch.equal(trainer.model.model.embed_tokens.weight, frozen)
+
+    model = toys.llama()
+    trainable = [p for name, p in model.named_parameters() if "embed_tokens" not in name]
+    g1 = torch.autograd.grad(llama_windows(toys.text(2), 1, 1)[0](model), trainable)
+    norm = torch.cat([g.reshape(-1) for g in g1]).norm().item()
+    assert trainer.state.log_history[0]["gr_grad_norm"] == pytest.approx(norm, rel=1e-5)
 
 
 def test_tied_weights_are_perturbed_once(tmp_path):
@@ -711,13 +733,20 @@ def test_refuses_a_warmup_as_long_as_the_run(steps, tmp_path):
         create(tmp_path, gr_warmup_steps=steps).train()
 
 
-def test_warns_of_a_warmup_without_steps(tmp_path, caplog):
-    caplog.set_level("WARNING")
-    import logging
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({}, "gr_warmup='zero' has no effect, because the learning-rate warmup that it follows has no steps"),
+        ({"gr_warmup_steps": 0}, "gr_warmup='zero' has no effect with gr_warmup_steps=0"),
+        ({"warmup_steps": 9}, "as long as the whole run of 6 or longer: GR would never act. Set gr_warmup_steps"),
+    ],
+)
+def test_warns_of_a_warmup_without_effect(flags, message, tmp_path, caplog):
+    create(tmp_path, **flags).train()
+    assert message in caplog.text
 
-    logging.getLogger("transformers").propagate = True
-    logging.getLogger("hf_gr").propagate = True
-    create(tmp_path, max_steps=1).train()
-    assert (
-        "gr_warmup='zero' has no effect, because the learning-rate warmup that it follows has no steps" in caplog.text
-    )
+
+def test_says_what_it_is_going_to_do(tmp_path, caplog):
+    caplog.set_level("INFO", "hf_gr")
+    create(tmp_path, warmup_steps=2, gr_lambda=0.08).train()
+    assert "r = 0.1, lambda = 0.08, warmup 'zero' over 2 of 6 steps" in caplog.text
