@@ -42,7 +42,7 @@ def plot_curves(log_history: list[dict[str, float]], path: str | Path) -> None:
     handles = schedules.get_lines()
     if any("gr_lambda" in entry for entry in log_history):
         degree = schedules.twinx()
-        _line(degree, log_history, "gr_lambda", r"$\lambda_t$", PURPLE, drawstyle="steps-mid")
+        _line(degree, log_history, "gr_lambda", r"$\lambda_t$", PURPLE, drawstyle="steps-pre")
         _line(degree, log_history, "gr_r", r"$r_t$", PURPLE, linestyle=":")
         degree.set_ylabel(r"$\lambda_t$, $r_t$")
         degree.set_ylim(bottom=0)

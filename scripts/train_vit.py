@@ -10,7 +10,7 @@ A recipe (YAML or JSON) may come first; flags overrule it. Without one, and unle
 """
 
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import yaml
@@ -92,15 +92,16 @@ class DataArguments:
 
 def parse_args(argv: list[str]) -> tuple[ModelArguments, DataArguments, GRConfig]:
     """The three sets of arguments from an optional recipe and the flags that overrule it."""
-    parser = HfArgumentParser((ModelArguments, DataArguments, GRConfig))
+    kinds = (ModelArguments, DataArguments, GRConfig)
+    parser = HfArgumentParser(kinds)
     recipe = None
     if argv and argv[0].endswith((".yaml", ".yml", ".json")):
         recipe, *argv = argv
     elif not {flag.split("=")[0].replace("-", "_") for flag in argv} & {"__dataset_name", "__model_name_or_path"}:
         recipe = DEFAULT_RECIPE
     if recipe is not None:
-        defaults = yaml.safe_load(Path(recipe).read_text(encoding="utf-8"))  # JSON is YAML, too
-        known = {action.dest for action in parser._actions}
+        defaults = yaml.safe_load(Path(recipe).read_text(encoding="utf-8")) or {}  # JSON is YAML, too
+        known = {argument.name for kind in kinds for argument in fields(kind)}
         if unknown := sorted(set(defaults) - known):
             raise ValueError(f"{recipe}: unknown argument {', '.join(unknown)}; see --help for the known ones.")
         parser.set_defaults(**defaults)
