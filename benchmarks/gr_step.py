@@ -158,13 +158,10 @@ def bookkeeping(name: str, model: nn.Module, rounds: int, threads: int) -> list[
     """Everything of a GR step but the passes, on random gradients."""
     params = list(model.parameters())
     gradients = [torch.randn_like(p) * 1e-2 for p in params]
-    for p in params:
-        p.grad = torch.empty_like(p)
 
     def fill_gradients():
-        with torch.no_grad():
-            for p, gradient in zip(params, gradients, strict=True):
-                p.grad.copy_(gradient)
+        for p, gradient in zip(params, gradients, strict=True):
+            p.grad = gradient.clone()
 
     sam = TwoPassSAM(params, 0.1)
 
@@ -175,6 +172,9 @@ def bookkeeping(name: str, model: nn.Module, rounds: int, threads: int) -> list[
     def ours(degree):
         perturbation = Perturbation(params)
         perturbation.apply(0.1, gradient_norm(params), grad_scale=(0.1 - degree) / degree)
+        for p, gradient in zip(params, gradients, strict=True):
+            if p.grad is None:  # what the second pass would leave there
+                p.grad = gradient
         perturbation.restore()
         scale_gradients_(params, degree / 0.1)
 

@@ -8,7 +8,8 @@ Regularization Be Harmful?", Zhao et al., ICML 2024)
 with both gradients on the same batch. SAM is lambda = r. The released code mixes g1 / ||g1|| instead of g1, which
 differs whenever lambda != r; this is the formula of the paper.
 
-Autograd accumulates the second gradient onto the first, so that besides `.grad` only a copy of theta is held:
+Autograd accumulates the second gradient onto the first, so that besides `.grad` only a copy of theta is held (and SAM,
+which needs no g1 after the perturbation, has `.grad` free until the second backward pass):
 
     loss(model).backward()                                      # .grad = g1
     perturbation = Perturbation(params)
@@ -38,16 +39,11 @@ def gradient_norm(params: Iterable[Tensor]) -> float:
 @torch.no_grad()
 def scale_gradients_(params: Iterable[Tensor], factor: float) -> None:
     """`.grad *= factor`, in place. A factor of 0 writes zeros: a gradient that is present stays present."""
+    if factor == 1:
+        return
     for p in params:
         if p.grad is not None:
-            _scale_(p.grad, factor)
-
-
-def _scale_(grad: Tensor, factor: float) -> None:
-    if factor == 0:
-        grad.zero_()
-    elif factor != 1:
-        grad.mul_(factor)
+            p.grad.zero_() if factor == 0 else p.grad.mul_(factor)
 
 
 @torch.no_grad()
@@ -78,19 +74,29 @@ class Perturbation:
     def apply(self, radius: float, norm: float, grad_scale: float = 1.0) -> None:
         """Move the parameters by `radius` along g; `norm` is ||g|| over all parameters that share the radius.
 
-        The gradients are multiplied by `grad_scale` on the way, while each is in the processor's cache.
+        The gradients are multiplied by `grad_scale` on the way, while each is in the processor's cache. With 0, which
+        is SAM, they are dropped: autograd then need not add to them, and their memory pays for the copy of theta.
         """
         self._step_per_grad = radius / (norm + NORM_EPS)
         for p in self._params:
             self._theta.append(p.detach().clone())
             p.add_(p.grad, alpha=self._step_per_grad)
-            _scale_(p.grad, grad_scale)
+            if grad_scale == 0:
+                p.grad = None
+            else:
+                p.grad.mul_(grad_scale)
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Write theta back, bit for bit. Harmless when nothing is perturbed; repeats what an interruption cut short."""
+        """Write theta back, bit for bit. Harmless when nothing is perturbed; repeats what an interruption cut short.
+
+        A parameter whose gradient was dropped and that the second pass did not reach gets the gradient 0: the optimizer
+        would skip one without.
+        """
         for p, theta in zip(self._params, self._theta, strict=False):
             p.copy_(theta)
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
         self._theta = []
 
     @torch.no_grad()

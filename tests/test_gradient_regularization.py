@@ -82,6 +82,18 @@ def test_parameters_without_gradient_stay():
     assert torch.equal(unused, torch.ones(3)) and not torch.equal(used, torch.ones(3))
 
 
+def test_sam_drops_the_first_gradient_and_leaves_none_missing():
+    # The second pass reaches `used` only; `unused` had a gradient in the first pass and must not be skipped.
+    used, unused = torch.ones(3, requires_grad=True), torch.ones(3, requires_grad=True)
+    used.grad, unused.grad = torch.ones(3), torch.ones(3)
+    perturbation = Perturbation([used, unused])
+    perturbation.apply(0.1, gradient_norm([used, unused]), grad_scale=0)
+    assert used.grad is None and unused.grad is None
+    (2 * used).sum().backward()
+    perturbation.restore()
+    assert torch.equal(used.grad, torch.full((3,), 2.0)) and torch.equal(unused.grad, torch.zeros(3))
+
+
 @pytest.mark.parametrize("ratio", [0.25, 9.0, 999.0])
 def test_second_norm_in_float32(ratio):
     # The stated bound: 1e-3 for ratios up to 1e3, at the size of weights and steps that training has.
