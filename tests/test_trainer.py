@@ -613,14 +613,16 @@ def word_tokenizer():
 # ---- Mixed precision ----
 
 
-def test_bf16_autocast_follows_float32(recorder, tmp_path):
-    run(toys.llama(), toys.text(), tmp_path, callbacks=[recorder], gr_warmup="none", bf16=True)
-    reference = copy.deepcopy(recorder)
-    reference.path = []
-    run(toys.llama(), toys.text(), tmp_path, callbacks=[reference], gr_warmup="none")
-    assert recorder.path[-1].dtype == torch.float32
-    # bf16 has 8 bits; the paths agree to a few percent of the way travelled (measured 2 %), and a plain one does not.
-    assert relative_error_of_path(recorder.path, reference.path) < 0.1
+def test_bf16_autocast_follows_float32(tmp_path):
+    paths = {}
+    for name, flags in {"bf16": {"bf16": True}, "float32": {}, "plain": {"gr_lambda": 0}}.items():
+        recorder = PathRecorder()
+        run(toys.llama(), toys.text(), tmp_path, callbacks=[recorder], gr_warmup="none", **flags)
+        paths[name] = recorder.path
+    assert paths["bf16"][-1].dtype == torch.float32
+    # bf16 has 8 bits. Adam turns their rounding into 7 % of the way travelled; without GR it is another way.
+    assert relative_error_of_path(paths["bf16"], paths["float32"]) < 0.1
+    assert relative_error_of_path(paths["plain"], paths["float32"]) > 0.2
 
 
 @pytest.mark.parametrize("second", [False, True])
