@@ -5,7 +5,7 @@ import sys
 import torch
 import torch.distributed as dist
 
-import conftest
+import conftest  # noqa: F401  (the environment)
 import toys
 from hf_gr import GRConfig, GRTrainer
 
@@ -23,7 +23,7 @@ STEPS = 3
 LEARNING_RATE = 0.1
 
 
-class RanksAgree(conftest.PathRecorder):
+class RanksAgree(toys.PathRecorder):
     """Fails in the step after which two processes differ in any bit."""
 
     def on_step_end(self, args, state, control, model=None, **kwargs):

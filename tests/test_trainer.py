@@ -616,7 +616,7 @@ def word_tokenizer():
 def test_bf16_autocast_follows_float32(tmp_path):
     paths = {}
     for name, flags in {"bf16": {"bf16": True}, "float32": {}, "plain": {"gr_lambda": 0}}.items():
-        recorder = PathRecorder()
+        recorder = toys.PathRecorder()
         run(toys.llama(), toys.text(), tmp_path, callbacks=[recorder], gr_warmup="none", **flags)
         paths[name] = recorder.path
     assert paths["bf16"][-1].dtype == torch.float32

@@ -7,6 +7,7 @@ from transformers import (
     PreTrainedModel,
     SwinConfig,
     SwinForImageClassification,
+    TrainerCallback,
     ViTConfig,
     ViTForImageClassification,
     set_seed,
@@ -100,3 +101,19 @@ def arguments(output_dir, **kwargs) -> dict:
 
 def weights(model: torch.nn.Module) -> torch.Tensor:
     return torch.cat([p.detach().reshape(-1) for p in model.parameters()]).clone()
+
+
+class PathRecorder(TrainerCallback):
+    """Keeps the weights, as one flat vector, before the first step and after each."""
+
+    def __init__(self):
+        self.path = []
+
+    def _record(self, model):
+        self.path.append(weights(model))
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        self._record(model)
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        self._record(model)
