@@ -72,7 +72,7 @@ def write_model_card(
         plot_curves(history, folder / PICTURE)
     model_name = model_name or folder.resolve().name
     task = _listed(tasks)[0] if tasks else _pipeline_tag(trainer.model)
-    base_model = _hub_base_model(finetuned_from, trainer.model)
+    base_model = _hub_base_model(finetuned_from)
     dataset_ids, dataset_names = _listed(dataset_tags), _listed(dataset) or _listed(dataset_tags)
     split = ", ".join(_listed(dataset_args))
     results = _final_metrics(history)
@@ -95,7 +95,7 @@ def write_model_card(
         metadata,
         template_path=str(TEMPLATE),
         model_name=model_name,
-        summary=_summary(trainer, base_model, " and ".join(dataset_names)),
+        summary=_summary(trainer, _origin(trainer.model, finetuned_from), " and ".join(dataset_names)),
         results=[(name, f"{value:.4g}") for name, value in results.items()],
         evaluated=_evaluated(trainer, dataset_names, split),
         picture=PICTURE if (folder / PICTURE).is_file() else None,
@@ -116,10 +116,21 @@ def _listed(value: str | Iterable[str] | None) -> list[str]:
     return [value] if isinstance(value, str) else list(value)
 
 
-def _hub_base_model(finetuned_from: str | None, model: torch.nn.Module) -> str | None:
-    """Where the weights came from, if that is a name on the Hub and not a folder on somebody's disk."""
-    name = finetuned_from or getattr(getattr(model, "config", None), "_name_or_path", None)
-    return name if name and not Path(name).exists() and name.count("/") <= 1 else None
+def _hub_base_model(finetuned_from: str | None) -> str | None:
+    """`finetuned_from`, if that is a name on the Hub and not a folder on somebody's disk."""
+    is_name = finetuned_from and not Path(finetuned_from).exists() and finetuned_from.count("/") <= 1
+    return finetuned_from if is_name else None
+
+
+def _origin(model: torch.nn.Module, finetuned_from: str | None) -> str:
+    """What is known of the weights before training. The name in a configuration says nothing about them: a model may
+    have been made from the configuration alone."""
+    if base_model := _hub_base_model(finetuned_from):
+        return f"fine-tuned from [{base_model}](https://huggingface.co/{base_model})"
+    if finetuned_from:
+        return "trained from a local checkpoint"
+    made_in_code = getattr(getattr(model, "config", None), "_name_or_path", None) == ""
+    return "trained from scratch" if made_in_code and not isinstance(model, PeftModel) else "trained"
 
 
 def _pipeline_tag(model: torch.nn.Module) -> str | None:
@@ -127,14 +138,14 @@ def _pipeline_tag(model: torch.nn.Module) -> str | None:
     return next((tag for suffix, tag in PIPELINE_TAGS.items() if type(inner).__name__.endswith(suffix)), None)
 
 
-def _last(history: list[dict[str, float]], key: str) -> int:
-    """Index of the last log entry with `key`, -1 if there is none."""
-    return max((i for i, entry in enumerate(history) if key in entry), default=-1)
+def _last(history: list[dict[str, float]], start: str) -> int:
+    """Index of the last log entry with a key that starts so, -1 if there is none."""
+    return max((i for i, entry in enumerate(history) if any(key.startswith(start) for key in entry)), default=-1)
 
 
 def _final_metrics(history: list[dict[str, float]]) -> dict[str, float]:
     """The last evaluation in the log: name without `eval_` -> value."""
-    index = _last(history, "eval_runtime")
+    index = _last(history, "eval_")
     if index < 0:
         return {}
     return {
@@ -164,31 +175,27 @@ def _eval_results(
     ]
 
 
-def _summary(trainer: "GRMixin", base_model: str | None, dataset: str) -> str:
+def _summary(trainer: "GRMixin", origin: str, dataset: str) -> str:
     model = trainer.model
     count = sum(p.numel() for p in model.parameters())
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     name = type(model.get_base_model() if isinstance(model, PeftModel) else model).__name__
     size = f"{count:,} parameters" if trainable == count else f"{count:,} parameters, {trainable:,} of them trained"
-    if base_model:
-        start = f"fine-tuned from [{base_model}](https://huggingface.co/{base_model})"
-    else:
-        local = getattr(getattr(model, "config", None), "_name_or_path", None)
-        start = "trained from a local checkpoint" if local else "trained from scratch"
     data = f" on {dataset}" if dataset else ""
     examples = getattr(trainer.train_dataset, "__len__", lambda: None)()
     seen = f" ({examples:,} training examples)" if examples else ""
     with_gr = "with gradient regularization" if trainer.gr_args.gr_degree != 0 else "without gradient regularization"
-    return f"`{name}` with {size}, {start}{data}{seen} {with_gr}, using the library `hf_gr`."
+    return f"`{name}` with {size}, {origin}{data}{seen} {with_gr}, using the library `hf_gr`."
 
 
 def _evaluated(trainer: "GRMixin", dataset_names: list[str], split: str) -> str:
     """On what and when the last evaluation was: after a step of training, or of the best checkpoint, loaded again."""
     data = " and ".join(dataset_names) or "the evaluation set"
-    examples = getattr(trainer.eval_dataset, "__len__", lambda: None)()
+    several = isinstance(trainer.eval_dataset, dict)
+    examples = None if several else getattr(trainer.eval_dataset, "__len__", lambda: None)()
     where = data + (f", split `{split}`" if split else "") + (f" ({examples:,} examples)" if examples else "")
     history, best = trainer.state.log_history, trainer.state.best_model_checkpoint
-    index = _last(history, "eval_runtime")
+    index = _last(history, "eval_")
     if trainer.args.load_best_model_at_end and best and index > _last(history, "train_runtime"):
         return f"{where}, with the weights of the best checkpoint ({Path(best).name})"
     return f"{where}, after step {history[index]['step']:,} of {trainer.state.max_steps:,}" if index >= 0 else where
@@ -224,18 +231,22 @@ def _usage(trainer: "GRMixin", task: str | None, model_name: str) -> str | None:
 
 
 def _cost(trainer: "GRMixin") -> str:
-    """Steps, passes and seconds. The seconds are those of the last call of `train` and leave out what came before."""
+    """Steps, passes and seconds. The clock of a resumed run has seen only the steps since."""
     steps = trainer.state.global_step
     passes = steps + trainer.gr_regularized_steps(steps)
     text = (
         f"{steps:,} optimizer steps, {passes:,} forward and backward passes over a batch of "
         f"{trainer.get_total_train_batch_size(trainer.args):,} examples"
     )
-    seconds = next((e["train_runtime"] for e in reversed(trainer.state.log_history) if "train_runtime" in e), None)
+    timed = next((e for e in reversed(trainer.state.log_history) if "train_runtime" in e), None)
+    if timed is not None:
+        since = getattr(trainer, "_initial_global_step", 0)
+        which = f"steps {since + 1:,} to {steps:,} in" if since else "in"
+        text += f", {which} {timed['train_runtime']:,.0f} seconds"
     device = trainer.args.device
     hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
     processes = f"{trainer.args.world_size} processes, each on " if trainer.args.world_size > 1 else ""
-    return f"{text}{f', in {seconds:,.0f} seconds' if seconds is not None else ''}, on {processes}{hardware}."
+    return f"{text}, on {processes}{hardware}."
 
 
 def _optimizer(trainer: "GRMixin") -> str:

@@ -84,6 +84,9 @@ class GRMixin:
             warmup_steps = self.gr_warmup_steps(num_training_steps)
             if gr.gr_warmup != "none":
                 self._check_gr_warmup_steps(warmup_steps, num_training_steps)
+            shards = self.args.world_size * (self.args.gradient_accumulation_steps if gr.gr_scope == "micro" else 1)
+            if gr.gr_scope != "global" and shards == 1:
+                logger.warning(f"gr_scope='{gr.gr_scope}' is the same as 'global' here: there is nothing to divide.")
             logger.info(
                 f"  Gradient regularization: r = {gr.gr_r}, lambda = {gr.gr_degree}, warmup '{gr.gr_warmup}' over "
                 f"{warmup_steps} of {num_training_steps} steps"

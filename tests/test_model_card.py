@@ -172,3 +172,45 @@ def test_arguments_of_the_script_are_listed(tmp_path):
     text = ModelCard.load(tmp_path / "README.md").text
     assert "| `random_flip` | False |" in text and "| `dropout` | 0.0 |" in text
     assert "crop_padding" not in text and "image_size" not in text and "/some/folder" not in text
+
+
+def test_seconds_of_a_resumed_run_are_not_passed_off_as_those_of_all_steps(tmp_path):
+    trained(tmp_path, save_strategy="steps", save_steps=4, gr_warmup="none")
+    trainer = GRTrainer(
+        model=toys.vit(), args=GRConfig(**toys.arguments(tmp_path, gr_warmup="none")), train_dataset=toys.images()
+    )
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    trainer.create_model_card()
+    assert ", steps 5 to 6 in 0 seconds, on CPU" in ModelCard.load(tmp_path / "README.md").text
+
+
+@pytest.mark.parametrize(
+    ("finetuned_from", "in_config", "origin"),
+    [
+        (None, "", "trained from scratch on"),
+        (None, "gpt2", "trained on"),  # of the model, perhaps nothing but the configuration
+        ("google/vit-base", "", "fine-tuned from [google/vit-base](https://huggingface.co/google/vit-base) on"),
+        (".", "", "trained from a local checkpoint on"),
+    ],
+)
+def test_origin_is_what_is_known(finetuned_from, in_config, origin, run, tmp_path):
+    trainer, _, folder = run
+    trainer.model.config._name_or_path = in_config
+    trainer.create_model_card(dataset="pixels", finetuned_from=finetuned_from)
+    card = ModelCard.load(folder / "README.md")
+    assert f"parameters, {origin} pixels" in card.text
+    assert card.data.base_model == (finetuned_from if finetuned_from == "google/vit-base" else None)
+
+
+def test_several_evaluation_sets(tmp_path):
+    trainer = GRTrainer(
+        model=toys.vit(),
+        args=GRConfig(**toys.arguments(tmp_path, gr_warmup="none", max_steps=1)),
+        train_dataset=toys.images(),
+        eval_dataset={"near": toys.images(4), "far": toys.images(6)},
+    )
+    trainer.train()
+    trainer.evaluate()
+    trainer.create_model_card()
+    text = ModelCard.load(tmp_path / "README.md").text
+    assert "| far_loss |" in text and "not evaluated" not in text and "(2 examples)" not in text
