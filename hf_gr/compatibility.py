@@ -1,4 +1,4 @@
-"""What gradient regularization refuses to run with, and what to use instead.
+"""What gradient regularization and IRE refuse to run with, and what to use instead.
 
 A combination is refused where the update would silently be another one than the paper's, or where nobody has tested
 that it is the same.
@@ -11,20 +11,27 @@ from transformers import Trainer
 from transformers.training_args import OptimizerNames
 from transformers.utils import is_sagemaker_mp_enabled
 
-OFF = "or set gr_lambda=0 to train without gradient regularization"
+METHODS = {
+    "gr_lambda": "Gradient regularization",
+    "ire_kappa": "IRE",
+}
 
 
-def refuse_unsupported(trainer: Trainer) -> None:
-    """Raise `ValueError` if `trainer` is set up in a way under which GR is not known to be right."""
-    for reason in (_parallelism(trainer), _optimizer(trainer), _weights(trainer.model)):
+def refuse_unsupported(trainer: Trainer, flag: str) -> None:
+    """Raise `ValueError` if `trainer` is set up in a way under which a method is not known to be right.
+
+    `flag` names the method: it is the one that turns it off at 0.
+    """
+    for reason in (_parallelism(trainer), _optimizer(trainer, flag), _weights(trainer.model)):
         if reason is not None:
-            raise ValueError(f"Gradient regularization cannot be used with {reason}, {OFF}.")
+            method = METHODS[flag]
+            raise ValueError(f"{method} cannot be used with {reason}, or set {flag}=0 to train without {method}.")
 
 
 def _parallelism(trainer: Trainer) -> str | None:
     accelerator = trainer.accelerator
     if trainer.is_deepspeed_enabled:
-        return "DeepSpeed: its engine keeps the gradients out of `.grad`, where the perturbation is read. Use DDP"
+        return "DeepSpeed: its engine keeps the gradients out of `.grad`, where they are read. Use DDP"
     # The last attribute is younger than the oldest transformers that we support.
     if trainer.is_fsdp_enabled or getattr(trainer, "is_distributed_loading_by_transformers", False):
         return "sharded parameters (FSDP): not tested yet. Use DDP"
@@ -43,8 +50,10 @@ def _parallelism(trainer: Trainer) -> str | None:
     return None
 
 
-def _optimizer(trainer: Trainer) -> str | None:
+def _optimizer(trainer: Trainer, flag: str) -> str | None:
     name = OptimizerNames(trainer.args.optim).value
+    if flag == "ire_kappa" and name.startswith("schedule_free"):
+        return f"optim={name}: it keeps an average of the weights that IRE does not know of. Use another optimizer"
     if name in ("lomo", "adalomo") or name.endswith("_layerwise"):
         return f"optim={name}: it updates the weights during the backward pass. Use another optimizer"
     return None
@@ -54,7 +63,7 @@ def _weights(model: nn.Module) -> str | None:
     for name, p in model.named_parameters():
         if p.requires_grad and p.dtype in (torch.float16, torch.bfloat16):
             return (
-                f"trainable weights in {str(p.dtype).removeprefix('torch.')} ({name}): a perturbation this small is "
+                f"trainable weights in {str(p.dtype).removeprefix('torch.')} ({name}): steps this small are "
                 "lost in their rounding. Load the model with dtype=torch.float32 and use --bf16 or --fp16, which keep "
                 "the weights in float32"
             )

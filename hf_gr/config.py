@@ -8,13 +8,164 @@ from dataclasses import dataclass, field
 from transformers import TrainingArguments
 
 from .gr_warmup import GR_WARMUPS, GRStrength, gr_strength
+from .ire import IRE_PRESETS, KAPPA_SCHEDULES, MASKS, SCOPES, check_ire_arguments
 
 GR_SCOPES = ("global", "local", "micro")
 
 
 @dataclass
-class GRArguments:
-    """The flags of gradient regularization, to be put in front of any `TrainingArguments`:
+class IREArguments:
+    """The flags of IRE; see `hf_gr.ire`."""
+
+    ire_kappa: float = field(
+        default=0.0,
+        metadata={
+            "help": "kappa: the optimizer takes (1 + kappa) times its step on flat coordinates. 0 turns IRE off. With "
+            "AdamW as the optimizer this is AdmIRE, with SGD SGD-IRE, with gr_lambda SAM-IRE or GR-IRE."
+        },
+    )
+    ire_gamma: float = field(
+        default=0.6,
+        metadata={"help": "gamma: the fraction of all coordinates called flat, in (0, 1]; the paper has (0.5, 1)."},
+    )
+    ire_interval: int = field(
+        default=10, metadata={"help": "K: optimizer steps from one choice of the flat coordinates to the next."}
+    )
+    ire_start_step: float | None = field(
+        default=None,
+        metadata={
+            "help": "The first step of IRE; below 1 it is a fraction of all steps. None means the end of the "
+            "learning-rate warmup (warmup_steps)."
+        },
+    )
+    ire_probe_fraction: float = field(
+        default=1.0,
+        metadata={
+            "help": "Share of the step's samples used to choose the flat coordinates, in (0, 1]. 1 costs another "
+            "forward and backward pass every ire_interval steps; less costs less."
+        },
+    )
+    ire_preset: str | None = field(
+        default=None,
+        metadata={
+            "help": "Published settings of ire_kappa, ire_gamma and ire_start_step. Where one of these three is given "
+            "and is not its default, it wins.",
+            "choices": list(IRE_PRESETS),
+        },
+    )
+    ire_mask: str = field(
+        default="flat",
+        metadata={
+            "help": "Which coordinates are amplified: the flat ones, or, as a control that shows whether the choice "
+            "matters, all others (inverted), the same share at random (random), or all (uniform).",
+            "choices": list(MASKS),
+        },
+    )
+    ire_kappa_schedule: str = field(
+        default="constant",
+        metadata={
+            "help": "constant, or lr: kappa in proportion to the learning rate.",
+            "choices": list(KAPPA_SCHEDULES),
+        },
+    )
+    ire_scope: str = field(
+        default="global",
+        metadata={
+            "help": "Where the fraction gamma is taken: global, of all parameters together (the paper), or per_tensor.",
+            "choices": list(SCOPES),
+        },
+    )
+    ire_exclude: list[str] | None = field(
+        default=None,
+        metadata={"help": "Parameters with one of these words in their names are never amplified: embed norm bias."},
+    )
+    ire_beta: float = field(
+        default=0.0,
+        metadata={"help": "Moving average of the estimate over its updates, in [0, 1); 0 uses the last one alone."},
+    )
+    ire_amplify_weight_decay: bool = field(
+        default=True,
+        metadata={"help": "Amplify decoupled weight decay with the rest of the step, as the released code does."},
+    )
+    ire_guard: float = field(
+        default=3.0,
+        metadata={
+            "help": "If the loss climbs above so many times its running mean, and above what it was when IRE started, "
+            "or is not finite, kappa is halved. 0 turns this off."
+        },
+    )
+
+    def __post_init__(self):
+        if self.ire_preset is not None:
+            self._apply_ire_preset()
+        self.check_ire_arguments()
+        # The other half of the class is a TrainingArguments, except where these flags stand alone.
+        if hasattr(super(), "__post_init__"):
+            super().__post_init__()
+
+    def _apply_ire_preset(self) -> None:
+        if self.ire_preset not in IRE_PRESETS:
+            raise ValueError(f"ire_preset={self.ire_preset!r}: choose one of {', '.join(IRE_PRESETS)}.")
+        preset = IRE_PRESETS[self.ire_preset]
+        for flag, key in (("ire_kappa", "kappa"), ("ire_gamma", "gamma"), ("ire_start_step", "start")):
+            if key in preset and getattr(self, flag) == IREArguments.__dataclass_fields__[flag].default:
+                setattr(self, flag, preset[key])
+
+    def check_ire_arguments(self) -> None:
+        """Raise `ValueError` for a flag out of its range. Called again as training starts: a sweep sets attributes."""
+        check_ire_arguments(
+            self.ire_kappa,
+            self.ire_gamma,
+            self.ire_scope,
+            self.ire_beta,
+            self.ire_mask,
+            self.ire_kappa_schedule,
+            prefix="ire_",
+        )
+        if self.ire_interval != int(self.ire_interval) or self.ire_interval < 1:
+            raise ValueError(f"ire_interval={self.ire_interval}: must be a whole number of steps, at least 1.")
+        if not 0 < self.ire_probe_fraction <= 1:
+            raise ValueError(f"ire_probe_fraction={self.ire_probe_fraction}: must be in (0, 1].")
+        if self.ire_guard != 0 and not self.ire_guard > 1:
+            raise ValueError(
+                f"ire_guard={self.ire_guard}: must be more than 1, how many times its mean the loss may be, or 0 (off)."
+            )
+        if self.ire_start_step is not None:
+            _check_steps("ire_start_step", self.ire_start_step)
+
+    def get_ire_start_step(self, lr_warmup_steps: int, num_training_steps: int) -> int:
+        """How many steps precede the first one of IRE."""
+        return _as_steps(self.ire_start_step, lr_warmup_steps, num_training_steps)
+
+    def ire_flags_without_effect(self) -> list[str]:
+        """The flags of IRE that were set and that nothing will come of."""
+        if self.ire_kappa == 0:
+            idle = {name for name in IREArguments.__dataclass_fields__ if name != "ire_kappa"}
+        elif self.ire_mask == "uniform":
+            idle = {"ire_gamma", "ire_probe_fraction", "ire_beta", "ire_scope"}
+        elif self.ire_mask == "random":
+            idle = {"ire_probe_fraction", "ire_beta", "ire_scope"}
+        else:
+            idle = set()
+        fields = IREArguments.__dataclass_fields__
+        return [name for name in fields if name in idle and getattr(self, name) != fields[name].default]
+
+
+def _check_steps(flag: str, steps: float) -> None:
+    if not (math.isfinite(steps) and steps >= 0) or (steps >= 1 and steps != int(steps)):
+        raise ValueError(f"{flag}={steps}: give a whole number of steps, or a fraction of all steps below 1.")
+
+
+def _as_steps(value: float | None, default: int, num_training_steps: int) -> int:
+    """A number of steps, or a fraction of all, rounded up as `TrainingArguments.get_warmup_steps` does."""
+    if value is None:
+        return default
+    return math.ceil(value * num_training_steps) if value < 1 else int(value)
+
+
+@dataclass
+class GRArguments(IREArguments):
+    """The flags of gradient regularization and of IRE, to be put in front of any `TrainingArguments`:
 
     ```python
     @dataclass
@@ -73,9 +224,7 @@ class GRArguments:
 
     def __post_init__(self):
         self.check_gr_arguments()
-        # The other half of the class is a TrainingArguments, except where these flags stand alone.
-        if hasattr(super(), "__post_init__"):
-            super().__post_init__()
+        super().__post_init__()
 
     def check_gr_arguments(self) -> None:
         """Raise `ValueError` for a flag out of its range. Called again as training starts: a sweep sets attributes."""
@@ -92,15 +241,11 @@ class GRArguments:
         if self.gr_interval != int(self.gr_interval) or self.gr_interval < 1:
             raise ValueError(f"gr_interval={self.gr_interval}: must be a whole number of steps, at least 1.")
         if self.gr_warmup_steps is not None:
-            steps = self.gr_warmup_steps
-            if not (math.isfinite(steps) and steps >= 0) or (steps >= 1 and steps != int(steps)):
+            _check_steps("gr_warmup_steps", self.gr_warmup_steps)
+            if self.gr_warmup == "none" and self.gr_warmup_steps > 0:
                 raise ValueError(
-                    f"gr_warmup_steps={steps}: give a whole number of steps, or a fraction of all steps below 1."
-                )
-            if self.gr_warmup == "none" and steps > 0:
-                raise ValueError(
-                    f"gr_warmup_steps={steps} has no effect with gr_warmup='none': leave it out, or choose a warmup "
-                    "(r, lambda, zero)."
+                    f"gr_warmup_steps={self.gr_warmup_steps} has no effect with gr_warmup='none': leave it out, or "
+                    "choose a warmup (r, lambda, zero)."
                 )
 
     @property
@@ -109,12 +254,8 @@ class GRArguments:
         return self.gr_r if self.gr_lambda is None else self.gr_lambda
 
     def get_gr_warmup_steps(self, lr_warmup_steps: int, num_training_steps: int) -> int:
-        """T_w in optimizer steps, rounded up as `TrainingArguments.get_warmup_steps` does."""
-        if self.gr_warmup_steps is None:
-            return lr_warmup_steps
-        if self.gr_warmup_steps < 1:
-            return math.ceil(self.gr_warmup_steps * num_training_steps)
-        return int(self.gr_warmup_steps)
+        """T_w in optimizer steps."""
+        return _as_steps(self.gr_warmup_steps, lr_warmup_steps, num_training_steps)
 
     def gr_strength(self, step: int, warmup_steps: int) -> GRStrength:
         """(lambda_t, r_t) for the optimizer step after `step` completed ones."""

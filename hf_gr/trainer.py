@@ -26,14 +26,15 @@ from .compatibility import refuse_unsupported
 from .config import GRArguments
 from .gr_warmup import GRStrength
 from .gradient_regularization import Perturbation, add_gradients_, gradient_norm, scale_gradients_
+from .ire_training import IREMixin
 from .model_card import write_model_card
 from .replay import MicroBatch, RNGState, preserve_buffers
 
 logger = get_logger(__name__)  # speaks once, not once per process
 
 
-class GRMixin:
-    """Gradient regularization for any `Trainer`: `class MyTrainer(GRMixin, Seq2SeqTrainer)`.
+class GRMixin(IREMixin):
+    """Gradient regularization and IRE for any `Trainer`: `class MyTrainer(GRMixin, Seq2SeqTrainer)`.
 
     Its flags are those of `GRArguments`, read from `args`; if `args` has none (a plain `TrainingArguments`), their
     defaults apply. What `compute_loss` does runs twice per micro-batch; `gr_second_pass` tells it when.
@@ -45,19 +46,19 @@ class GRMixin:
     """
 
     def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
         self._default_gr_args = GRArguments()
+        super().__init__(*args, **kwargs)
         self.gr_second_pass = False
         self._gr_window: list[MicroBatch] = []
         self._gr_perturbation: Perturbation | None = None
         self._gr_norms: list[float] = []
         self._gr_logs: dict[str, float] = {}
         if self.gr_args.gr_degree != 0:
-            refuse_unsupported(self)
+            refuse_unsupported(self, "gr_lambda")
 
     @property
     def gr_args(self) -> GRArguments:
-        """The flags of gradient regularization that are in force."""
+        """The flags that are in force."""
         return self.args if isinstance(self.args, GRArguments) else self._default_gr_args
 
     # ---- Schedule ----

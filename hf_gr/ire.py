@@ -1,0 +1,631 @@
+"""IRE, the implicit regularization enhancement: longer steps along the flat coordinates, on plain tensors.
+
+IRE wraps an optimizer that is already built. Of the step that this one takes it lengthens what lies along the
+coordinates on which the loss is flat ("Improving Generalization and Convergence by Enhancing Implicit Regularization",
+Wang et al., NeurIPS 2024, Algorithm 1):
+
+    theta_new = theta_old + (1 + kappa n) (theta_base - theta_old),    n in {0, 1}^N elementwise,
+
+where theta_base is where the base optimizer goes, and n_i = 1 for the fraction gamma of all coordinates with the
+smallest h_i, a diagonal estimate of the Hessian: the squared gradient of the loss with labels drawn from the model's
+own distribution. With AdamW as the base this is AdmIRE. kappa = 0 is the base optimizer, bit for bit.
+
+    optimizer = IRE(torch.optim.AdamW(model.parameters(), lr=3e-4, fused=True), kappa=4.0, gamma=0.6)
+    for step, (inputs, labels) in enumerate(data):
+        if step % 10 == 0:
+            loss(model(inputs), sampled_labels).backward()
+            optimizer.update_mask()
+            optimizer.zero_grad()
+        loss(model(inputs), labels).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+Like the released code, and unlike the paper's box, IRE scales the step that was really taken: momentum and decoupled
+weight decay are part of it (`amplify_weight_decay=False` takes the decay out), and a gradient is clipped before. Unlike
+the released code it never replaces the storage of a parameter, leaves `.grad` as it is, and saves its masks.
+"""
+
+import math
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.optim import AdamW, Optimizer
+from torch.optim.adamw import adamw
+
+#: Which coordinates are amplified. The last three are controls, with which to check that the choice matters.
+MASKS = ("flat", "inverted", "random", "uniform")
+#: Those that are chosen by a gradient.
+ESTIMATED_MASKS = ("flat", "inverted")
+SCOPES = ("global", "per_tensor")
+KAPPA_SCHEDULES = ("constant", "lr")
+
+#: Settings that were published (paper, Tables 1, 3 and 4, and the authors' replies to the reviewers). `start` is the
+#: first step of IRE as a fraction of the run; without it IRE starts at the end of the learning-rate warmup.
+IRE_PRESETS: dict[str, dict[str, float]] = {
+    "llama": {"kappa": 4.0, "gamma": 0.6},
+    "vit_imagenet": {"kappa": 2.0, "gamma": 0.8, "start": 1 / 3},
+    "vit_cifar": {"kappa": 20.0, "gamma": 0.6},
+    "cnn": {"kappa": 1.0, "gamma": 0.9},
+}
+
+#: Elements that are worked on at a time, so that they stay in the processor's cache, or that fill a GPU.
+CPU_BLOCK, GPU_BLOCK = 2**17, 2**24
+#: Size of the sample that narrows the search for the threshold down.
+SAMPLE = 2**16
+
+
+class IRE(Optimizer):
+    """Wrap a built optimizer so that it takes (1 + kappa) times its step on the flat coordinates.
+
+    `param_groups`, `state` and `defaults` are the base optimizer's own objects, so that learning-rate schedulers and
+    whatever else edits them reach it. The masks, 1 byte per trainable parameter, are kept apart, under "ire" in
+    `state_dict()`. Until the first `update_mask()` a step is that of the base optimizer.
+
+    Args:
+        base_optimizer: any optimizer that updates in `step()`. A fused AdamW on a CPU is updated and amplified block by
+            block; any other is stepped as it is, with a copy of the amplified parameters during the step.
+        kappa: how much is added on flat coordinates; >= 0. 0 is the base optimizer.
+        gamma: fraction of the coordinates called flat, in (0, 1]; the paper has (0.5, 1).
+        scope: "global" takes the floor(gamma N) smallest values of all N coordinates together (the paper), "per_tensor"
+            the floor(gamma n) smallest of each tensor.
+        exclude: parameters never to be amplified. They do not count in N.
+        amplify_weight_decay: False leaves decoupled weight decay as it is. Refused where decay is part of the gradient.
+        beta: of the moving average h <- beta h + (1 - beta) g^2 over the mask updates, with bias correction; in [0, 1).
+            0, as published, keeps no average and no buffer.
+        mask: one of `MASKS`. "inverted" is what "flat" is not, "random" has each coordinate with probability gamma and
+            "uniform" has all: (1 + kappa) times the base optimizer's step.
+        kappa_schedule: "constant", or "lr" for kappa_t = kappa lr_t / initial_lr of each group, where `initial_lr` is
+            what a learning-rate scheduler has written there (the released code's `prog_decay`).
+        seed: of the random masks.
+
+    Attributes:
+        active: set it to False for the steps in which IRE is not to act yet.
+        kappa_scale: factor of kappa, halved by `observe_loss`.
+        flat_counts: how many coordinates of each parameter are amplified.
+        mask_overlap: |A and B| / |A or B| of the last two masks (Jaccard index), None before the second.
+
+    Raises:
+        ValueError: an argument is out of its range.
+    """
+
+    def __init__(
+        self,
+        base_optimizer: Optimizer,
+        kappa: float = 2.0,
+        gamma: float = 0.6,
+        scope: str = "global",
+        exclude: Iterable[Tensor] = (),
+        amplify_weight_decay: bool = True,
+        beta: float = 0.0,
+        *,
+        mask: str = "flat",
+        kappa_schedule: str = "constant",
+        seed: int = 0,
+    ):
+        check_ire_arguments(kappa, gamma, scope, beta, mask, kappa_schedule)
+        if isinstance(base_optimizer, IRE):
+            raise ValueError("IRE around IRE amplifies twice. Give the base optimizer, and one kappa.")
+        if gamma < 0.5 and mask == "flat":
+            warnings.warn(f"gamma={gamma}: the paper calls more than half of the coordinates flat.", stacklevel=2)
+        if not amplify_weight_decay:
+            _require_decoupled_decay(base_optimizer)
+        super().__init__(base_optimizer.param_groups, base_optimizer.defaults)  # for the hooks
+        self.base_optimizer = base_optimizer
+        self._share()
+        # Loading gives the base new lists.
+        base_optimizer.register_load_state_dict_post_hook(self._share)
+        self.kappa, self.gamma, self.scope = kappa, gamma, scope
+        self.amplify_weight_decay, self.beta, self.mask = amplify_weight_decay, beta, mask
+        self.kappa_schedule, self.seed = kappa_schedule, seed
+        self.active = True
+        self.kappa_scale = 1.0
+        self.flat_counts: dict[Tensor, int] = {}
+        self.mask_overlap: float | None = None
+        self._excluded = set(exclude)
+        self._masks: dict[Tensor, Tensor] = {}
+        self._averages: dict[Tensor, Tensor] = {}
+        self._steps = self._updates = 0
+        self._loss_monitor = _LossMonitor()
+
+    def _share(self, *_: Any) -> None:
+        self.param_groups = self.base_optimizer.param_groups
+        self.state = self.base_optimizer.state
+        self.defaults = self.base_optimizer.defaults
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__.copy()
+
+    # ---- The step ----
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """One step of the base optimizer, amplified. Returns what the base optimizer returns."""
+        self._steps += 1
+        if not self.active or self.kappa == 0 or not self._masks:
+            if self.active and self.kappa != 0 and self._steps == 1:
+                warnings.warn(
+                    "IRE has no mask yet and steps as its base optimizer. Call update_mask() with the gradient of "
+                    "sampled labels in .grad; until IRE is to start, set active = False.",
+                    stacklevel=2,
+                )
+            return self.base_optimizer.step(closure)
+        with torch.no_grad():
+            if closure is None and _is_blockwise(self.base_optimizer):
+                self._step_fused_adamw()
+                return None
+            return self._step_any(closure)
+
+    def _step_any(self, closure: Callable[[], float] | None) -> float | None:
+        """Copy, let the base optimizer step, amplify the difference."""
+        amplified = [
+            (p, p.detach().clone(), self._masks[p], self._kappa_of(group), self._decay_of(group))
+            for group in self.param_groups
+            for p in group["params"]
+            # A closure computes the gradients later.
+            if p in self._masks and (p.grad is not None or closure is not None)
+        ]
+        result = self.base_optimizer.step(closure)
+        while amplified:  # each copy is freed as soon as it has been used
+            _amplify_(*amplified.pop())
+        return result
+
+    def _step_fused_adamw(self) -> None:
+        """The same for a fused AdamW: each block is updated and amplified while it is in the processor's cache."""
+        for group in self.param_groups:
+            kappa, decay = self._kappa_of(group), self._decay_of(group)
+            beta1, beta2 = group["betas"]
+            for block in self._adamw_blocks(group):
+                params, grads, exp_avgs, exp_avg_sqs, steps, masks = (
+                    list(column) for column in zip(*block, strict=True)
+                )
+                old = [p.clone() for p in params]
+                adamw(
+                    params,
+                    grads,
+                    exp_avgs,
+                    exp_avg_sqs,
+                    [],
+                    steps,
+                    fused=True,
+                    amsgrad=False,
+                    beta1=beta1,
+                    beta2=beta2,
+                    lr=group["lr"],
+                    weight_decay=group["weight_decay"],
+                    eps=group["eps"],
+                    maximize=group["maximize"],
+                )
+                for p, before, mask in zip(params, old, masks, strict=True):
+                    if mask is not None:
+                        _amplify_(p, before, mask, kappa, decay)
+
+    def _adamw_blocks(self, group: dict[str, Any]) -> Iterator[list[tuple[Tensor | None, ...]]]:
+        """(p, g, m, v, step, mask) of whole small tensors and parts of large ones, some `CPU_BLOCK` elements in all."""
+        block: list[tuple[Tensor | None, ...]] = []
+        size = 0
+        for p in group["params"]:
+            if p.grad is None:
+                continue
+            state, mask = self.state[p], self._masks.get(p)
+            tensors = (p.detach(), p.grad, state["exp_avg"], state["exp_avg_sq"])
+            if p.numel() > CPU_BLOCK and all(t.is_contiguous() for t in tensors):
+                parts = [t.view(-1).split(CPU_BLOCK) for t in tensors]
+                masks = [None] * len(parts[0]) if mask is None else mask.view(-1).split(CPU_BLOCK)
+                step = state["step"].clone()
+                # The kernel counts the step, once per part.
+                yield from ([(*part, step.clone(), m)] for *part, m in zip(*parts, masks, strict=True))
+                state["step"] += 1
+                continue
+            block.append((*tensors, state["step"], mask))
+            size += p.numel()
+            if size >= CPU_BLOCK:
+                yield block
+                block, size = [], 0
+        if block:
+            yield block
+
+    def _kappa_of(self, group: dict[str, Any]) -> float:
+        kappa = self.kappa * self.kappa_scale
+        if self.kappa_schedule == "lr":
+            peak = float(group.get("initial_lr", group["lr"]))
+            kappa *= float(group["lr"]) / peak if peak > 0 else 0.0
+        return kappa
+
+    def _decay_of(self, group: dict[str, Any]) -> float:
+        """lr * weight_decay, where that part of the step is to be left alone."""
+        return 0.0 if self.amplify_weight_decay else float(group["lr"]) * group["weight_decay"]
+
+    @property
+    def kappa_in_force(self) -> float:
+        """kappa_t of the next step, of the first parameter group; 0 while IRE does not act."""
+        return self._kappa_of(self.param_groups[0]) if self.active and self._masks else 0.0
+
+    # ---- The mask ----
+
+    @property
+    def needs_estimate(self) -> bool:
+        """Whether `update_mask` reads `.grad`; two of the controls do not."""
+        return self.mask in ESTIMATED_MASKS
+
+    @property
+    def has_mask(self) -> bool:
+        return bool(self._masks)
+
+    @property
+    def flat_fraction(self) -> float:
+        """The share of the coordinates that is amplified; 0 before the first mask."""
+        return sum(self.flat_counts.values()) / max(1, sum(p.numel() for p in self.flat_counts))
+
+    def _amplifiable(self) -> list[Tensor]:
+        params = [p for group in self.param_groups for p in group["params"]]
+        return [p for p in params if p.requires_grad and p not in self._excluded]
+
+    @torch.no_grad()
+    def update_mask(self) -> bool:
+        """Choose the flat coordinates anew, from the estimate in `.grad`, which is left as it is.
+
+        The floor(gamma N) coordinates with the smallest squared gradient are flat, and with them every other one whose
+        value equals the largest of those. A parameter without a gradient counts as zero. Constant factors, such as the
+        batch size in the Gauss-Newton-Bartlett estimator, do not change the order and are left out.
+
+        Returns False, and keeps the mask there is, if the gradient is not finite.
+        """
+        params = self._amplifiable()
+        if self.needs_estimate:
+            grads = [p.grad for p in params if p.grad is not None]
+            if grads and not torch.isfinite(torch.nn.utils.get_total_norm(grads)):
+                return False
+        self._updates += 1
+        sizes, thresholds = self._estimate(params) if self.needs_estimate else (params, [math.nan] * len(params))
+        scan = _Scan(params)
+        choose = self._chooser(scan)
+        is_first = not self._masks
+        counts, common_counts = [], []
+        for p, size, threshold in zip(params, sizes, thresholds, strict=True):
+            if p not in self._masks:
+                self._masks[p] = torch.zeros_like(p, dtype=torch.uint8)
+            count = common_count = 0
+            for values, mask in _blocks(size, self._masks[p]):
+                new = choose(values, threshold).view_as(mask)
+                count += _count(new)
+                common_count += scan.count_common(new, mask.view(torch.bool))
+                mask.copy_(new.view(torch.uint8))
+            counts.append(count)
+            common_counts.append(common_count)
+        old_count, common_count = sum(self.flat_counts.values()), sum(_to_ints(common_counts))
+        self.flat_counts = dict(zip(params, _to_ints(counts), strict=True))
+        union = old_count + sum(self.flat_counts.values()) - common_count
+        self.mask_overlap = None if is_first or not union else common_count / union
+        return True
+
+    def _estimate(self, params: list[Tensor]) -> tuple[list[Tensor], list[float]]:
+        """For each parameter what is to be compared in absolute value, and with what."""
+        # |g| has the order of g^2, and does not underflow.
+        sizes = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
+        if self.beta > 0:
+            sizes = [self._average(p, size) for p, size in zip(params, sizes, strict=True)]
+        if self.scope == "per_tensor":
+            return sizes, [kth_smallest([size], math.floor(self.gamma * size.numel())) for size in sizes]
+        count = math.floor(self.gamma * sum(p.numel() for p in params))
+        return sizes, [kth_smallest(sizes, count)] * len(params)
+
+    def _chooser(self, scan: "_Scan") -> Callable[[Tensor, float], Tensor]:
+        """`f(values, threshold)`: True where a coordinate is to be amplified."""
+        if self.mask == "uniform":
+            return lambda values, _: torch.ones_like(values, dtype=torch.bool)
+        if self.mask == "random":
+            generators: dict[torch.device, torch.Generator] = {}
+
+            def draw(values: Tensor, _: float) -> Tensor:
+                device = values.device
+                if device not in generators:  # made anew from numbers that are saved: a resumed run draws the same
+                    generators[device] = torch.Generator(device).manual_seed(1_000_003 * self.seed + self._updates)
+                return torch.rand(values.shape, generator=generators[device], device=device) < self.gamma
+
+            return draw
+        if self.mask == "inverted":
+            return lambda values, threshold: scan.at_most(values, threshold).logical_not_()
+        return scan.at_most
+
+    def _average(self, p: Tensor, grad: Tensor) -> Tensor:
+        """h / (1 - beta^n) after n updates, for h <- beta h + (1 - beta) g^2, kept in its bias-corrected form."""
+        if p not in self._averages:
+            self._averages[p] = torch.zeros_like(p)
+        weight = (1 - self.beta) / (1 - self.beta**self._updates)
+        return self._averages[p].lerp_(grad.square(), weight)
+
+    # ---- Divergence ----
+
+    def observe_loss(self, loss: float, factor: float = 3.0, cooldown: int = 10) -> bool:
+        """Tell IRE the training loss of the step; if training diverges under it, kappa is halved.
+
+        It diverges if the loss is not finite, or more than `factor` times its running mean and above the mean with
+        which IRE started. After a halving the next `cooldown` steps are let pass.
+
+        Returns True if kappa was halved.
+        """
+        is_acting = self.active and self.has_mask and self.kappa != 0
+        if not self._loss_monitor.diverges(loss, is_acting, factor, cooldown):
+            return False
+        self.kappa_scale /= 2
+        return True
+
+    # ---- State ----
+
+    def state_dict(self) -> dict[str, Any]:
+        """The base optimizer's, and under "ire" the masks, averages, counters and what `observe_loss` has seen."""
+        index = {p: i for i, p in enumerate(p for group in self.param_groups for p in group["params"])}
+        return {
+            **self.base_optimizer.state_dict(),
+            "ire": {
+                "masks": {index[p]: mask for p, mask in self._masks.items()},
+                "averages": {index[p]: average for p, average in self._averages.items()},
+                "flat_counts": {index[p]: count for p, count in self.flat_counts.items()},
+                "mask_overlap": self.mask_overlap,
+                "step": self._steps,
+                "updates": self._updates,
+                "kappa_scale": self.kappa_scale,
+                "losses": dict(vars(self._loss_monitor)),
+            },
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what `state_dict` returned. Without its part "ire", as from a run that had no IRE, there is no mask."""
+        base = {key: value for key, value in state_dict.items() if key != "ire"}
+        ire = state_dict.get("ire", {})
+        params = [p for group in self.param_groups for p in group["params"]]
+        for i, mask in (*ire.get("masks", {}).items(), *ire.get("averages", {}).items()):
+            if i >= len(params) or mask.shape != params[i].shape:
+                raise ValueError(
+                    f"The IRE state for parameter {i}, of shape {tuple(mask.shape)}, does not fit this optimizer. "
+                    "Load it into one that was made from the same parameters in the same order."
+                )
+        self.base_optimizer.load_state_dict(base)
+        self._masks = {params[i]: _like(params[i], mask) for i, mask in ire.get("masks", {}).items()}
+        self._averages = {params[i]: _like(params[i], value) for i, value in ire.get("averages", {}).items()}
+        self.flat_counts = {params[i]: count for i, count in ire.get("flat_counts", {}).items()}
+        self.mask_overlap = ire.get("mask_overlap")
+        self._steps, self._updates = ire.get("step", 0), ire.get("updates", 0)
+        self.kappa_scale = ire.get("kappa_scale", 1.0)
+        self._loss_monitor = _LossMonitor()
+        vars(self._loss_monitor).update(ire.get("losses", {}))
+
+
+class _LossMonitor:
+    """The running mean of the loss, against which a divergence is told."""
+
+    #: Weight of the newest loss; the mean looks back some 50 steps.
+    WEIGHT = 0.02
+
+    def __init__(self):
+        self.mean = 0.0
+        self.count = 0
+        self.mean_at_start: float | None = None
+        self.wait = 0
+
+    def diverges(self, loss: float, is_acting: bool, factor: float, cooldown: int) -> bool:
+        if is_acting and self.mean_at_start is None and self.count:
+            self.mean_at_start = self.mean
+        self.wait = max(0, self.wait - 1)
+        # The small loss of a model that is nearly done jumps by such a factor from batch to batch: it has to climb
+        # above where IRE found it, too.
+        is_high = (
+            self.mean_at_start is not None
+            and loss > self.mean_at_start
+            and loss - self.mean > (factor - 1) * abs(self.mean)
+        )
+        is_high = is_high or not math.isfinite(loss)
+        if not is_high:
+            self.count += 1
+            self.mean += (loss - self.mean) * max(self.WEIGHT, 1 / self.count)
+        if not (is_high and is_acting) or self.wait:
+            return False
+        self.wait = cooldown
+        return True
+
+
+def check_ire_arguments(
+    kappa: float, gamma: float, scope: str, beta: float, mask: str, kappa_schedule: str, prefix: str = ""
+) -> None:
+    """Raise `ValueError` for an argument of `IRE` that is out of its range; `prefix` is what its flag begins with."""
+    if not (math.isfinite(kappa) and kappa >= 0):
+        raise ValueError(f"{prefix}kappa={kappa}: must be >= 0; 0 is the base optimizer.")
+    if not 0 < gamma <= 1:
+        raise ValueError(
+            f"{prefix}gamma={gamma}: the fraction of flat coordinates must be in (0, 1]; the paper has (0.5, 1)."
+        )
+    if not 0 <= beta < 1:
+        raise ValueError(f"{prefix}beta={beta}: must be in [0, 1); 0 uses the last estimate alone.")
+    for name, value, choices in (
+        ("scope", scope, SCOPES),
+        ("mask", mask, MASKS),
+        ("kappa_schedule", kappa_schedule, KAPPA_SCHEDULES),
+    ):
+        if value not in choices:
+            raise ValueError(f"{prefix}{name}={value!r}: choose one of {', '.join(choices)}.")
+
+
+def _require_decoupled_decay(optimizer: Optimizer) -> None:
+    for group in optimizer.param_groups:
+        if group.get("weight_decay", 0) and not group.get("decoupled_weight_decay", False):
+            raise ValueError(
+                f"amplify_weight_decay=False: the weight decay of {type(optimizer).__name__} is part of its gradient "
+                "and cannot be told from the rest of the step. Use an optimizer with decoupled decay, such as AdamW."
+            )
+
+
+def _is_blockwise(optimizer: Optimizer) -> bool:
+    """Whether `_step_fused_adamw` does what `optimizer.step()` would: a fused AdamW on a CPU, after its first step."""
+    if type(optimizer) is not AdamW or optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
+        return False
+    for group in optimizer.param_groups:
+        if not group.get("fused") or group["amsgrad"] or isinstance(group["lr"], Tensor):
+            return False
+        if any(p.grad is not None and (p.device.type != "cpu" or p not in optimizer.state) for p in group["params"]):
+            return False
+    return True
+
+
+def _amplify_(p: Tensor, old: Tensor, mask: Tensor, kappa: float, decay: float) -> None:
+    """p += kappa mask (p - old), where `decay` times `old` is first taken out of the difference; overwrites `old`."""
+    if decay:
+        old.mul_(1 - decay)
+    # With the difference negated, the scratch space needs no further pass.
+    p.addcmul_(old.sub_(p), mask.to(p.dtype), value=-kappa)
+
+
+def _like(p: Tensor, value: Tensor) -> Tensor:
+    """A copy of `value` on the device, and in the memory layout, of `p`."""
+    return torch.empty_like(p, dtype=value.dtype).copy_(value)
+
+
+def _blocks(*tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
+    """The tensors, of one shape, cut into equal flat parts; whole if small, or if their layouts do not allow it."""
+    size = CPU_BLOCK if tensors[0].device.type == "cpu" else GPU_BLOCK
+    if tensors[0].numel() <= size or not all(t.is_contiguous() for t in tensors):
+        return [tensors]
+    return zip(*(t.view(-1).split(size) for t in tensors), strict=True)
+
+
+class _Scan:
+    """Compares and counts absolute values, block by block, in at least single precision.
+
+    On a CPU NumPy does it, which compares, counts and selects many elements at a time where torch takes one after the
+    other; and the memory of the results, which would cost more to get than to fill, is used again by the next call.
+    """
+
+    def __init__(self, tensors: Iterable[Tensor]):
+        self._dtype = torch.float32
+        for t in tensors:
+            self._dtype = torch.promote_types(self._dtype, t.dtype)
+        self._values = torch.empty(CPU_BLOCK, dtype=self._dtype)
+        self._flags = torch.empty(2, CPU_BLOCK, dtype=torch.bool)
+
+    @staticmethod
+    def _fits(block: Tensor) -> bool:
+        return block.device.type == "cpu" and block.numel() <= CPU_BLOCK
+
+    def magnitudes(self, block: Tensor) -> Tensor:
+        """|block|, flat."""
+        block = block.reshape(-1)
+        if not self._fits(block):
+            return block.abs().to(self._dtype)
+        return torch.abs(block, out=self._values[: block.numel()])
+
+    def at_most(self, block: Tensor, bound: float) -> Tensor:
+        """|block| <= bound, flat."""
+        return self._at_most(self.magnitudes(block), bound)
+
+    def _at_most(self, values: Tensor, bound: float) -> Tensor:
+        if not self._fits(values):
+            return values <= bound
+        flags = self._flags[0, : values.numel()]
+        np.less_equal(values.numpy(), bound, out=flags.numpy())
+        return flags
+
+    def split(self, block: Tensor, low: float, high: float) -> tuple[int | Tensor, Tensor]:
+        """How many absolute values are <= low, and those with low < value < high."""
+        values = self.magnitudes(block)
+        is_low = self._at_most(values, low)
+        if not self._fits(values):
+            return _count(is_low), values[(values < high) & ~is_low]
+        is_between = self._flags[1, : values.numel()].numpy()
+        np.less(values.numpy(), high, out=is_between)
+        np.greater(is_between, is_low.numpy(), out=is_between)
+        return _count(is_low), torch.from_numpy(values.numpy()[is_between])
+
+    def count_common(self, flags: Tensor, others: Tensor) -> int | Tensor:
+        """How many are True in both. `flags` may be what `at_most` returned."""
+        if not self._fits(flags) or not others.is_contiguous():
+            return _count(flags & others)
+        common = self._flags[1, : flags.numel()].numpy()
+        np.logical_and(flags.numpy().reshape(-1), others.numpy().reshape(-1), out=common)
+        return int(np.count_nonzero(common))
+
+
+def _count(flags: Tensor) -> int | Tensor:
+    """How many are True; on a GPU as a 0-dimensional tensor, which nobody has to wait for."""
+    return int(np.count_nonzero(flags.numpy())) if flags.device.type == "cpu" else flags.sum()
+
+
+def _to_ints(counts: list[int | Tensor]) -> list[int]:
+    """All of them in one go, instead of waiting for each."""
+    if not any(isinstance(count, Tensor) for count in counts):
+        return counts
+    return torch.stack([torch.as_tensor(count, device=counts[0].device) for count in counts]).tolist()
+
+
+@torch.no_grad()
+def kth_smallest(tensors: list[Tensor], k: int) -> float:
+    """The k-th smallest (k = 1, 2, ...) absolute value of all elements together; -inf for k = 0. Exact.
+
+    A sample of `SAMPLE` elements gives two bounds between which the value almost surely lies; one pass counts what is
+    below and collects what is between, about 2 % of N. The released code concatenates and sorts N copies.
+    """
+    if k == 0:
+        return -math.inf
+    total = sum(t.numel() for t in tensors)
+    assert k <= total
+    if total <= 4 * SAMPLE:
+        return _kth(torch.cat([t.reshape(-1).abs() for t in tensors]), k)
+    tensors = _merge_small(tensors)
+    scan = _Scan(tensors)
+    low, high = _bounds(tensors, k / total, total)
+    n_up_to_low, between = [], []
+    for (block,) in (block for t in tensors for block in _blocks(t)):
+        count, values = scan.split(block, low, high)
+        n_up_to_low.append(count)
+        between.append(values)
+    candidates = torch.cat(between)
+    del between
+    rank = k - sum(_to_ints(n_up_to_low))
+    if 0 < rank <= candidates.numel():
+        return _kth(candidates, rank)
+    # Many equal values, such as the zero gradients of tokens that do not occur, can be a bound themselves.
+    bound = low if rank <= 0 else high
+    blocks = [block for t in tensors for (block,) in _blocks(t)]
+    n_below = sum(int((scan.magnitudes(block) < bound).sum()) for block in blocks)
+    n_up_to = sum(int((scan.magnitudes(block) <= bound).sum()) for block in blocks)
+    return bound if n_below < k <= n_up_to else _kth(torch.cat([t.reshape(-1).abs() for t in tensors]), k)
+
+
+def _kth(values: Tensor, k: int) -> float:
+    """The k-th smallest; may reorder `values`."""
+    if values.device.type == "cpu" and values.dtype in (torch.float32, torch.float64):
+        array = values.numpy()
+        array.partition(k - 1)
+        return float(array[k - 1])
+    return values.kthvalue(k).values.item()
+
+
+def _merge_small(tensors: list[Tensor]) -> list[Tensor]:
+    """The same elements in fewer tensors: a model has far more norms and biases than matrices."""
+    limit = SAMPLE // 16
+    merged: dict[torch.device, list[Tensor]] = {}
+    for t in tensors:
+        if t.numel() <= limit:
+            merged.setdefault(t.device, []).append(t.reshape(-1))
+    return [t for t in tensors if t.numel() > limit] + [torch.cat(parts) for parts in merged.values()]
+
+
+def _bounds(tensors: list[Tensor], quantile: float, total: int) -> tuple[float, float]:
+    """Two values between which the quantile lies, by six standard deviations of its rank in a random sample."""
+    generators: dict[torch.device, torch.Generator] = {}
+    parts = []
+    for t in tensors:
+        if t.device not in generators:
+            generators[t.device] = torch.Generator(t.device).manual_seed(0)
+        count = math.ceil(SAMPLE * t.numel() / total)
+        where = torch.randint(t.numel(), (count,), generator=generators[t.device], device=t.device)
+        parts.append(t.reshape(-1)[where])
+    sample = torch.cat(parts).abs()
+    spread = 6 * math.sqrt(quantile * (1 - quantile) * sample.numel()) + 1
+    first, last = math.floor(quantile * sample.numel() - spread), math.ceil(quantile * sample.numel() + spread)
+    return (
+        _kth(sample, first) if first > 0 else -math.inf,
+        _kth(sample, last) if last < sample.numel() else math.inf,
+    )
