@@ -514,7 +514,8 @@ class _Scan:
         block = block.reshape(-1)
         if not self._fits(block):
             return block.abs().to(self._dtype)
-        return torch.abs(block, out=self._values[: block.numel()])
+        values = self._values[: block.numel()]
+        return torch.abs(block, out=values) if block.dtype == self._dtype else values.copy_(block).abs_()
 
     def at_most(self, block: Tensor, bound: float) -> Tensor:
         """|block| <= bound, flat."""

@@ -298,4 +298,6 @@ class IREMixin:
 
 def _label_count(inputs: dict[str, Any]) -> int:
     labels = inputs.get("labels")
-    return int((labels != IGNORED).sum()) if isinstance(labels, Tensor) else find_batch_size(inputs) or 1
+    if not isinstance(labels, Tensor):
+        return find_batch_size(inputs) or 1
+    return int(((labels[:, 1:] if labels.dim() > 1 else labels) != IGNORED).sum())  # nothing predicts a first token

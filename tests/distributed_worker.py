@@ -21,6 +21,18 @@ CASES = {
 }
 STEPS = 3
 LEARNING_RATE = 0.1
+IRE_CASES = {
+    (accumulation, degree): {
+        "gr_lambda": degree,
+        "gradient_accumulation_steps": accumulation,
+        "ire_kappa": 2.0,
+        "ire_interval": 2,
+        "ire_start_step": 0,
+        "seed": 5,
+    }
+    for accumulation in (1, 2)
+    for degree in (0, 0.1)
+}
 
 
 class RanksAgree(toys.PathRecorder):
@@ -34,7 +46,7 @@ class RanksAgree(toys.PathRecorder):
         assert all(torch.equal(other, mine) for other in everyone), f"ranks differ after step {state.global_step}"
 
 
-def run(output_dir: str, **flags) -> RanksAgree:
+def run(output_dir: str, cls=GRTrainer, **flags) -> RanksAgree:
     recorder = RanksAgree()
     settings = {
         "ddp_backend": "gloo",
@@ -46,13 +58,32 @@ def run(output_dir: str, **flags) -> RanksAgree:
         "gr_warmup": "none",
         **flags,
     }
-    GRTrainer(
+    cls(
         model=toys.llama(),
         args=GRConfig(**toys.arguments(output_dir, **settings)),
         train_dataset=toys.text(24),
         callbacks=[recorder],
     ).train()
     return recorder
+
+
+class Estimates(GRTrainer):
+    """Keeps, for each choice of coordinates, the weights, the estimate and the masks; ranks must agree in every bit."""
+
+    def _ire_update_mask(self, batch_samples):
+        super()._ire_update_mask(batch_samples)
+        params = list(self.model.parameters())
+        self.kept[-1]["masks"] = [self._ire._masks[p].clone() for p in params]
+        for tensor in (*self.kept[-1]["masks"], *self.kept[-1]["estimate"]):
+            everyone = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+            dist.all_gather(everyone, tensor)
+            assert all(torch.equal(other, tensor) for other in everyone)
+
+    def _ire_probe(self, batch_samples):
+        result = super()._ire_probe(batch_samples)
+        estimate = [p.grad.clone() for p in self.model.parameters()]
+        self.kept.append({"step": self.state.global_step, "weights": toys.weights(self.model), "estimate": estimate})
+        return result
 
 
 def overflow_on_one_rank(output_dir: str) -> bool:
@@ -74,8 +105,12 @@ def overflow_on_one_rank(output_dir: str) -> bool:
 if __name__ == "__main__":
     folder = sys.argv[1]
     paths = {case: run(folder, **flags).path for case, flags in CASES.items()}
+    estimates = {}
+    for case, flags in IRE_CASES.items():
+        estimates[case] = Estimates.kept = []
+        run(folder, Estimates, **flags)
     assert overflow_on_one_rank(folder)
     if dist.get_rank() == 0:
-        torch.save(paths, f"{folder}/paths.pt")
+        torch.save({"paths": paths, "estimates": estimates}, f"{folder}/results.pt")
     dist.barrier()
     dist.destroy_process_group()

@@ -1,8 +1,9 @@
-"""Gradient regularization written out slowly, from the paper's Algorithm 1 and without any code of hf_gr."""
+"""Gradient regularization and IRE written out slowly, from the papers and without any code of hf_gr."""
 
 import copy
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -65,3 +66,35 @@ def train(
         optimizer.step()
         path.append(torch.cat([p.detach().reshape(-1) for p in model.parameters()]).clone())
     return path
+
+
+def sampled_label_gradient(model: nn.Module, batches_per_rank: list[list[dict]], seed: int, step: int) -> list[Tensor]:
+    """Gradient of the mean of -log p(y|x) over the labels of all batches of all ranks, y drawn from the model.
+
+    Each rank draws from a generator of its own, which is seeded as hf_gr seeds it.
+    """
+    was_training = model.training
+    model.eval()
+    total, count = 0.0, 0
+    for rank, batches in enumerate(batches_per_rank):
+        state = np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0]
+        generator = torch.Generator().manual_seed(int(state >> 1))
+        for batch in batches:
+            inputs = {key: value for key, value in batch.items() if key != "labels"}
+            logits, labels = model(**inputs).logits, batch["labels"]
+            if logits.dim() == 3:  # a language model predicts the next token
+                logits, labels = logits[:, :-1], labels[:, 1:]
+            log_p = logits[labels != -100].log_softmax(dim=-1)
+            race = torch.empty_like(log_p).exponential_(generator=generator)
+            sampled = (log_p.detach().exp() / race).argmax(dim=-1)
+            total = total - log_p.gather(1, sampled[:, None]).sum()
+            count += len(sampled)
+    model.train(was_training)
+    return list(torch.autograd.grad(total / count, list(model.parameters())))
+
+
+def flat_masks(estimate: list[Tensor], gamma: float) -> list[Tensor]:
+    """The floor(gamma N) coordinates with the smallest square, and all that are equal to the largest of them."""
+    values = torch.cat([g.reshape(-1) for g in estimate]).abs()
+    threshold = values.sort().values[int(gamma * len(values)) - 1]
+    return [g.abs() <= threshold for g in estimate]

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import toys
-from distributed_worker import CASES, LEARNING_RATE, STEPS
-from reference import regularized_gradient
+from distributed_worker import CASES, IRE_CASES, LEARNING_RATE, STEPS
+from reference import flat_masks, regularized_gradient, sampled_label_gradient
 from test_trainer import relative_error_of_path, sum_of_token_losses
 
 pytestmark = pytest.mark.distributed
@@ -45,13 +45,18 @@ def reference_path(scope: str, accumulation: int, degree: float) -> list[torch.T
 
 
 @pytest.fixture(scope="module")
-def paths(tmp_path_factory):
+def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("distributed")
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0",
                "--standalone", str(TESTS / "distributed_worker.py"), str(folder)]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-5000:]
-    return torch.load(folder / "paths.pt")
+    return torch.load(folder / "results.pt")
+
+
+@pytest.fixture(scope="module")
+def paths(results):
+    return results["paths"]
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
@@ -63,3 +68,25 @@ def test_scope_equals_its_reference(case, paths):
 def test_scopes_are_different_algorithms(paths):
     for a, b in (("global", "local"), ("local", "micro")):
         assert relative_error_of_path(paths[a, 2, 1.0], paths[b, 2, 1.0]) > 1e-3
+
+
+@pytest.mark.parametrize("case", IRE_CASES, ids=lambda case: f"accumulation {case[0]}, lambda {case[1]}")
+def test_estimate_of_ire_is_that_of_all_processes(case, results):
+    """The worker has compared the ranks; here what they agree on is compared with the reference."""
+    accumulation, data = case[0], toys.text(24)
+    batches = [
+        {key: torch.stack([e[key] for e in data[k * BATCH : (k + 1) * BATCH]]) for key in data[0]}
+        for k in range(len(data) // BATCH)
+    ]
+    kept = results["estimates"][case]
+    assert [update["step"] for update in kept] == [0, 2]
+    for update in kept:
+        model = toys.llama()
+        torch.nn.utils.vector_to_parameters(update["weights"], model.parameters())
+        first = update["step"] * accumulation * RANKS
+        per_rank = [[batches[first + k * RANKS + rank] for k in range(accumulation)] for rank in range(RANKS)]
+        expected = sampled_label_gradient(model, per_rank, 5, update["step"])
+        for estimate, reference in zip(update["estimate"], expected, strict=True):
+            torch.testing.assert_close(estimate, reference, rtol=1e-4, atol=1e-7)  # float32, summed in another order
+        for mask, reference in zip(update["masks"], flat_masks(update["estimate"], 0.6), strict=True):
+            assert torch.equal(mask.bool(), reference)

@@ -19,11 +19,11 @@ def imported(module: str) -> set[str]:
     return names
 
 
-@pytest.mark.parametrize("module", ["gradient_regularization", "gr_warmup"])
+@pytest.mark.parametrize("module", ["gradient_regularization", "gr_warmup", "ire", "fisher"])
 def test_maths_is_pure_torch(module):
-    assert imported(module) <= {"torch", "math", "collections", "typing"}
+    assert imported(module) <= {"torch", "numpy", "math", "collections", "contextlib", "typing", "warnings"}
 
 
-@pytest.mark.parametrize("module", ["trainer", "config", "replay", "checkpoints", "compatibility"])
+@pytest.mark.parametrize("module", ["trainer", "ire_training", "config", "replay", "checkpoints", "compatibility"])
 def test_training_does_not_depend_on_the_data(module):
     assert not imported(module) & {".data", ".metrics", ".models", "datasets", "sklearn"}

@@ -720,13 +720,13 @@ def test_refuses_data_parallel_and_parallel_inputs(tmp_path):
     trainer = create(tmp_path)
     trainer.args._n_gpu = 2
     with pytest.raises(ValueError, match=r"nn\.DataParallel over 2 GPUs.*accelerate launch.*or set gr_lambda=0"):
-        refuse_unsupported(trainer)
+        refuse_unsupported(trainer, "gr_lambda")
     trainer.args._n_gpu = 0
     trainer.accelerator = SimpleNamespace(
         distributed_type="NO", parallelism_config=SimpleNamespace(cp_enabled=True), gradient_state=None
     )
     with pytest.raises(ValueError, match="tensor, context or sequence parallelism"):
-        refuse_unsupported(trainer)
+        refuse_unsupported(trainer, "gr_lambda")
 
 
 @pytest.mark.parametrize("steps", [6, 10])
