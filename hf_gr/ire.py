@@ -53,7 +53,9 @@ IRE_PRESETS: dict[str, dict[str, float]] = {
 }
 
 #: Elements that are worked on at a time, so that they stay in the processor's cache, or that fill a GPU.
-CPU_BLOCK, GPU_BLOCK = 2**17, 2**24
+CPU_BLOCK, GPU_BLOCK = 2**18, 2**24
+#: Elements that NumPy is given at a time.
+SCAN_BLOCK = 2**17
 #: Size of the sample that narrows the search for the threshold down.
 SAMPLE = 2**16
 
@@ -85,6 +87,7 @@ class IRE(Optimizer):
     Attributes:
         active: set it to False for the steps in which IRE is not to act yet.
         kappa_scale: factor of kappa, halved by `observe_loss`.
+        updates: how often the mask has been chosen.
         flat_counts: how many coordinates of each parameter are amplified.
         mask_overlap: |A and B| / |A or B| of the last two masks (Jaccard index), None before the second.
 
@@ -128,7 +131,7 @@ class IRE(Optimizer):
         self._excluded = set(exclude)
         self._masks: dict[Tensor, Tensor] = {}
         self._averages: dict[Tensor, Tensor] = {}
-        self._steps = self._updates = 0
+        self._steps = self.updates = 0
         self._loss_monitor = _LossMonitor()
 
     def _share(self, *_: Any) -> None:
@@ -153,79 +156,87 @@ class IRE(Optimizer):
                 )
             return self.base_optimizer.step(closure)
         with torch.no_grad():
-            if closure is None and _is_blockwise(self.base_optimizer):
-                self._step_fused_adamw()
-                return None
-            return self._step_any(closure)
+            blocks = self._fused_adamw_blocks() if closure is None else None
+            if blocks is None:
+                return self._step_any(closure)
+            self._step_fused_adamw(blocks)
+            return None
 
     def _step_any(self, closure: Callable[[], float] | None) -> float | None:
         """Copy, let the base optimizer step, amplify the difference."""
-        amplified = [
-            (p, p.detach().clone(), self._masks[p], self._kappa_of(group), self._decay_of(group))
-            for group in self.param_groups
-            for p in group["params"]
-            # A closure computes the gradients later.
-            if p in self._masks and (p.grad is not None or closure is not None)
-        ]
-        result = self.base_optimizer.step(closure)
-        while amplified:  # each copy is freed as soon as it has been used
-            _amplify_(*amplified.pop())
-        return result
-
-    def _step_fused_adamw(self) -> None:
-        """The same for a fused AdamW: each block is updated and amplified while it is in the processor's cache."""
+        amplified = []
         for group in self.param_groups:
             kappa, decay = self._kappa_of(group), self._decay_of(group)
-            beta1, beta2 = group["betas"]
-            for block in self._adamw_blocks(group):
-                params, grads, exp_avgs, exp_avg_sqs, steps, masks = (
-                    list(column) for column in zip(*block, strict=True)
-                )
-                old = [p.clone() for p in params]
-                adamw(
-                    params,
-                    grads,
-                    exp_avgs,
-                    exp_avg_sqs,
-                    [],
-                    steps,
-                    fused=True,
-                    amsgrad=False,
-                    beta1=beta1,
-                    beta2=beta2,
-                    lr=group["lr"],
-                    weight_decay=group["weight_decay"],
-                    eps=group["eps"],
-                    maximize=group["maximize"],
-                )
-                for p, before, mask in zip(params, old, masks, strict=True):
-                    if mask is not None:
-                        _amplify_(p, before, mask, kappa, decay)
+            # A closure computes the gradients later.
+            moving = [p for p in group["params"] if p.grad is not None or closure is not None]
+            lists = _by_size([p for p in moving if p in self._masks])
+            amplified += [(params, [p.clone() for p in params], kappa, decay) for params in lists]
+        result = self.base_optimizer.step(closure)
+        while amplified:  # each copy is freed as soon as it has been used
+            params, old, kappa, decay = amplified.pop()
+            _amplify_(params, old, [self._masks[p].to(p.dtype) for p in params], kappa, decay)
+        return result
 
-    def _adamw_blocks(self, group: dict[str, Any]) -> Iterator[list[tuple[Tensor | None, ...]]]:
-        """(p, g, m, v, step, mask) of whole small tensors and parts of large ones, some `CPU_BLOCK` elements in all."""
-        block: list[tuple[Tensor | None, ...]] = []
-        size = 0
-        for p in group["params"]:
-            if p.grad is None:
-                continue
-            state, mask = self.state[p], self._masks.get(p)
-            tensors = (p.detach(), p.grad, state["exp_avg"], state["exp_avg_sq"])
-            if p.numel() > CPU_BLOCK and all(t.is_contiguous() for t in tensors):
-                parts = [t.view(-1).split(CPU_BLOCK) for t in tensors]
-                masks = [None] * len(parts[0]) if mask is None else mask.view(-1).split(CPU_BLOCK)
-                step = state["step"].clone()
-                # The kernel counts the step, once per part.
-                yield from ([(*part, step.clone(), m)] for *part, m in zip(*parts, masks, strict=True))
-                state["step"] += 1
-                continue
-            block.append((*tensors, state["step"], mask))
-            size += p.numel()
-            if size >= CPU_BLOCK:
-                yield block
-                block, size = [], 0
-        if block:
-            yield block
+    def _step_fused_adamw(self, blocks: list["_Block"]) -> None:
+        """The same for a fused AdamW: each block is updated and amplified while it is in the processor's cache."""
+        # One piece of scratch space for all of them: fresh memory would cost more than the arithmetic.
+        largest = max((sum(p.numel() for p in block.params) for block in blocks), default=0)
+        scratch = torch.empty(2, largest, dtype=blocks[0].params[0].dtype) if blocks else None
+        for block in blocks:
+            group = block.group
+            flat = [p.view(-1) for p in block.params]
+            sizes = [len(p) for p in flat]
+            old, weights = (half[: sum(sizes)].split(sizes) for half in scratch)
+            torch._foreach_copy_(old, flat)
+            adamw(
+                block.params,
+                block.grads,
+                block.exp_avgs,
+                block.exp_avg_sqs,
+                [],
+                block.steps,
+                fused=True,
+                amsgrad=False,
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
+                lr=group["lr"],
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                maximize=group["maximize"],
+            )
+            torch._foreach_copy_(weights, [mask.view(-1) for mask in block.masks])
+            _amplify_(flat, old, weights, self._kappa_of(group), self._decay_of(group))
+
+    def _fused_adamw_blocks(self) -> list["_Block"] | None:
+        """What a step has to update, in blocks of about `CPU_BLOCK` elements: small parameters together, large ones in
+        parts. None unless the base optimizer is a fused AdamW on a CPU that has made its state."""
+        base = self.base_optimizer
+        if type(base) is not AdamW or base._optimizer_step_pre_hooks or base._optimizer_step_post_hooks:
+            return None
+        blocks, dtype = [], None
+        for group in self.param_groups:
+            if not group["fused"] or group["amsgrad"] or isinstance(group["lr"], Tensor):
+                return None
+            block, size = _Block(group), 0
+            for p in group["params"]:
+                grad = p.grad
+                if grad is None:
+                    continue
+                state, dtype = self.state.get(p), dtype or p.dtype
+                if not (state and p.is_cpu and p.dtype == dtype and p.is_contiguous() and grad.is_contiguous()):
+                    return None
+                mask = self._masks[p] if p in self._masks else torch.zeros_like(p, dtype=torch.uint8)
+                if p.numel() > CPU_BLOCK:
+                    blocks.extend(_Block.parts(group, p, grad, state, mask))
+                    continue
+                block.append(p, grad, state["exp_avg"], state["exp_avg_sq"], state["step"], mask)
+                size += p.numel()
+                if size >= CPU_BLOCK:
+                    blocks.append(block)
+                    block, size = _Block(group), 0
+            if size:
+                blocks.append(block)
+        return blocks
 
     def _kappa_of(self, group: dict[str, Any]) -> float:
         kappa = self.kappa * self.kappa_scale
@@ -278,10 +289,9 @@ class IRE(Optimizer):
             grads = [p.grad for p in params if p.grad is not None]
             if grads and not torch.isfinite(torch.nn.utils.get_total_norm(grads)):
                 return False
-        self._updates += 1
+        self.updates += 1
         sizes, thresholds = self._estimate(params) if self.needs_estimate else (params, [math.nan] * len(params))
-        scan = _Scan(params)
-        choose = self._chooser(scan)
+        choose = self._chooser(scan := _Scan(params))
         is_first = not self._masks
         counts, common_counts = [], []
         for p, size, threshold in zip(params, sizes, thresholds, strict=True):
@@ -322,7 +332,7 @@ class IRE(Optimizer):
             def draw(values: Tensor, _: float) -> Tensor:
                 device = values.device
                 if device not in generators:  # made anew from numbers that are saved: a resumed run draws the same
-                    generators[device] = torch.Generator(device).manual_seed(1_000_003 * self.seed + self._updates)
+                    generators[device] = torch.Generator(device).manual_seed(1_000_003 * self.seed + self.updates)
                 return torch.rand(values.shape, generator=generators[device], device=device) < self.gamma
 
             return draw
@@ -334,7 +344,7 @@ class IRE(Optimizer):
         """h / (1 - beta^n) after n updates, for h <- beta h + (1 - beta) g^2, kept in its bias-corrected form."""
         if p not in self._averages:
             self._averages[p] = torch.zeros_like(p)
-        weight = (1 - self.beta) / (1 - self.beta**self._updates)
+        weight = (1 - self.beta) / (1 - self.beta**self.updates)
         return self._averages[p].lerp_(grad.square(), weight)
 
     # ---- Divergence ----
@@ -366,7 +376,7 @@ class IRE(Optimizer):
                 "flat_counts": {index[p]: count for p, count in self.flat_counts.items()},
                 "mask_overlap": self.mask_overlap,
                 "step": self._steps,
-                "updates": self._updates,
+                "updates": self.updates,
                 "kappa_scale": self.kappa_scale,
                 "losses": dict(vars(self._loss_monitor)),
             },
@@ -389,7 +399,7 @@ class IRE(Optimizer):
         self._averages = {params[i]: _like(params[i], value) for i, value in ire.get("averages", {}).items()}
         self.flat_counts = {params[i]: count for i, count in ire.get("flat_counts", {}).items()}
         self.mask_overlap = ire.get("mask_overlap")
-        self._steps, self._updates = ire.get("step", 0), ire.get("updates", 0)
+        self._steps, self.updates = ire.get("step", 0), ire.get("updates", 0)
         self.kappa_scale = ire.get("kappa_scale", 1.0)
         self._loss_monitor = _LossMonitor()
         vars(self._loss_monitor).update(ire.get("losses", {}))
@@ -458,24 +468,59 @@ def _require_decoupled_decay(optimizer: Optimizer) -> None:
             )
 
 
-def _is_blockwise(optimizer: Optimizer) -> bool:
-    """Whether `_step_fused_adamw` does what `optimizer.step()` would: a fused AdamW on a CPU, after its first step."""
-    if type(optimizer) is not AdamW or optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
-        return False
-    for group in optimizer.param_groups:
-        if not group.get("fused") or group["amsgrad"] or isinstance(group["lr"], Tensor):
-            return False
-        if any(p.grad is not None and (p.device.type != "cpu" or p not in optimizer.state) for p in group["params"]):
-            return False
-    return True
+class _Block:
+    """Parameters of one group, or a part of one, with all that belongs to their update by AdamW."""
+
+    __slots__ = ("exp_avg_sqs", "exp_avgs", "grads", "group", "masks", "params", "steps")
+
+    def __init__(self, group: dict[str, Any]):
+        self.group = group
+        self.params, self.grads, self.exp_avgs, self.exp_avg_sqs, self.steps, self.masks = [], [], [], [], [], []
+
+    def append(self, p: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: Tensor, mask: Tensor) -> None:
+        self.params.append(p)
+        self.grads.append(grad)
+        self.exp_avgs.append(exp_avg)
+        self.exp_avg_sqs.append(exp_avg_sq)
+        self.steps.append(step)
+        self.masks.append(mask)
+
+    @classmethod
+    def parts(
+        cls, group: dict[str, Any], p: Tensor, grad: Tensor, state: dict[str, Tensor], mask: Tensor
+    ) -> Iterator["_Block"]:
+        """A large parameter in blocks. The kernel counts a step with each, so all but the last count on a copy."""
+        tensors = (p, grad, state["exp_avg"], state["exp_avg_sq"], mask)
+        parts = list(zip(*(t.view(-1).split(CPU_BLOCK) for t in tensors), strict=True))
+        for i, (*update, part_mask) in enumerate(parts):
+            block = cls(group)
+            step = state["step"]
+            block.append(*update, step if i == len(parts) - 1 else step.clone(), part_mask)
+            yield block
 
 
-def _amplify_(p: Tensor, old: Tensor, mask: Tensor, kappa: float, decay: float) -> None:
+def _by_size(params: list[Tensor]) -> Iterator[list[Tensor]]:
+    """The parameters in lists of about a block; one that is larger makes a list of its own."""
+    chunk: list[Tensor] = []
+    size = 0
+    for p in params:
+        limit = CPU_BLOCK if p.device.type == "cpu" else GPU_BLOCK
+        if chunk and (size + p.numel() > limit or p.device != chunk[0].device or p.dtype != chunk[0].dtype):
+            yield chunk
+            chunk, size = [], 0
+        chunk.append(p)
+        size += p.numel()
+    if chunk:
+        yield chunk
+
+
+def _amplify_(params: list[Tensor], old: list[Tensor], masks: list[Tensor], kappa: float, decay: float) -> None:
     """p += kappa mask (p - old), where `decay` times `old` is first taken out of the difference; overwrites `old`."""
     if decay:
-        old.mul_(1 - decay)
+        torch._foreach_mul_(old, 1 - decay)
     # With the difference negated, the scratch space needs no further pass.
-    p.addcmul_(old.sub_(p), mask.to(p.dtype), value=-kappa)
+    torch._foreach_sub_(old, params)
+    torch._foreach_addcmul_(params, old, masks, value=-kappa)
 
 
 def _like(p: Tensor, value: Tensor) -> Tensor:
@@ -485,7 +530,7 @@ def _like(p: Tensor, value: Tensor) -> Tensor:
 
 def _blocks(*tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
     """The tensors, of one shape, cut into equal flat parts; whole if small, or if their layouts do not allow it."""
-    size = CPU_BLOCK if tensors[0].device.type == "cpu" else GPU_BLOCK
+    size = SCAN_BLOCK if tensors[0].device.type == "cpu" else GPU_BLOCK
     if tensors[0].numel() <= size or not all(t.is_contiguous() for t in tensors):
         return [tensors]
     return zip(*(t.view(-1).split(size) for t in tensors), strict=True)
@@ -502,12 +547,12 @@ class _Scan:
         self._dtype = torch.float32
         for t in tensors:
             self._dtype = torch.promote_types(self._dtype, t.dtype)
-        self._values = torch.empty(CPU_BLOCK, dtype=self._dtype)
-        self._flags = torch.empty(2, CPU_BLOCK, dtype=torch.bool)
+        self._values = torch.empty(SCAN_BLOCK, dtype=self._dtype)
+        self._flags = torch.empty(2, SCAN_BLOCK, dtype=torch.bool)
 
     @staticmethod
     def _fits(block: Tensor) -> bool:
-        return block.device.type == "cpu" and block.numel() <= CPU_BLOCK
+        return block.device.type == "cpu" and block.numel() <= SCAN_BLOCK
 
     def magnitudes(self, block: Tensor) -> Tensor:
         """|block|, flat."""
@@ -515,7 +560,10 @@ class _Scan:
         if not self._fits(block):
             return block.abs().to(self._dtype)
         values = self._values[: block.numel()]
-        return torch.abs(block, out=values) if block.dtype == self._dtype else values.copy_(block).abs_()
+        if block.dtype == torch.bfloat16:  # unknown to NumPy
+            return values.copy_(block).abs_()
+        np.abs(block.numpy(), out=values.numpy())
+        return values
 
     def at_most(self, block: Tensor, bound: float) -> Tensor:
         """|block| <= bound, flat."""
@@ -527,6 +575,10 @@ class _Scan:
         flags = self._flags[0, : values.numel()]
         np.less_equal(values.numpy(), bound, out=flags.numpy())
         return flags
+
+    def just_below(self, bound: float) -> float:
+        """The next smaller number of the precision that is compared in."""
+        return torch.nextafter(*torch.tensor([bound, -math.inf], dtype=self._dtype)).item()
 
     def split(self, block: Tensor, low: float, high: float) -> tuple[int | Tensor, Tensor]:
         """How many absolute values are <= low, and those with low < value < high."""
@@ -574,13 +626,14 @@ def kth_smallest(tensors: list[Tensor], k: int) -> float:
     if total <= 4 * SAMPLE:
         return _kth(torch.cat([t.reshape(-1).abs() for t in tensors]), k)
     tensors = _merge_small(tensors)
-    scan = _Scan(tensors)
     low, high = _bounds(tensors, k / total, total)
+    scan = _Scan(tensors)
     n_up_to_low, between = [], []
     for (block,) in (block for t in tensors for block in _blocks(t)):
         count, values = scan.split(block, low, high)
         n_up_to_low.append(count)
         between.append(values)
+    del scan  # its memory is for the candidates
     candidates = torch.cat(between)
     del between
     rank = k - sum(_to_ints(n_up_to_low))
@@ -588,9 +641,10 @@ def kth_smallest(tensors: list[Tensor], k: int) -> float:
         return _kth(candidates, rank)
     # Many equal values, such as the zero gradients of tokens that do not occur, can be a bound themselves.
     bound = low if rank <= 0 else high
+    scan = _Scan(tensors)
     blocks = [block for t in tensors for (block,) in _blocks(t)]
-    n_below = sum(int((scan.magnitudes(block) < bound).sum()) for block in blocks)
-    n_up_to = sum(int((scan.magnitudes(block) <= bound).sum()) for block in blocks)
+    n_up_to = sum(_to_ints([_count(scan.at_most(block, bound)) for block in blocks]))
+    n_below = sum(_to_ints([_count(scan.at_most(block, scan.just_below(bound))) for block in blocks]))
     return bound if n_below < k <= n_up_to else _kth(torch.cat([t.reshape(-1).abs() for t in tensors]), k)
 
 
@@ -623,7 +677,7 @@ def _bounds(tensors: list[Tensor], quantile: float, total: int) -> tuple[float, 
         count = math.ceil(SAMPLE * t.numel() / total)
         where = torch.randint(t.numel(), (count,), generator=generators[t.device], device=t.device)
         parts.append(t.reshape(-1)[where])
-    sample = torch.cat(parts).abs()
+    sample = torch.cat(parts).abs_()
     spread = 6 * math.sqrt(quantile * (1 - quantile) * sample.numel()) + 1
     first, last = math.floor(quantile * sample.numel() - spread), math.ceil(quantile * sample.numel() + spread)
     return (

@@ -70,17 +70,16 @@ class IREMixin:
                 "set ire_kappa=0."
             )
 
+    @property
+    def ire_optimizer(self) -> IRE | None:
+        """The optimizer, if it is `IRE`; None before it is made."""
+        return self._ire
+
     # ---- Schedule ----
 
     def ire_start_step(self, num_training_steps: int) -> int:
         """How many steps of a run of `num_training_steps` precede the first one of IRE."""
         return self.gr_args.get_ire_start_step(self.args.get_warmup_steps(num_training_steps), num_training_steps)
-
-    def ire_probes(self, steps: int) -> int:
-        """How many of the first `steps` optimizer steps begin with an estimate."""
-        if self._ire is None or not self._ire.needs_estimate:
-            return 0
-        return len(range(self.ire_start_step(self.state.max_steps), steps, self.gr_args.ire_interval))
 
     def create_optimizer(self, *args, **kwargs) -> torch.optim.Optimizer:
         """As in `Trainer`, wrapped in `IRE`; an `IRE` that was given to the trainer is used as it is."""
@@ -279,16 +278,20 @@ class IREMixin:
 
     def _ire_logs(self) -> dict[str, float]:
         logs = {"ire_kappa": self._ire_kappa, "ire_flat_fraction": self._ire.flat_fraction}
+        logs.update({f"ire_flat_fraction_{kind}": fraction for kind, fraction in self.ire_flat_fractions().items()})
+        if self._ire.mask_overlap is not None:
+            logs["ire_mask_overlap"] = self._ire.mask_overlap
+        return logs
+
+    def ire_flat_fractions(self) -> dict[str, float]:
+        """The share of amplified coordinates per kind of layer; empty before the first choice."""
         flat: dict[str, int] = {}
         size: dict[str, int] = {}
         for p, count in self._ire.flat_counts.items():
             kind = self._ire_kinds.get(p, "other")
             flat[kind] = flat.get(kind, 0) + count
             size[kind] = size.get(kind, 0) + p.numel()
-        logs.update({f"ire_flat_fraction_{kind}": flat[kind] / size[kind] for kind in flat})
-        if self._ire.mask_overlap is not None:
-            logs["ire_mask_overlap"] = self._ire.mask_overlap
-        return logs
+        return {kind: flat[kind] / size[kind] for kind in flat}
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """As in `Trainer`, with the estimate counted."""

@@ -14,7 +14,8 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from peft import PeftModel
 from transformers import TrainingArguments
 
-from .config import GRArguments
+from .config import GRArguments, IREArguments
+from .ire import IRE
 from .plots import plot_curves
 
 if TYPE_CHECKING:
@@ -77,7 +78,8 @@ def write_model_card(
     split = ", ".join(_listed(dataset_args))
     results = _final_metrics(history)
     gr_is_on = trainer.gr_args.gr_degree != 0
-    method_tags = ["gradient-regularization"] if gr_is_on else []
+    ire = trainer.ire_optimizer
+    method_tags = ["gradient-regularization"] * gr_is_on + ["ire"] * (ire is not None)
 
     metadata = ModelCardData(
         language=language,
@@ -101,6 +103,8 @@ def write_model_card(
         picture=PICTURE if (folder / PICTURE).is_file() else None,
         gr_summary=_gr_summary(trainer),
         gr_table=_gr_table(trainer) if gr_is_on else None,
+        ire_summary=_ire_summary(trainer, ire) if ire is not None else None,
+        ire_table=_ire_table(trainer, ire) if ire is not None else None,
         usage=_usage(trainer, task, model_name),
         cost=_cost(trainer),
         optimizer=_optimizer(trainer),
@@ -184,8 +188,10 @@ def _summary(trainer: "GRMixin", origin: str, dataset: str) -> str:
     data = f" on {dataset}" if dataset else ""
     examples = getattr(trainer.train_dataset, "__len__", lambda: None)()
     seen = f" ({examples:,} training examples)" if examples else ""
-    with_gr = "with gradient regularization" if trainer.gr_args.gr_degree != 0 else "without gradient regularization"
-    return f"`{name}` with {size}, {origin}{data}{seen} {with_gr}, using the library `hf_gr`."
+    methods = ["gradient regularization"] * (trainer.gr_args.gr_degree != 0)
+    methods += ["IRE"] * (trainer.ire_optimizer is not None)
+    how = f"with {' and '.join(methods)}" if methods else "without gradient regularization"
+    return f"`{name}` with {size}, {origin}{data}{seen} {how}, using the library `hf_gr`."
 
 
 def _evaluated(trainer: "GRMixin", dataset_names: list[str], split: str) -> str:
@@ -222,6 +228,42 @@ def _gr_table(trainer: "GRMixin") -> list[tuple[str, str, Any]]:
     return [*rows, ("gr_scope", "", gr.gr_scope), ("gr_interval", "", gr.gr_interval)]
 
 
+def _ire_summary(trainer: "GRMixin", ire: IRE) -> str:
+    steps = trainer.state.global_step
+    start = trainer.ire_start_step(trainer.state.max_steps)
+    which = {
+        "flat": f"the flat coordinates: the fraction {ire.gamma:g} of all in which the squared gradient of the loss, "
+        "with labels drawn from the model itself, is smallest",
+        "inverted": "the coordinates that are not flat, as a control",
+        "random": f"coordinates chosen at random, each with probability {ire.gamma:g}, as a control",
+        "uniform": "all coordinates, as a control",
+    }[ire.mask]
+    if steps <= start:
+        return f"IRE was to start after step {start:,}, and the run has {steps:,}: every step was the base optimizer's."
+    text = (
+        f"From step {start + 1:,} to {steps:,} the optimizer took (1 + kappa) times its step along {which}. They were "
+        f"chosen {ire.updates:,} times."
+    )
+    if ire.kappa_scale != 1:
+        text += f" The loss diverged on the way, and kappa was reduced to {ire.kappa * ire.kappa_scale:g}."
+    if fractions := trainer.ire_flat_fractions():
+        shares = ", ".join(f"{kind} {fraction:.2f}" for kind, fraction in fractions.items())
+        text += f" Share of such coordinates at the last choice: {shares}."
+    return text
+
+
+def _ire_table(trainer: "GRMixin", ire: IRE) -> list[tuple[str, str, Any]]:
+    flags = trainer.gr_args
+    rows = [("ire_kappa", "kappa", ire.kappa)]
+    if ire.mask != "uniform":
+        rows.append(("ire_gamma", "gamma", ire.gamma))
+    rows.append(("ire_interval", "K", flags.ire_interval))
+    rows.append(("ire_start_step", "", f"{trainer.ire_start_step(trainer.state.max_steps):,} steps"))
+    shown = {"ire_kappa", "ire_gamma", "ire_interval", "ire_start_step"}
+    others = ((field, getattr(flags, field.name)) for field in dataclasses.fields(IREArguments))
+    return rows + [(f.name, "", value) for f, value in others if f.name not in shown and value != f.default]
+
+
 def _usage(trainer: "GRMixin", task: str | None, model_name: str) -> str | None:
     if task is None or isinstance(trainer.model, PeftModel):
         return None
@@ -238,6 +280,10 @@ def _cost(trainer: "GRMixin") -> str:
         f"{steps:,} optimizer steps, {passes:,} forward and backward passes over a batch of "
         f"{trainer.get_total_train_batch_size(trainer.args):,} examples"
     )
+    ire = trainer.ire_optimizer
+    if ire is not None and ire.needs_estimate:
+        share = trainer.gr_args.ire_probe_fraction
+        text += f" and {ire.updates:,} over {'it' if share == 1 else f'{share:g} of it'} for IRE"
     timed = next((e for e in reversed(trainer.state.log_history) if "train_runtime" in e), None)
     if timed is not None:
         since = getattr(trainer, "_initial_global_step", 0)
@@ -255,6 +301,8 @@ def _optimizer(trainer: "GRMixin") -> str:
     optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
     if optimizer is None:
         return "not created"
+    if isinstance(optimizer, IRE):  # it has a section of its own
+        optimizer = optimizer.base_optimizer
     hidden = {"params", "lr", "initial_lr", "weight_decay"}
     settings = {k: v for k, v in optimizer.param_groups[0].items() if k not in hidden and v is not None}
     return f"`{type(optimizer).__name__}` ({', '.join(f'{k}={v}' for k, v in settings.items())})"
@@ -262,7 +310,7 @@ def _optimizer(trainer: "GRMixin") -> str:
 
 def _hyperparameters(arguments: Iterable[Any]) -> list[tuple[str, Any]]:
     """What differs from its default in some dataclasses, and `ALWAYS_SHOWN`. New flags appear by themselves."""
-    gr_flags = {field.name for field in dataclasses.fields(GRArguments)}  # they have a table of their own
+    gr_flags = {field.name for field in dataclasses.fields(GRArguments)}  # they have tables of their own
     rows = []
     for args in arguments:
         values = args.to_dict() if isinstance(args, TrainingArguments) else dataclasses.asdict(args)

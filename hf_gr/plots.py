@@ -7,10 +7,11 @@ from matplotlib.figure import Figure
 
 # Colour-blind safe (Okabe and Ito, 2008).
 BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
+COLORS = (BLUE, ORANGE, GREEN, PURPLE, "#E69F00", "#56B4E9", "#000000")
 
 
 def plot_curves(log_history: list[dict[str, float]], path: str | Path) -> None:
-    """Loss, error, gradient norms and schedules against the optimizer step, as one PNG.
+    """Loss, error, gradient norms, schedules and flat coordinates against the optimizer step, as one PNG.
 
     What the run did not log is left out: the error of a language model, ||g2|| of a run without GR.
 
@@ -19,17 +20,29 @@ def plot_curves(log_history: list[dict[str, float]], path: str | Path) -> None:
         path: where to write the picture.
     """
     has_error = any("eval_error" in entry for entry in log_history)
-    figure = Figure(figsize=(11, 7) if has_error else (14, 4), layout="constrained")
-    axes = figure.subplots(2, 2) if has_error else figure.subplots(1, 3)
-    loss, *error, norms, schedules = axes.flat
+    kinds = sorted({key for entry in log_history for key in entry if key.startswith("ire_flat_fraction_")})
+    panels = 3 + has_error + bool(kinds)
+    rows, columns = {3: (1, 3), 4: (2, 2), 5: (2, 3)}[panels]
+    figure = Figure(figsize=(14 if columns == 3 else 11, 4 if rows == 1 else 7), layout="constrained")
+    axes = figure.subplots(rows, columns).flatten().tolist()
+    for unused in axes[panels:]:
+        unused.remove()
+    loss, norms, schedules, *others = axes[:panels]
 
     _line(loss, log_history, "loss", "training", BLUE)
     _line(loss, log_history, "eval_loss", "evaluation", ORANGE)
     loss.set(title="Loss", ylabel="loss")
     if has_error:
-        _line(error[0], log_history, "eval_error", "evaluation", ORANGE, scale=100)
-        error[0].set(title="Classification error", ylabel="error (%)")
-        error[0].set_ylim(bottom=0)
+        error = others.pop(0)
+        _line(error, log_history, "eval_error", "evaluation", ORANGE, scale=100)
+        error.set(title="Classification error", ylabel="error (%)")
+        error.set_ylim(bottom=0)
+    if kinds:
+        flat = others.pop(0)
+        for key, color in zip(kinds, COLORS * 2, strict=False):
+            _line(flat, log_history, key, key.removeprefix("ire_flat_fraction_"), color)
+        flat.set(title="Flat coordinates by kind of layer", ylabel="fraction", ylim=(0, 1))
+        flat.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))  # six curves leave no room inside
 
     if not _line(norms, log_history, "gr_grad_norm", r"$\|g_1\|$ at $\theta$", BLUE):
         _line(norms, log_history, "grad_norm", r"$\|g\|$", BLUE)
@@ -48,11 +61,11 @@ def plot_curves(log_history: list[dict[str, float]], path: str | Path) -> None:
         degree.set_ylim(bottom=0)
         handles = [*handles, *degree.get_lines()]
 
-    for axis in axes.flat:
+    for axis in axes[:panels]:
         axis.set_xlabel("optimizer step")
         axis.grid(alpha=0.3)
         axis.spines["top"].set_visible(False)
-        if axis is not schedules and axis.get_lines():
+        if axis is not schedules and axis.get_lines() and axis.get_legend() is None:
             axis.legend(frameon=False)
     if handles:
         # Below the axes: the curves of a warmup and a decay leave no corner free.

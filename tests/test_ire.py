@@ -4,6 +4,7 @@ import copy
 import io
 import math
 import pickle
+import sys
 import warnings
 
 import pytest
@@ -273,6 +274,17 @@ def test_threshold_is_exact(kind, dtype):
     for k in (1, 2, 1000, x.numel() // 2, math.floor(0.6 * x.numel()), math.floor(0.99 * x.numel()), x.numel()):
         assert kth_smallest(tensors, k) == ordered[k - 1].item()
     assert kth_smallest(tensors, 0) == -math.inf
+
+
+@pytest.mark.parametrize("kind", ["normal", "mostly zero", "equal"])
+def test_threshold_needs_little_memory(kind, monkeypatch):
+    x = torch.randn(20 * SAMPLE, generator=torch.Generator().manual_seed(0))
+    x = {"normal": x, "mostly zero": torch.where(x > 1, x, 0.0), "equal": torch.ones_like(x)}[kind]
+    sizes = []
+    original = sys.modules["hf_gr.ire"]._kth
+    monkeypatch.setattr("hf_gr.ire._kth", lambda values, k: sizes.append(values.numel()) or original(values, k))
+    assert kth_smallest([x], 12 * SAMPLE) == x.abs().sort().values[12 * SAMPLE - 1].item()
+    assert max(sizes) <= 1.1 * SAMPLE  # the sample itself, and what is between the bounds
 
 
 def test_threshold_when_the_sample_misleads(monkeypatch):

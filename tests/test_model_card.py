@@ -214,3 +214,53 @@ def test_several_evaluation_sets(tmp_path):
     trainer.create_model_card()
     text = ModelCard.load(tmp_path / "README.md").text
     assert "| far_loss |" in text and "not evaluated" not in text and "(2 examples)" not in text
+
+
+def test_ire_is_described_as_it_ran(tmp_path):
+    flags = {"gr_lambda": 0, "ire_kappa": 3.0, "ire_gamma": 0.7, "ire_interval": 2, "ire_probe_fraction": 0.5}
+    trainer = trained(tmp_path, ire_exclude=["bias"], warmup_steps=1, **flags)
+    trainer.create_model_card(**CARD)
+    card = ModelCard.load(tmp_path / "README.md")
+    assert "ire" in card.data.tags and "gradient-regularization" not in card.data.tags
+    last = [e for e in trainer.state.log_history if "loss" in e][-1]
+    for text in (
+        "with IRE, using the library",
+        "From step 2 to 6 the optimizer took (1 + kappa) times its step along the flat coordinates: the fraction 0.7",
+        "They were chosen 3 times.",
+        f"attention {last['ire_flat_fraction_attention']:.2f}",
+        "| `ire_kappa` | kappa | 3.0 |",
+        "| `ire_gamma` | gamma | 0.7 |",
+        "| `ire_start_step` |  | 1 steps |",
+        "| `ire_exclude` |  | ['bias'] |",
+        "6 forward and backward passes over a batch of 2 examples and 3 over 0.5 of it for IRE",
+        "Optimizer: `AdamW` (",
+    ):
+        assert text in card.text
+    assert "`ire_beta`" not in card.text and "diverged" not in card.text
+    assert card.text.count("ire_kappa") == 1  # not again among the hyperparameters
+
+
+@pytest.mark.parametrize(
+    ("mask", "text"),
+    [
+        ("inverted", "along the coordinates that are not flat, as a control"),
+        ("random", "along coordinates chosen at random, each with probability 0.6, as a control"),
+        ("uniform", "along all coordinates, as a control"),
+    ],
+)
+def test_a_control_is_not_passed_off_as_ire(mask, text, tmp_path):
+    trainer = trained(tmp_path, gr_warmup="none", ire_kappa=2.0, ire_mask=mask)
+    trainer.ire_optimizer.kappa_scale = 0.5
+    trainer.create_model_card(**CARD)
+    card = ModelCard.load(tmp_path / "README.md").text
+    assert text in card
+    assert f"| `ire_mask` |  | {mask} |" in card
+    assert "with gradient regularization and IRE" in card
+    assert "The loss diverged on the way, and kappa was reduced to 1." in card
+    assert ("passes over a batch of 2 examples and" in card) == (mask == "inverted")
+
+
+def test_an_ire_that_never_acted_is_not_claimed(tmp_path):
+    trainer = trained(tmp_path, gr_lambda=0, ire_kappa=2.0, warmup_steps=6)
+    trainer.create_model_card(**CARD)
+    assert "IRE was to start after step 6, and the run has 6" in ModelCard.load(tmp_path / "README.md").text
