@@ -56,6 +56,8 @@ IRE_PRESETS: dict[str, dict[str, float]] = {
 CPU_BLOCK, GPU_BLOCK = 2**18, 2**24
 #: Elements that NumPy is given at a time.
 SCAN_BLOCK = 2**17
+#: A tensor of up to so many elements is put together with others.
+SMALL = 2**12
 #: Size of the sample that narrows the search for the threshold down.
 SAMPLE = 2**16
 
@@ -208,8 +210,11 @@ class IRE(Optimizer):
             _amplify_(flat, old, weights, self._kappa_of(group), self._decay_of(group))
 
     def _fused_adamw_blocks(self) -> list["_Block"] | None:
-        """What a step has to update, in blocks of about `CPU_BLOCK` elements: small parameters together, large ones in
-        parts. None unless the base optimizer is a fused AdamW on a CPU that has made its state."""
+        """What a step has to update, in blocks of about `CPU_BLOCK` elements.
+
+        Small parameters share a block, large ones are cut. None unless the base optimizer is a fused AdamW on a CPU
+        that has made its state already.
+        """
         base = self.base_optimizer
         if type(base) is not AdamW or base._optimizer_step_pre_hooks or base._optimizer_step_post_hooks:
             return None
@@ -286,28 +291,28 @@ class IRE(Optimizer):
         """
         params = self._amplifiable()
         if self.needs_estimate:
+            if any(p.grad is not None and p.grad.is_sparse for p in params):
+                raise ValueError("IRE cannot read sparse gradients. Build embeddings with sparse=False.")
             grads = [p.grad for p in params if p.grad is not None]
             if grads and not torch.isfinite(torch.nn.utils.get_total_norm(grads)):
                 return False
         self.updates += 1
         sizes, thresholds = self._estimate(params) if self.needs_estimate else (params, [math.nan] * len(params))
         choose = self._chooser(scan := _Scan(params))
-        is_first = not self._masks
-        counts, common_counts = [], []
-        for p, size, threshold in zip(params, sizes, thresholds, strict=True):
+        is_first, old_count, common_counts = not self._masks, sum(self.flat_counts.values()), []
+        for p in params:
             if p not in self._masks:
                 self._masks[p] = torch.zeros_like(p, dtype=torch.uint8)
-            count = common_count = 0
-            for values, mask in _blocks(size, self._masks[p]):
-                new = choose(values, threshold).view_as(mask)
-                count += _count(new)
-                common_count += scan.count_common(new, mask.view(torch.bool))
-                mask.copy_(new.view(torch.uint8))
-            counts.append(count)
-            common_counts.append(common_count)
-        old_count, common_count = sum(self.flat_counts.values()), sum(_to_ints(common_counts))
-        self.flat_counts = dict(zip(params, _to_ints(counts), strict=True))
-        union = old_count + sum(self.flat_counts.values()) - common_count
+        masks = [self._masks[p] for p in params]
+        for values, mask, threshold, parts in _merge_small(sizes, masks, thresholds):
+            for block, part in _blocks(values, mask):
+                common_counts.append(scan.replace(part, choose(block, threshold)))
+            if parts:
+                torch._foreach_copy_(parts, mask.split([len(part) for part in parts]))
+        counts = _to_ints([_count(mask.view(torch.bool)) for mask in masks])
+        self.flat_counts = dict(zip(params, counts, strict=True))
+        common_count = sum(_to_ints(common_counts))
+        union = old_count + sum(counts) - common_count
         self.mask_overlap = None if is_first or not union else common_count / union
         return True
 
@@ -591,12 +596,20 @@ class _Scan:
         np.greater(is_between, is_low.numpy(), out=is_between)
         return _count(is_low), torch.from_numpy(values.numpy()[is_between])
 
-    def count_common(self, flags: Tensor, others: Tensor) -> int | Tensor:
-        """How many are True in both. `flags` may be what `at_most` returned."""
-        if not self._fits(flags) or not others.is_contiguous():
-            return _count(flags & others)
-        common = self._flags[1, : flags.numel()].numpy()
-        np.logical_and(flags.numpy().reshape(-1), others.numpy().reshape(-1), out=common)
+    def replace(self, mask: Tensor, new: Tensor) -> int | Tensor:
+        """Write the flags `new`, flat, into `mask`. How many of those that are True were so before."""
+        if not (self._fits(mask) and mask.is_contiguous()):
+            new = new.view(mask.shape)
+            common = _count(new & mask.view(torch.bool))
+            mask.copy_(new.view(torch.uint8))
+            return common
+        old, new, common = (
+            mask.view(-1).numpy().view(bool),
+            new.numpy().reshape(-1),
+            self._flags[1, : new.numel()].numpy(),
+        )
+        np.logical_and(old, new, out=common)
+        np.copyto(old, new)
         return int(np.count_nonzero(common))
 
 
@@ -625,7 +638,7 @@ def kth_smallest(tensors: list[Tensor], k: int) -> float:
     assert k <= total
     if total <= 4 * SAMPLE:
         return _kth(torch.cat([t.reshape(-1).abs() for t in tensors]), k)
-    tensors = _merge_small(tensors)
+    tensors = [values for values, *_ in _merge_small(tensors, tensors, [0.0] * len(tensors))]
     low, high = _bounds(tensors, k / total, total)
     scan = _Scan(tensors)
     n_up_to_low, between = [], []
@@ -657,14 +670,22 @@ def _kth(values: Tensor, k: int) -> float:
     return values.kthvalue(k).values.item()
 
 
-def _merge_small(tensors: list[Tensor]) -> list[Tensor]:
-    """The same elements in fewer tensors: a model has far more norms and biases than matrices."""
-    limit = SAMPLE // 16
-    merged: dict[torch.device, list[Tensor]] = {}
-    for t in tensors:
-        if t.numel() <= limit:
-            merged.setdefault(t.device, []).append(t.reshape(-1))
-    return [t for t in tensors if t.numel() > limit] + [torch.cat(parts) for parts in merged.values()]
+def _merge_small(
+    sizes: list[Tensor], masks: list[Tensor], thresholds: list[float]
+) -> Iterator[tuple[Tensor, Tensor, float, list[Tensor]]]:
+    """The same work in fewer pieces: a model has far more norms and biases than matrices.
+
+    Yields values, mask and threshold; and, where the mask is a copy of several, flat views of them.
+    """
+    small: dict[Any, list[int]] = {}
+    for i, (size, mask) in enumerate(zip(sizes, masks, strict=True)):
+        if size.numel() > SMALL or not (size.is_contiguous() and mask.is_contiguous()):
+            yield size, mask, thresholds[i], []
+        else:
+            small.setdefault((size.device, size.dtype, thresholds[i]), []).append(i)
+    for (_, _, threshold), indices in small.items():
+        parts = [masks[i].view(-1) for i in indices]
+        yield torch.cat([sizes[i].view(-1) for i in indices]), torch.cat(parts), threshold, parts
 
 
 def _bounds(tensors: list[Tensor], quantile: float, total: int) -> tuple[float, float]:

@@ -590,6 +590,13 @@ def test_ire_around_ire_is_refused():
         IRE(IRE(SGD(parameters(), lr=1.0)))
 
 
+def test_sparse_gradients_are_refused():
+    embedding = nn.Embedding(5, 2, sparse=True)
+    embedding(torch.tensor([1])).sum().backward()
+    with pytest.raises(ValueError, match="IRE cannot read sparse gradients"):
+        IRE(SGD(embedding.parameters(), lr=1.0)).update_mask()
+
+
 def test_less_than_half_flat_is_said():
     with pytest.warns(UserWarning, match=r"gamma=0.3: the paper calls more than half"):
         IRE(SGD(parameters(), lr=1.0), gamma=0.3)

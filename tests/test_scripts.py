@@ -90,6 +90,17 @@ def test_resume_is_bit_identical(finished, tmp_path):
     assert (tmp_path / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
 
 
+def test_ire_by_flags(tmp_path):
+    launch("--output_dir", tmp_path, "--num_train_epochs", 2, "--gr_lambda", 0, "--ire_preset", "cnn",
+           "--ire_interval", 5, "--warmup_steps", 10, "--ire_exclude", "norm", "bias")  # fmt: skip
+    logs = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]
+    last = [entry for entry in logs if "loss" in entry][-1]
+    assert last["ire_kappa"] == 1.0
+    assert last["ire_flat_fraction"] == pytest.approx(0.9, abs=1e-3)
+    card = (tmp_path / "README.md").read_text()
+    assert "| `ire_preset` |  | cnn |" in card and "`SGD`" not in card and "From step 11 to 46" in card
+
+
 def test_recipe_in_json_flags_overrule_it_and_two_processes(tmp_path):
     recipe = {
         "output_dir": str(tmp_path / "out"),
