@@ -114,6 +114,10 @@ class IRE(Optimizer):
         check_ire_arguments(kappa, gamma, scope, beta, mask, kappa_schedule)
         if isinstance(base_optimizer, IRE):
             raise ValueError("IRE around IRE amplifies twice. Give the base optimizer, and one kappa.")
+        if any(hasattr(p, "device_mesh") for group in base_optimizer.param_groups for p in group["params"]):
+            raise ValueError(
+                "IRE compares all coordinates, and cannot do so where they are sharded (DTensor). Use DDP."
+            )
         if gamma < 0.5 and mask == "flat":
             warnings.warn(f"gamma={gamma}: the paper calls more than half of the coordinates flat.", stacklevel=2)
         if not amplify_weight_decay:

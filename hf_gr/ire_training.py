@@ -50,12 +50,12 @@ class IREMixin:
     gr_args: GRArguments
 
     def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
         self._ire: IRE | None = None
         self._ire_kinds: dict[Tensor, str] = {}
         self._ire_probe_ran = False
         self._ire_losses: list[Tensor] = []
         self._ire_kappa = 0.0
+        super().__init__(*args, **kwargs)
         if self.gr_args.ire_kappa != 0:
             self._ire_require_support(needs_estimate=self.gr_args.ire_mask in ESTIMATED_MASKS)
 
@@ -115,6 +115,8 @@ class IREMixin:
             if not found:
                 raise ValueError(f"ire_exclude: no trainable parameter has {word!r} in its name, e.g. {named[0][0]!r}.")
             excluded += found
+        if len(set(excluded)) == len(named):
+            raise ValueError(f"ire_exclude={flags.ire_exclude}: nothing is left to amplify. Exclude less.")
         return IRE(
             optimizer,
             kappa=flags.ire_kappa,

@@ -73,6 +73,10 @@ def test_language_model_counts_each_position_with_a_label_once():
     expected = F.cross_entropy(rows, sample_labels(rows, generator(1)), reduction="none")
     assert torch.equal(losses, expected)
     assert len(classification_losses(logits[:, 0], torch.tensor([-100, 3]), generator())) == 1
+    # A process may have nothing to count, and must still take part in the reduction.
+    weight = logits.clone().requires_grad_()
+    causal_lm_losses(weight, torch.full((2, 5), -100), generator()).sum().backward()
+    assert not weight.grad.any()
 
 
 def test_distribution_is_known_or_not():

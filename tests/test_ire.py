@@ -4,8 +4,10 @@ import copy
 import io
 import math
 import pickle
+import re
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from torch.optim import SGD, Adam, AdamW, RMSprop
 from hf_gr import IRE
 from hf_gr.ire import CPU_BLOCK, IRE_PRESETS, SAMPLE, kth_smallest
 
+README = Path(__file__).parent.parent / "README.md"
 BASES = {
     "adamw": lambda params: AdamW(params, lr=1e-2, weight_decay=0.1),
     "fused adamw": lambda params: AdamW(params, lr=1e-2, weight_decay=0.1, fused=True),
@@ -597,6 +600,13 @@ def test_sparse_gradients_are_refused():
         IRE(SGD(embedding.parameters(), lr=1.0)).update_mask()
 
 
+def test_sharded_parameters_are_refused():
+    p = nn.Parameter(torch.zeros(2))
+    p.device_mesh = "that of a DTensor"
+    with pytest.raises(ValueError, match=r"where they are sharded \(DTensor\). Use DDP"):
+        IRE(SGD([p], lr=1.0))
+
+
 def test_less_than_half_flat_is_said():
     with pytest.warns(UserWarning, match=r"gamma=0.3: the paper calls more than half"):
         IRE(SGD(parameters(), lr=1.0), gamma=0.3)
@@ -617,3 +627,20 @@ def test_the_blockwise_path_is_taken():
     ire.base_optimizer.step = lambda *_: called.append(1)
     trained(1, ire, params, first=2)
     assert not called
+
+
+def test_the_loop_of_the_readme():
+    (loop,) = re.findall(r"```python\n(from hf_gr import IRE\n.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+    torch.manual_seed(0)
+    model = nn.Linear(3, 4)
+    names = {
+        "torch": torch,
+        "F": torch.nn.functional,
+        "model": model,
+        "data": [(torch.randn(8, 3), torch.randint(0, 4, (8,))) for _ in range(12)],
+    }
+    before = model.weight.detach().clone()
+    exec(loop, names)
+    assert names["optimizer"].updates == 2
+    assert names["optimizer"].flat_fraction == pytest.approx(0.6, abs=0.05)
+    assert not torch.equal(model.weight, before)

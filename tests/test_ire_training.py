@@ -309,6 +309,8 @@ def test_excluded_by_name(tmp_path):
     assert logged == {"ire_flat_fraction_attention", "ire_flat_fraction_mlp", "ire_flat_fraction_head"}
     with pytest.raises(ValueError, match="ire_exclude: no trainable parameter has 'embedings' in its name"):
         run(toys.vit(), toys.images(), tmp_path, ire_exclude=["embedings"], **IRE_FLAGS)
+    with pytest.raises(ValueError, match="nothing is left to amplify"):
+        run(toys.vit(), toys.images(), tmp_path, ire_exclude=["weight", "bias", "embeddings"], **IRE_FLAGS)
 
 
 def test_an_ire_that_is_given_to_the_trainer_is_used(spy, tmp_path):

@@ -599,6 +599,9 @@ def test_trl_sft_trainer(tmp_path):
     regularized = train("gr", GRSFTTrainer, Config, gr_warmup="none", gr_r=0.05)
     assert not torch.equal(toys.weights(regularized.model), toys.weights(plain.model))
     assert [e["gr_r"] for e in regularized.state.log_history if "gr_r" in e] == [0.05] * 6
+    amplified = train("ire", GRSFTTrainer, Config, gr_lambda=0, ire_kappa=2.0, ire_interval=2)
+    assert [e["ire_kappa"] for e in amplified.state.log_history if "ire_kappa" in e] == [2.0] * 6
+    assert amplified.ire_optimizer.updates == 3
 
 
 def word_tokenizer():
