@@ -223,6 +223,28 @@ def test_gradient_scaler_is_respected(tmp_path):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-9)
 
 
+def test_activation_checkpointing_changes_nothing(tmp_path):
+    flag = "activation_checkpointing" if hasattr(GRConfig, "activation_checkpointing") else "gradient_checkpointing"
+    runs = [run(toys.llama(0.2), toys.text(), tmp_path, **IRE_FLAGS, **{flag: on}) for on in (False, True)]
+    assert runs[1].model.model.layers[0].gradient_checkpointing
+    assert torch.equal(*(toys.weights(trainer.model) for trainer in runs))
+
+
+def test_torch_compile(tmp_path):
+    flags = {**IRE_FLAGS, "max_steps": 3, "optim": "sgd"}
+    plain = run(toys.llama(), toys.text(), tmp_path, **flags)
+    compiled = run(toys.llama(), toys.text(), tmp_path, torch_compile=True, torch_compile_backend="aot_eager", **flags)
+    torch.testing.assert_close(toys.weights(compiled.model), toys.weights(plain.model), rtol=1e-4, atol=1e-6)
+
+
+def test_bf16_autocast_chooses_nearly_the_same_coordinates(spy, tmp_path):
+    for bf16 in (False, True):
+        run(toys.llama(), toys.text(), tmp_path, bf16=bf16, max_steps=1, **{**IRE_FLAGS, "ire_start_step": 0})
+    exact, rounded = (torch.cat([m.flatten() for m in masks.values()]).bool() for _, _, masks in spy.updates)
+    # bf16 has 8 bits, so some of the labels drawn are others as well; by chance 0.43 would agree.
+    assert ((exact & rounded).sum() / (exact | rounded).sum()).item() > 0.8
+
+
 # ---- Optimizers ----
 
 

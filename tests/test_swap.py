@@ -58,6 +58,11 @@ GR = {
     "gr_warmup_steps": 3,
     "gr_scope": "global",
     "gr_interval": 1,
+    "ire_kappa": 2.0,
+    "ire_gamma": 0.7,
+    "ire_interval": 2,
+    "ire_start_step": 0,
+    "ire_probe_fraction": 0.5,
 }
 
 
@@ -116,11 +121,13 @@ def test_swap(name, arguments, request, tmp_path):
     launch(script, "--do_train", "--do_eval", "--use_cpu", output_dir=tmp_path / "gr", **flags, **GR)
     degrees = [e["gr_lambda"] for e in logs(tmp_path / "gr") if "gr_lambda" in e]
     assert degrees == [0, 0, 0, 0.04, 0.04, 0.04]
+    flat = [e["ire_flat_fraction"] for e in logs(tmp_path / "gr") if "ire_flat_fraction" in e]
+    assert flat == pytest.approx([0.7] * 6, abs=1e-3)
     written = {p.name for p in (tmp_path / "gr").iterdir()}
     assert {"model.safetensors", "config.json", "README.md", "curves.png", "trainer_state.json"} <= written
     assert "| `gr_warmup_steps` | T_w | 3 steps |" in (tmp_path / "gr" / "README.md").read_text()
 
-    # Resumed from step 3 it ends as it did, bit for bit.
+    # Resumed from step 3, after the end of the warmup and between two choices of IRE, it ends as it did, bit for bit.
     whole = (tmp_path / "gr" / "model.safetensors").read_bytes()
     launch(script, "--do_train", "--do_eval", "--use_cpu", output_dir=tmp_path / "gr", **flags, **GR,
            resume_from_checkpoint=tmp_path / "gr" / "checkpoint-3")  # fmt: skip
