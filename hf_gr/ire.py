@@ -25,8 +25,8 @@ weight decay are part of it (`amplify_weight_decay=False` takes the decay out), 
 the released code it never replaces the storage of a parameter, leaves `.grad` as it is, and saves its masks.
 """
 
+import logging
 import math
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -35,6 +35,8 @@ import torch
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 from torch.optim.adamw import adamw
+
+logger = logging.getLogger(__name__)
 
 #: Which coordinates are amplified. The last three are controls, with which to check that the choice matters.
 MASKS = ("flat", "inverted", "random", "uniform")
@@ -119,7 +121,7 @@ class IRE(Optimizer):
                 "IRE compares all coordinates, and cannot do so where they are sharded (DTensor). Use DDP."
             )
         if gamma < 0.5 and mask == "flat":
-            warnings.warn(f"gamma={gamma}: the paper calls more than half of the coordinates flat.", stacklevel=2)
+            logger.warning(f"IRE with gamma={gamma}: the paper calls more than half of the coordinates flat.")
         if not amplify_weight_decay:
             _require_decoupled_decay(base_optimizer)
         super().__init__(base_optimizer.param_groups, base_optimizer.defaults)  # for the hooks
@@ -155,10 +157,9 @@ class IRE(Optimizer):
         self._steps += 1
         if not self.active or self.kappa == 0 or not self._masks:
             if self.active and self.kappa != 0 and self._steps == 1:
-                warnings.warn(
+                logger.warning(
                     "IRE has no mask yet and steps as its base optimizer. Call update_mask() with the gradient of "
-                    "sampled labels in .grad; until IRE is to start, set active = False.",
-                    stacklevel=2,
+                    "sampled labels in .grad; until IRE is to start, set active = False."
                 )
             return self.base_optimizer.step(closure)
         with torch.no_grad():

@@ -21,7 +21,7 @@ def imported(module: str) -> set[str]:
 
 @pytest.mark.parametrize("module", ["gradient_regularization", "gr_warmup", "ire", "fisher"])
 def test_maths_is_pure_torch(module):
-    assert imported(module) <= {"torch", "numpy", "math", "collections", "contextlib", "typing", "warnings"}
+    assert imported(module) <= {"torch", "numpy", "math", "collections", "contextlib", "logging", "typing"}
 
 
 @pytest.mark.parametrize("module", ["trainer", "ire_training", "config", "replay", "checkpoints", "compatibility"])
