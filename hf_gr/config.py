@@ -48,7 +48,7 @@ class IREArguments:
     ire_preset: str | None = field(
         default=None,
         metadata={
-            "help": "Published settings of ire_kappa, ire_gamma and ire_start_step. Where one of these three is given "
+            "help": "Sets ire_kappa, ire_gamma and ire_start_step as published. Where one of these three is given "
             "and is not its default, it wins.",
             "choices": list(IRE_PRESETS),
         },

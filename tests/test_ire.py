@@ -15,7 +15,8 @@ from torch import nn
 from torch.optim import SGD, Adam, AdamW, RMSprop
 
 from hf_gr import IRE
-from hf_gr.ire import CPU_BLOCK, IRE_PRESETS, SAMPLE, kth_smallest
+from hf_gr.ire import CPU_BLOCK, IRE_PRESETS
+from hf_gr.selection import SAMPLE, kth_smallest
 
 README = Path(__file__).parent.parent / "README.md"
 BASES = {
@@ -282,8 +283,8 @@ def test_threshold_needs_little_memory(kind, monkeypatch):
     x = torch.randn(20 * SAMPLE, generator=torch.Generator().manual_seed(0))
     x = {"normal": x, "mostly zero": torch.where(x > 1, x, 0.0), "equal": torch.ones_like(x)}[kind]
     sizes = []
-    original = sys.modules["hf_gr.ire"]._kth
-    monkeypatch.setattr("hf_gr.ire._kth", lambda values, k: sizes.append(values.numel()) or original(values, k))
+    original = sys.modules["hf_gr.selection"]._kth
+    monkeypatch.setattr("hf_gr.selection._kth", lambda values, k: sizes.append(values.numel()) or original(values, k))
     assert kth_smallest([x], 12 * SAMPLE) == x.abs().sort().values[12 * SAMPLE - 1].item()
     assert max(sizes) <= 1.1 * SAMPLE  # the sample itself, and what is between the bounds
 
@@ -291,9 +292,34 @@ def test_threshold_needs_little_memory(kind, monkeypatch):
 def test_threshold_when_the_sample_misleads(monkeypatch):
     x = [torch.arange(5.0 * SAMPLE)]
     for bounds in ((1.0, 2.0), (1e6, 2e6), (3.0, 4.0)):
-        monkeypatch.setattr("hf_gr.ire._bounds", lambda *_, bounds=bounds: bounds)
+        monkeypatch.setattr("hf_gr.selection._bounds", lambda *_, bounds=bounds: bounds)
         assert kth_smallest(x, 5) == 4.0
         assert kth_smallest(x, 100_000) == 99_999.0
+
+
+def test_the_way_of_a_gpu_gives_the_same(monkeypatch):
+    """Without NumPy, and with counts that are tensors until the end; here on the CPU."""
+
+    def chosen() -> tuple:
+        params = parameters()
+        ire = IRE(BASES["sgd"](params), gamma=0.7)
+        for step in (0, 1):
+            set_gradients(params, step)
+            ire.update_mask()
+        return (
+            masks_of(ire),
+            list(ire.flat_counts.values()),
+            ire.mask_overlap,
+            kth_smallest(gradients(3, params), 77_777),
+        )
+
+    expected = chosen()
+    monkeypatch.setattr("hf_gr.selection.Scan._fits", lambda *_: False)
+    for module in ("hf_gr.selection", "hf_gr.ire"):
+        monkeypatch.setattr(f"{module}.count_true", lambda flags: flags.sum())
+    masks, *numbers = chosen()
+    assert equal(masks, expected[0])
+    assert numbers == list(expected[1:])
 
 
 def test_ties_are_flat_and_excluded_parameters_do_not_count():
