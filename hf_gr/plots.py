@@ -27,18 +27,19 @@ def plot_curves(log_history: list[dict[str, float]], path: str | Path) -> None:
     axes = figure.subplots(rows, columns).flatten().tolist()
     for unused in axes[panels:]:
         unused.remove()
-    loss, norms, schedules, *others = axes[:panels]
+    panel = iter(axes)
+    loss, error = next(panel), next(panel) if has_error else None
+    norms, schedules = next(panel), next(panel)
 
     _line(loss, log_history, "loss", "training", BLUE)
     _line(loss, log_history, "eval_loss", "evaluation", ORANGE)
     loss.set(title="Loss", ylabel="loss")
     if has_error:
-        error = others.pop(0)
         _line(error, log_history, "eval_error", "evaluation", ORANGE, scale=100)
         error.set(title="Classification error", ylabel="error (%)")
         error.set_ylim(bottom=0)
     if kinds:
-        flat = others.pop(0)
+        flat = next(panel)
         for key, color in zip(kinds, COLORS * 2, strict=False):
             _line(flat, log_history, key, key.removeprefix("ire_flat_fraction_"), color)
         flat.set(title="Flat coordinates by kind of layer", ylabel="fraction", ylim=(0, 1))
