@@ -1,4 +1,4 @@
-"""`GRTrainer`: `transformers.Trainer` with gradient regularization.
+"""`GRTrainer`: `transformers.Trainer` with gradient regularization, and with IRE (`ire_training.py`).
 
 One optimizer step, with gradient accumulation over a window of micro-batches:
 
@@ -294,4 +294,4 @@ class GRMixin(IREMixin):
 
 
 class GRTrainer(GRMixin, Trainer):
-    """`transformers.Trainer` with gradient regularization; see `GRMixin`."""
+    """`transformers.Trainer` with gradient regularization and IRE; see `GRMixin`."""

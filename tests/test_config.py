@@ -18,9 +18,22 @@ def test_contract_defaults():
         "gr_warmup_steps": None,
         "gr_scope": "global",
         "gr_interval": 1,
+        "ire_kappa": 0.0,
+        "ire_gamma": 0.6,
+        "ire_interval": 10,
+        "ire_start_step": None,
+        "ire_probe_fraction": 1.0,
+        "ire_preset": None,
+        "ire_mask": "flat",
+        "ire_kappa_schedule": "constant",
+        "ire_scope": "global",
+        "ire_exclude": None,
+        "ire_beta": 0.0,
+        "ire_amplify_weight_decay": True,
+        "ire_guard": 3.0,
     }
     stock = TrainingArguments(output_dir="x", use_cpu=True).to_dict()
-    assert {k: v for k, v in config.to_dict().items() if not k.startswith("gr_")} == stock
+    assert {k: v for k, v in config.to_dict().items() if not k.startswith(("gr_", "ire_"))} == stock
 
 
 def test_parses_from_command_line_json_yaml_and_dict(tmp_path):

@@ -465,12 +465,6 @@ def test_kappa_is_halved_when_the_loss_diverges(accumulation, gr, tmp_path, capl
 # ---- Flags ----
 
 
-def test_contract_defaults():
-    args = GRArguments()
-    assert (args.ire_kappa, args.ire_gamma, args.ire_interval) == (0.0, 0.6, 10)
-    assert (args.ire_start_step, args.ire_probe_fraction) == (None, 1.0)
-
-
 @pytest.mark.parametrize(
     ("preset", "kappa", "gamma", "start"),
     [("llama", 4, 0.6, None), ("vit_imagenet", 2, 0.8, 1 / 3), ("vit_cifar", 20, 0.6, None), ("cnn", 1, 0.9, None)],
