@@ -137,18 +137,26 @@ class IREArguments:
         """How many steps precede the first one of IRE."""
         return _as_steps(self.ire_start_step, lr_warmup_steps, num_training_steps)
 
+    def ire_flags_of_the_optimizer(self) -> list[str]:
+        """The flags that were set and that are arguments of `IRE`, kappa apart."""
+        trainer_flags = {"ire_kappa", "ire_preset", "ire_interval", "ire_start_step", "ire_probe_fraction", "ire_guard"}
+        return self._ire_flags_set(set(IREArguments.__dataclass_fields__) - trainer_flags)
+
     def ire_flags_without_effect(self) -> list[str]:
         """The flags of IRE that were set and that nothing will come of."""
         if self.ire_kappa == 0:
-            idle = {name for name in IREArguments.__dataclass_fields__ if name != "ire_kappa"}
+            idle = set(IREArguments.__dataclass_fields__) - {"ire_kappa"}
         elif self.ire_mask == "uniform":
             idle = {"ire_gamma", "ire_probe_fraction", "ire_beta", "ire_scope"}
         elif self.ire_mask == "random":
             idle = {"ire_probe_fraction", "ire_beta", "ire_scope"}
         else:
             idle = set()
+        return self._ire_flags_set(idle)
+
+    def _ire_flags_set(self, names: set[str]) -> list[str]:
         fields = IREArguments.__dataclass_fields__
-        return [name for name in fields if name in idle and getattr(self, name) != fields[name].default]
+        return [name for name in fields if name in names and getattr(self, name) != fields[name].default]
 
 
 def _check_steps(flag: str, steps: float) -> None:

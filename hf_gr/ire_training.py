@@ -93,6 +93,8 @@ class IREMixin:
                     f"ire_kappa={flags.ire_kappa}, but the optimizer of this trainer is already IRE with "
                     f"kappa={inner.kappa}. Leave one of them out."
                 )
+            if inner is not self._ire and (idle := flags.ire_flags_of_the_optimizer()):
+                logger.warning(f"{', '.join(idle)}: no effect, the IRE that was given to the trainer has its own.")
             self._ire = inner
         else:
             if idle := flags.ire_flags_without_effect():

@@ -350,6 +350,17 @@ def test_an_ire_that_is_given_to_the_trainer_is_used(spy, tmp_path):
         run(model, toys.images(), tmp_path, trainer_kwargs={"optimizers": (ire, None)}, ire_kappa=1.0, **args)
 
 
+def test_flags_that_a_given_ire_does_not_read_are_named(tmp_path, caplog):
+    model = toys.vit()
+    ire = IRE(torch.optim.SGD(model.parameters(), lr=1e-2))
+    flags = {"gr_lambda": 0, "ire_gamma": 0.7, "ire_mask": "random", "ire_interval": 3}
+    trainer = run(model, toys.images(), tmp_path, trainer_kwargs={"optimizers": (ire, None)}, **flags)
+    message = "ire_gamma, ire_mask: no effect, the IRE that was given to the trainer has its own."
+    assert caplog.text.count(message) == 1
+    trainer.train()
+    assert caplog.text.count(message) == 1
+
+
 def test_training_twice_wraps_once(tmp_path):
     trainer = run(toys.vit(), toys.images(), tmp_path, **IRE_FLAGS)
     ire = trainer._ire
