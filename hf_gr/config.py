@@ -147,7 +147,7 @@ class IREArguments:
         if self.ire_kappa == 0:
             idle = set(IREArguments.__dataclass_fields__) - {"ire_kappa"}
         elif self.ire_mask == "uniform":
-            idle = {"ire_gamma", "ire_probe_fraction", "ire_beta", "ire_scope"}
+            idle = {"ire_gamma", "ire_interval", "ire_probe_fraction", "ire_beta", "ire_scope"}
         elif self.ire_mask == "random":
             idle = {"ire_probe_fraction", "ire_beta", "ire_scope"}
         else:

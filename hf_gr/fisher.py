@@ -89,21 +89,14 @@ def without_randomness(model: nn.Module) -> Iterator[None]:
 
 def layer_kind(name: str, module: nn.Module) -> str:
     """What kind of layer a parameter belongs to, told from its name and the module that owns it."""
-    path = name.lower()
+    path = f".{name.lower()}"
     if path.endswith("bias"):
         return "bias"
     if "norm" in type(module).__name__.lower():
         return "norm"
     if isinstance(module, nn.Embedding) or any(word in path for word in ("embed", "cls_token", "mask_token")):
         return "embedding"
-    if path.split(".")[-2:-1] and path.split(".")[-2] in (
-        "lm_head",
-        "classifier",
-        "score",
-        "head",
-        "fc",
-        "output_layer",
-    ):
+    if path.split(".")[-2] in ("lm_head", "classifier", "score", "head", "fc", "output_layer"):
         return "head"
     if isinstance(module, nn.modules.conv._ConvNd):
         return "conv"

@@ -254,7 +254,7 @@ class IRE(Optimizer):
 
     def _decay_of(self, group: dict[str, Any]) -> float:
         """lr * weight_decay, where that part of the step is to be left alone."""
-        return 0.0 if self.amplify_weight_decay else float(group["lr"]) * group["weight_decay"]
+        return 0.0 if self.amplify_weight_decay else float(group["lr"]) * group.get("weight_decay", 0.0)
 
     @property
     def kappa_in_force(self) -> float:

@@ -51,6 +51,7 @@ class IREMixin:
 
     def __init__(self, *args, **kwargs):
         self._ire: IRE | None = None
+        self._ire_is_given = False
         self._ire_kinds: dict[Tensor, str] = {}
         self._ire_probe_ran = False
         self._ire_losses: list[Tensor] = []
@@ -88,7 +89,8 @@ class IREMixin:
         flags.check_ire_arguments()
         inner = getattr(optimizer, "optimizer", optimizer)  # a second call of train() finds the first one's
         if isinstance(inner, IRE):
-            if flags.ire_kappa not in (0, inner.kappa):
+            self._ire_is_given = self._ire_is_given or inner is not self._ire
+            if flags.ire_kappa != inner.kappa and not (self._ire_is_given and flags.ire_kappa == 0):
                 raise ValueError(
                     f"ire_kappa={flags.ire_kappa}, but the optimizer of this trainer is already IRE with "
                     f"kappa={inner.kappa}. Leave one of them out."

@@ -117,7 +117,7 @@ def kth_smallest(tensors: list[Tensor], k: int) -> float:
     """The k-th smallest (k = 1, 2, ...) absolute value of all elements together; -inf for k = 0. Exact.
 
     A sample of `SAMPLE` elements gives two bounds between which the value almost surely lies; one pass counts what is
-    below and collects what is between, about 2 % of N. The released code concatenates and sorts N copies.
+    below and collects what is between, about 2 % of N. The released code copies all N into one tensor.
     """
     if k == 0:
         return -math.inf
@@ -125,6 +125,7 @@ def kth_smallest(tensors: list[Tensor], k: int) -> float:
     assert k <= total
     if total <= 4 * SAMPLE:
         return _kth(torch.cat([t.reshape(-1).abs() for t in tensors]), k)
+    tensors = [t for t in tensors if t.numel()]
     tensors = [values for values, *_ in merge_small(tensors, tensors, [0.0] * len(tensors))]
     low, high = _bounds(tensors, k / total, total)
     scan = Scan(tensors)
@@ -176,7 +177,11 @@ def merge_small(
 
 
 def _bounds(tensors: list[Tensor], quantile: float, total: int) -> tuple[float, float]:
-    """Two values between which the quantile lies, by six standard deviations of its rank in a random sample."""
+    """Two values between which the quantile lies, by six standard deviations of its rank in a random sample.
+
+    Every so-many-th element stands for a random one: should the values repeat in that rhythm, the bounds may miss the
+    quantile, which `kth_smallest` notices.
+    """
     parts = []
     for t in tensors:
         stride = max(1, total // SAMPLE)

@@ -297,6 +297,20 @@ def test_threshold_when_the_sample_misleads(monkeypatch):
         assert kth_smallest(x, 100_000) == 99_999.0
 
 
+def test_empty_tensors_are_nothing():
+    x = torch.arange(5.0 * SAMPLE)
+    assert kth_smallest([x, torch.zeros(0), torch.zeros(0, dtype=torch.float64)], 100_000) == 99_999.0
+
+
+def test_no_weight_decay_is_no_weight_decay():
+    p = nn.Parameter(torch.zeros(3))
+    ire = IRE(torch.optim.Rprop([p], lr=0.1), kappa=1.0, gamma=1.0, amplify_weight_decay=False)
+    p.grad = torch.ones(3)
+    ire.update_mask()
+    ire.step()
+    torch.testing.assert_close(p.detach(), torch.full((3,), -0.2))
+
+
 def test_the_way_of_a_gpu_gives_the_same(monkeypatch):
     """Without NumPy, and with counts that are tensors until the end; here on the CPU."""
 

@@ -367,6 +367,9 @@ def test_training_twice_wraps_once(tmp_path):
     trainer.train()
     assert trainer._ire is ire
     assert not isinstance(ire.base_optimizer, IRE)
+    trainer.args.ire_kappa = 0.0  # which would change nothing
+    with pytest.raises(ValueError, match=r"ire_kappa=0.0, but the optimizer of this trainer is already IRE"):
+        trainer.train()
 
 
 # ---- Resume ----
