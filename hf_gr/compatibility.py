@@ -8,7 +8,6 @@ import torch
 from accelerate.utils import DistributedType
 from torch import nn
 from transformers import Trainer
-from transformers.training_args import OptimizerNames
 from transformers.utils import is_sagemaker_mp_enabled
 
 METHODS = {
@@ -51,7 +50,8 @@ def _parallelism(trainer: Trainer) -> str | None:
 
 
 def _optimizer(trainer: Trainer, flag: str) -> str | None:
-    name = OptimizerNames(trainer.args.optim).value
+    optim = trainer.args.optim
+    name = getattr(optim, "value", optim)
     if flag == "ire_kappa" and name.startswith("schedule_free"):
         return f"optim={name}: it keeps an average of the weights that IRE does not know of. Use another optimizer"
     if name in ("lomo", "adalomo") or name.endswith("_layerwise"):

@@ -5,12 +5,94 @@ import os
 import tempfile
 from dataclasses import dataclass, field
 
-from transformers import TrainingArguments
+from transformers import SchedulerType, TrainingArguments
+from transformers.training_args import OptimizerNames
 
 from .gr_warmup import GR_WARMUPS, GRStrength, gr_strength
 from .ire import IRE_PRESETS, KAPPA_SCHEDULES, MASKS, SCOPES, check_ire_arguments
 
 GR_SCOPES = ("global", "local", "micro")
+#: The optimizers and the schedule that transformers does not know by name.
+OPTIMIZER_NAMES = ("lamb", "lars", "tvlars")
+TIME_VARYING = "time_varying"
+LR_SCALINGS = ("none", "linear", "sqrt")
+#: The batch for which the learning rate is meant, where it is scaled.
+BASE_BATCH_SIZE = 256
+
+
+def _default(flag: str) -> str:
+    return TrainingArguments.__dataclass_fields__[flag].default
+
+
+@dataclass
+class OptimizerArguments:
+    """The flags of the optimizer; see `hf_gr.optimizers`. Two of them are those of transformers with more choices."""
+
+    optim: str = field(
+        default=_default("optim"),
+        metadata={
+            "help": "The optimizer: one of transformers' names, or tvlars, lars, lamb.",
+            "choices": [*(name.value for name in OptimizerNames), *OPTIMIZER_NAMES],
+        },
+    )
+    lr_scheduler_type: str = field(
+        default=_default("lr_scheduler_type"),
+        metadata={
+            "help": "The learning-rate schedule: one of transformers' names, or time_varying, the factor phi of TVLARS "
+            "for any other optimizer: 1/(alpha + exp(tv_lambda (t - delay_steps))) + gamma_min, with these four in "
+            "lr_scheduler_kwargs.",
+            "choices": [*(name.value for name in SchedulerType), TIME_VARYING],
+        },
+    )
+    lr_scaling: str = field(
+        default="none",
+        metadata={
+            "help": f"Multiply the learning rate by the total batch / {BASE_BATCH_SIZE} (linear), by the root of that "
+            "(sqrt), or not (none).",
+            "choices": list(LR_SCALINGS),
+        },
+    )
+    layer_statistics_steps: int = field(
+        default=0,
+        metadata={
+            "help": "Every so many steps write down the weight norm, gradient norm and their ratio of each layer, in "
+            "layer_statistics.parquet and .png of the output folder. 0 is off."
+        },
+    )
+
+    def __post_init__(self):
+        self.check_optimizer_arguments()
+        if not hasattr(super(), "__post_init__"):
+            return  # these flags stand alone
+        # transformers turns the two into its enums, and does not know ours.
+        own = {"optim": OPTIMIZER_NAMES, "lr_scheduler_type": (TIME_VARYING,)}
+        chosen = {flag: getattr(self, flag) for flag, names in own.items() if getattr(self, flag) in names}
+        for flag in chosen:
+            setattr(self, flag, _default(flag))
+        super().__post_init__()
+        for flag, name in chosen.items():
+            setattr(self, flag, name)
+
+    def check_optimizer_arguments(self) -> None:
+        """Raise `ValueError` for a flag out of its range."""
+        for flag in ("optim", "lr_scheduler_type", "lr_scaling"):
+            value, choices = getattr(self, flag), OptimizerArguments.__dataclass_fields__[flag].metadata["choices"]
+            if getattr(value, "value", value) not in choices:
+                raise ValueError(f"{flag}={value!r}: choose one of {', '.join(choices)}.")
+        if self.optim == "tvlars" and self.lr_scheduler_type == TIME_VARYING:
+            raise ValueError(
+                f"lr_scheduler_type={TIME_VARYING!r}: TVLARS has this schedule in itself and would apply it twice. Set "
+                "lr_scheduler_type=constant, or optim=lars."
+            )
+        if self.layer_statistics_steps != int(self.layer_statistics_steps) or self.layer_statistics_steps < 0:
+            raise ValueError(
+                f"layer_statistics_steps={self.layer_statistics_steps}: must be a whole number of steps, or 0 (off)."
+            )
+
+    def lr_factor(self, total_batch_size: int) -> float:
+        """What `lr_scaling` multiplies the learning rate by."""
+        scale = total_batch_size / BASE_BATCH_SIZE
+        return {"none": 1.0, "linear": scale, "sqrt": math.sqrt(scale)}[self.lr_scaling]
 
 
 @dataclass
@@ -172,8 +254,8 @@ def _as_steps(value: float | None, default: int, num_training_steps: int) -> int
 
 
 @dataclass
-class GRArguments(IREArguments):
-    """The flags of gradient regularization and of IRE, to be put in front of any `TrainingArguments`:
+class GRArguments(IREArguments, OptimizerArguments):
+    """The flags of gradient regularization, IRE and the optimizers, to be put in front of any `TrainingArguments`:
 
     ```python
     @dataclass

@@ -14,7 +14,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from peft import PeftModel
 from transformers import TrainingArguments
 
-from .config import GRArguments, IREArguments
+from .config import IREArguments
 from .ire import IRE
 from .plots import plot_curves
 
@@ -33,9 +33,11 @@ BOOKKEEPING = frozenset(
     logging_steps logging_first_step eval_strategy eval_steps per_device_eval_batch_size save_strategy save_steps
     save_total_limit do_train do_eval do_predict resume_from_checkpoint push_to_hub label_names remove_unused_columns
     accelerator_config ddp_backend local_rank skip_memory_metrics trackio_space_id trackio_bucket_id
-    trackio_static_space_id dataset_name model_name_or_path use_cpu dataloader_pin_memory
+    trackio_static_space_id layer_statistics_steps dataset_name model_name_or_path use_cpu dataloader_pin_memory
     """.split()  # noqa: SIM905
 )
+#: Flags of the Hub, and those that have a table of their own.
+ELSEWHERE = ("hub_", "gr_", "ire_")
 PIPELINE_TAGS = {
     "ForImageClassification": "image-classification",
     "ForCausalLM": "text-generation",
@@ -303,20 +305,22 @@ def _optimizer(trainer: "GRMixin") -> str:
         return "not created"
     if isinstance(optimizer, IRE):  # it has a section of its own
         optimizer = optimizer.base_optimizer
-    hidden = {"params", "lr", "initial_lr", "weight_decay"}
+    hidden = {"params", "lr", "initial_lr", "weight_decay", "step"}
     settings = {k: v for k, v in optimizer.param_groups[0].items() if k not in hidden and v is not None}
-    return f"`{type(optimizer).__name__}` ({', '.join(f'{k}={v}' for k, v in settings.items())})"
+    text = f"`{type(optimizer).__name__}` ({', '.join(f'{k}={v}' for k, v in settings.items())})"
+    if trainer.gr_args.lr_scaling != "none":
+        text += f", with `learning_rate` times {trainer.describe_lr_scaling()}"
+    return text
 
 
 def _hyperparameters(arguments: Iterable[Any]) -> list[tuple[str, Any]]:
     """What differs from its default in some dataclasses, and `ALWAYS_SHOWN`. New flags appear by themselves."""
-    gr_flags = {field.name for field in dataclasses.fields(GRArguments)}  # they have tables of their own
     rows = []
     for args in arguments:
         values = args.to_dict() if isinstance(args, TrainingArguments) else dataclasses.asdict(args)
         for field in dataclasses.fields(args):
             name = field.name
-            if name not in values or name in BOOKKEEPING or name in gr_flags or name.startswith("hub_"):
+            if name not in values or name in BOOKKEEPING or name.startswith(ELSEWHERE):
                 continue
             default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
             default = default.value if isinstance(default, Enum) else default

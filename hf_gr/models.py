@@ -1,7 +1,17 @@
 """Models by name, to be trained from scratch."""
 
+from collections.abc import Callable
+
 from torch import nn
-from transformers import ViTConfig, ViTForImageClassification
+from transformers import (
+    PreTrainedModel,
+    ResNetConfig,
+    ResNetForImageClassification,
+    ViTConfig,
+    ViTForImageClassification,
+)
+
+from .cifar_resnet import CifarResNetConfig, CifarResNetForImageClassification
 
 #: The ViTs of the GR paper: patches of 4 on images of 32 pixels, and `vit-micro`, small enough for 8-pixel images and
 #: a laptop.
@@ -28,6 +38,17 @@ VIT_PRESETS: dict[str, dict[str, int]] = {
         "image_size": 32,
         "patch_size": 4,
     },
+}
+
+#: ResNets of basic blocks, 64 to 512 channels wide: blocks per stage.
+RESNET_PRESETS: dict[str, list[int]] = {"resnet-18": [2, 2, 2, 2], "resnet-34": [3, 4, 6, 3]}
+RESNET_STEMS = ("imagenet", "cifar")
+
+WEIGHT_INITS: dict[str, Callable] = {
+    "xavier_uniform": nn.init.xavier_uniform_,
+    "xavier_normal": nn.init.xavier_normal_,
+    "kaiming_uniform": nn.init.kaiming_uniform_,
+    "kaiming_normal": nn.init.kaiming_normal_,
 }
 
 
@@ -71,3 +92,44 @@ def create_vit(
     nn.init.zeros_(model.classifier.weight)
     nn.init.zeros_(model.vit.embeddings.cls_token)
     return model
+
+
+def create_resnet(preset: str, label_names: list[str], stem: str = "imagenet") -> ResNetForImageClassification:
+    """A freshly initialized ResNet, as transformers draws it: Kaiming normal for the convolutions.
+
+    Args:
+        preset: a key of `RESNET_PRESETS`.
+        label_names: the classes, in the order of their ids.
+        stem: `imagenet`, a convolution of 7 x 7 and a pooling that divide the resolution by 4, which is what the
+            code released with TVLARS trains on CIFAR-10; or `cifar`, for small images: 3 x 3, no division.
+    """
+    if preset not in RESNET_PRESETS:
+        raise ValueError(f"model={preset!r}: choose one of {', '.join(RESNET_PRESETS)}.")
+    if stem not in RESNET_STEMS:
+        raise ValueError(f"stem={stem!r}: choose one of {', '.join(RESNET_STEMS)}.")
+    config_class, model_class = {
+        "imagenet": (ResNetConfig, ResNetForImageClassification),
+        "cifar": (CifarResNetConfig, CifarResNetForImageClassification),
+    }[stem]
+    config = config_class(
+        embedding_size=64,
+        hidden_sizes=[64, 128, 256, 512],
+        depths=RESNET_PRESETS[preset],
+        layer_type="basic",
+        id2label=dict(enumerate(label_names)),
+        label2id={name: i for i, name in enumerate(label_names)},
+    )
+    return model_class(config)
+
+
+def initialize_weights(model: PreTrainedModel, scheme: str) -> None:
+    """Draw the weights of all linear and convolutional layers anew; biases, norms and embeddings stay as they are.
+
+    Args:
+        scheme: a key of `WEIGHT_INITS`.
+    """
+    if scheme not in WEIGHT_INITS:
+        raise ValueError(f"weight_init={scheme!r}: choose one of {', '.join(WEIGHT_INITS)}.")
+    for module in model.modules():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            WEIGHT_INITS[scheme](module.weight)

@@ -2,7 +2,10 @@
 
 from pathlib import Path
 
+from matplotlib import colormaps
 from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
 # Colour-blind safe (Okabe and Ito, 2008).
@@ -71,6 +74,39 @@ def plot_curves(log_history: list[dict[str, float]], path: str | Path) -> None:
     if handles:
         # Below the axes: the curves of a warmup and a decay leave no corner free.
         schedules.legend(handles=handles, frameon=False, ncols=3, loc="upper right", bbox_to_anchor=(1, -0.14))
+    figure.savefig(path, dpi=120)
+
+
+def plot_layer_statistics(table: dict[str, list], path: str | Path) -> None:
+    """Weight norm, gradient norm and their ratio of each layer against the optimizer step, as one PNG.
+
+    Args:
+        table: the columns step, layer, kind and value of `LayerStatisticsCallback.table`.
+        path: where to write the picture.
+    """
+    titles = {
+        "weight_norm": r"Weight norm $\|w\|$ (LWN)",
+        "gradient_norm": r"Gradient norm $\|g\|$ (LGN)",
+        "trust_ratio": r"Trust ratio $\|w\| / \|g\|$ (LNR)",
+    }
+    curves: dict[str, dict[str, list[tuple[int, float]]]] = {kind: {} for kind in titles}
+    for step, layer, kind, value in zip(*(table[key] for key in ("step", "layer", "kind", "value")), strict=True):
+        points = curves[kind].setdefault(layer, [])
+        if value is not None and value > 0:  # the axis is logarithmic
+            points.append((step, value))
+    figure = Figure(figsize=(14, 4), layout="constrained")
+    axes = figure.subplots(1, 3)
+    depth = Normalize(0, max(1, len(curves["weight_norm"]) - 1))
+    colors = colormaps["viridis"]
+    for axis, (kind, title) in zip(axes, titles.items(), strict=True):
+        for i, points in enumerate(curves[kind].values()):
+            if points:
+                axis.plot(*zip(*points, strict=True), color=colors(depth(i)), linewidth=0.9)
+        axis.set(title=title, xlabel="optimizer step", yscale="log")
+        axis.grid(alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+    bar = figure.colorbar(ScalarMappable(depth, colors), ax=axes, ticks=[0, depth.vmax], pad=0.01)
+    bar.ax.set_yticklabels(["first\nlayer", "last\nlayer"])
     figure.savefig(path, dpi=120)
 
 

@@ -28,13 +28,15 @@ from .gr_warmup import GRStrength
 from .gradient_regularization import Perturbation, add_gradients_, gradient_norm, scale_gradients_
 from .ire_training import IREMixin
 from .model_card import write_model_card
+from .optimizer_training import OptimizerMixin
 from .replay import MicroBatch, RNGState, preserve_buffers
 
 logger = get_logger(__name__)  # speaks once, not once per process
 
 
-class GRMixin(IREMixin):
-    """Gradient regularization and IRE for any `Trainer`: `class MyTrainer(GRMixin, Seq2SeqTrainer)`.
+class GRMixin(IREMixin, OptimizerMixin):
+    """Gradient regularization, IRE and the optimizers of hf_gr for any `Trainer`:
+    `class MyTrainer(GRMixin, Seq2SeqTrainer)`.
 
     Its flags are those of `GRArguments`, read from `args`; if `args` has none (a plain `TrainingArguments`), their
     defaults apply. What `compute_loss` does runs twice per micro-batch; `gr_second_pass` tells it when.
@@ -294,4 +296,4 @@ class GRMixin(IREMixin):
 
 
 class GRTrainer(GRMixin, Trainer):
-    """`transformers.Trainer` with gradient regularization and IRE; see `GRMixin`."""
+    """`transformers.Trainer` with gradient regularization, IRE and the optimizers of hf_gr; see `GRMixin`."""

@@ -1,4 +1,4 @@
-"""Train a vision transformer for image classification with gradient regularization.
+"""Train a vision transformer, or a ResNet, for image classification with gradient regularization.
 
     accelerate launch scripts/train_vit.py                                      # a small ViT on scans of digits
     accelerate launch scripts/train_vit.py --gr_lambda 0                        # the same without GR
@@ -36,7 +36,15 @@ from hf_gr.data import (
     split_train_eval,
 )
 from hf_gr.metrics import classification_metrics, rank_classes
-from hf_gr.models import VIT_PRESETS, create_vit
+from hf_gr.models import (
+    RESNET_PRESETS,
+    RESNET_STEMS,
+    VIT_PRESETS,
+    WEIGHT_INITS,
+    create_resnet,
+    create_vit,
+    initialize_weights,
+)
 
 DEFAULT_RECIPE = Path(__file__).parent / "recipes" / "vit_digits.yaml"
 
@@ -45,28 +53,51 @@ DEFAULT_RECIPE = Path(__file__).parent / "recipes" / "vit_digits.yaml"
 class ModelArguments:
     model: str | None = field(
         default=None,
-        metadata={"help": "Architecture to train from scratch. Default: vit-ti.", "choices": list(VIT_PRESETS)},
+        metadata={
+            "help": "Architecture to train from scratch. Default: vit-ti.",
+            "choices": [*VIT_PRESETS, *RESNET_PRESETS],
+        },
     )
     model_name_or_path: str | None = field(
         default=None, metadata={"help": "Pretrained checkpoint to start from, on the Hub or in a folder."}
     )
     # A checkpoint brings its own values of these; they describe a model that is trained from scratch.
     dropout: float | None = field(default=None, metadata={"help": "Dropout, on attention weights too. Default: 0.1."})
-    image_size: int | None = field(default=None, metadata={"help": "Pixels per side. Default: the architecture's."})
+    stem: str | None = field(
+        default=None,
+        metadata={
+            "help": "First layers of a ResNet: imagenet (the default) divides the resolution by 4, cifar keeps it.",
+            "choices": list(RESNET_STEMS),
+        },
+    )
+    weight_init: str | None = field(
+        default=None,
+        metadata={
+            "help": "How all linear and convolutional weights are drawn. Default: the architecture's way.",
+            "choices": list(WEIGHT_INITS),
+        },
+    )
+    image_size: int | None = field(
+        default=None, metadata={"help": "Pixels per side. Default: the architecture's; 32 for ResNets."}
+    )
     image_mean: list[float] | None = field(
         default=None, metadata={"help": "Subtracted from each channel, scaled to [0, 1]. Default: 0.5 0.5 0.5."}
     )
     image_std: list[float] | None = field(default=None, metadata={"help": "Then divided by. Default: 0.5 0.5 0.5."})
 
     def __post_init__(self):
-        if self.model_name_or_path is None:
-            return
-        for name in ("model", "dropout", "image_size", "image_mean", "image_std"):
+        if self.model_name_or_path is not None:
+            names = ("model", "dropout", "stem", "weight_init", "image_size", "image_mean", "image_std")
+            self._refuse(names, f"model_name_or_path={self.model_name_or_path!r}, which brings its own")
+        elif self.model in RESNET_PRESETS:
+            self._refuse(("dropout",), f"model={self.model!r}, which has none")
+        else:
+            self._refuse(("stem",), f"model={self.model or 'vit-ti'!r}, which is not a ResNet")
+
+    def _refuse(self, names: tuple[str, ...], reason: str) -> None:
+        for name in names:
             if (value := getattr(self, name)) is not None:
-                raise ValueError(
-                    f"{name}={value} has no effect with model_name_or_path={self.model_name_or_path!r}, which brings "
-                    f"its own. Leave {name} out, or train from scratch without model_name_or_path."
-                )
+                raise ValueError(f"{name}={value} has no effect with {reason}. Leave one of them out.")
 
 
 @dataclass
@@ -118,10 +149,17 @@ def create_model(args: ModelArguments, label_names: list[str]) -> tuple[PreTrain
             ignore_mismatched_sizes=True,  # the head, where the number of classes is another
         )
         return model, AutoImageProcessor.from_pretrained(args.model_name_or_path)
-    dropout = 0.1 if args.dropout is None else args.dropout
-    model = create_vit(args.model or "vit-ti", label_names, args.image_size, dropout)
+    if args.model in RESNET_PRESETS:
+        model = create_resnet(args.model, label_names, args.stem or "imagenet")
+        image_size = args.image_size or 32
+    else:
+        dropout = 0.1 if args.dropout is None else args.dropout
+        model = create_vit(args.model or "vit-ti", label_names, args.image_size, dropout)
+        image_size = model.config.image_size
+    if args.weight_init is not None:
+        initialize_weights(model, args.weight_init)
     image_processor = ViTImageProcessorPil(
-        size={"height": model.config.image_size, "width": model.config.image_size},
+        size={"height": image_size, "width": image_size},
         image_mean=args.image_mean or [0.5, 0.5, 0.5],
         image_std=args.image_std or [0.5, 0.5, 0.5],
     )

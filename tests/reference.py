@@ -1,6 +1,7 @@
-"""Gradient regularization and IRE written out slowly, from the papers and without any code of hf_gr."""
+"""GR, IRE, LARS, TVLARS and LAMB written out slowly, from the papers and without any code of hf_gr."""
 
 import copy
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -98,3 +99,79 @@ def flat_masks(estimate: list[Tensor], gamma: float) -> list[Tensor]:
     values = torch.cat([g.reshape(-1) for g in estimate]).abs()
     threshold = values.sort().values[int(gamma * len(values)) - 1]
     return [g.abs() <= threshold for g in estimate]
+
+
+# ---- LARS, TVLARS and LAMB, written from their formulas, one number after the other ----
+
+
+def phi(t: int, tv_lambda: float, delay_steps: float, alpha: float, gamma_min: float) -> float:
+    return 1 / (alpha + math.exp(tv_lambda * (t - delay_steps))) + gamma_min
+
+
+def lars_steps(
+    weights: list[Tensor],
+    gradients: list[list[Tensor]],
+    lr: float,
+    *,
+    momentum: float = 0.9,
+    weight_decay: float = 0.0,
+    eta: float = 1e-3,
+    nesterov: bool = False,
+    bias_lr_scale: float = 1.0,
+    clamp: tuple[float, float] | None = None,
+    phis: list[float] | None = None,
+    phi_everywhere: bool = True,
+) -> list[Tensor]:
+    """The weights after as many steps as there are lists of gradients."""
+    weights = [w.clone() for w in weights]
+    buffers = [torch.zeros_like(w) for w in weights]
+    for t, grads in enumerate(gradients):
+        factor = 1.0 if phis is None else phis[t]
+        for i, (w, g) in enumerate(zip(weights, grads, strict=True)):
+            is_layer = w.dim() > 1
+            d = g + weight_decay * w if is_layer else g
+            q = factor if phi_everywhere else 1.0
+            if is_layer:
+                w_norm, d_norm = w.norm().item(), d.norm().item()
+                if clamp is not None:
+                    w_norm, d_norm = (min(max(n, clamp[0]), clamp[1]) for n in (w_norm, d_norm))
+                if w_norm > 0 and d_norm > 0:
+                    q = factor * eta * w_norm / d_norm
+            buffers[i] = momentum * buffers[i] + q * d
+            step = q * d + momentum * buffers[i] if nesterov else buffers[i]
+            weights[i] = w - lr * (1.0 if is_layer else bias_lr_scale) * step
+    return weights
+
+
+def lamb_steps(
+    weights: list[Tensor],
+    gradients: list[list[Tensor]],
+    lr: float,
+    *,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-6,
+    weight_decay: float = 0.0,
+    bias_correction: bool = True,
+    exclude_1d: bool = True,
+    clamp: tuple[float, float] | None = None,
+) -> list[Tensor]:
+    weights = [w.clone() for w in weights]
+    m = [torch.zeros_like(w) for w in weights]
+    v = [torch.zeros_like(w) for w in weights]
+    for t, grads in enumerate(gradients, start=1):
+        for i, (w, g) in enumerate(zip(weights, grads, strict=True)):
+            m[i] = betas[0] * m[i] + (1 - betas[0]) * g
+            v[i] = betas[1] * v[i] + (1 - betas[1]) * g * g
+            m_hat = m[i] / (1 - betas[0] ** t) if bias_correction else m[i]
+            v_hat = v[i] / (1 - betas[1] ** t) if bias_correction else v[i]
+            u = m_hat / (v_hat.sqrt() + eps)
+            ratio = 1.0
+            if w.dim() > 1 or not exclude_1d:
+                u = u + weight_decay * w
+                w_norm, u_norm = w.norm().item(), u.norm().item()
+                if clamp is not None:
+                    w_norm = min(max(w_norm, clamp[0]), clamp[1])
+                if w_norm > 0 and u_norm > 0:
+                    ratio = w_norm / u_norm
+            weights[i] = w - lr * ratio * u
+    return weights

@@ -1,0 +1,176 @@
+"""Optimizers by name: ours, and those of transformers."""
+
+import ast
+import copy
+import inspect
+import re
+from collections.abc import Callable, Iterable
+from types import SimpleNamespace
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from transformers import Trainer, TrainingArguments
+from transformers.trainer_optimizer import is_optimizer_factory
+from transformers.training_args import OptimizerNames
+
+from .optimizers import LAMB, LARS, TVLARS
+
+OPTIMIZERS: dict[str, type[Optimizer]] = {"lamb": LAMB, "lars": LARS, "tvlars": TVLARS}
+
+#: Of TVLARS by name, where nothing is said: a share of the run, see `optimizer_training.in_steps`.
+TIME_VARYING_DEFAULTS = {"tv_lambda": 10.0, "delay_steps": 0.5}
+
+
+def list_optimizers() -> dict[str, str]:
+    """The names that `create_optimizer` and the flag `optim` know, each with a line about it."""
+    ours = {name: inspect.getdoc(cls).splitlines()[0] for name, cls in OPTIMIZERS.items()}
+    return ours | {name.value: f"transformers' optim={name.value}" for name in OptimizerNames}
+
+
+def create_optimizer(
+    name: str,
+    params_or_model: nn.Module | Iterable[Tensor] | Iterable[dict[str, Any]],
+    lr: float,
+    weight_decay: float = 0.0,
+    **kwargs: Any,
+) -> Optimizer:
+    """An optimizer by its name, as a plain loop needs it.
+
+    Args:
+        name: a key of `list_optimizers()`.
+        params_or_model: of a model the trainable parameters are taken, in two groups as in `Trainer`: norms and biases
+            are not decayed. Parameters, or groups of them, are taken as they are.
+        lr: learning rate.
+        weight_decay: of every group that has none of its own.
+        kwargs: further arguments of the optimizer's class. What is not given is as the flags of
+            `TrainingArguments` have it.
+
+    Raises:
+        ValueError: unknown name or argument, or one that is missing.
+    """
+    if name not in list_optimizers():
+        raise ValueError(f"name={name!r}: choose one of {', '.join(list_optimizers())}.")
+    is_model = isinstance(params_or_model, nn.Module)
+    if name in OPTIMIZERS:
+        cls, defaults = OPTIMIZERS[name], {"lr": lr}
+    else:
+        args = SimpleNamespace(**{field: f.default for field, f in TrainingArguments.__dataclass_fields__.items()})
+        args.optim, args.learning_rate = OptimizerNames(name), lr
+        cls, defaults = Trainer.get_optimizer_cls_and_kwargs(args, params_or_model if is_model else None)
+        if is_optimizer_factory(cls) or not {"params", "model", "optimizer_dict"}.isdisjoint(defaults):
+            raise ValueError(f"name={name!r}: this one can only be made by a Trainer. Use its flag optim.")
+    settings = {**defaults, **kwargs, "weight_decay": weight_decay}
+    parameters = inspect.signature(cls).parameters
+    if unknown := [key for key in kwargs if key not in parameters]:
+        raise ValueError(f"{', '.join(unknown)}: unknown to {name}, which takes {', '.join(_settings_of(cls))}.")
+    required = [key for key, p in parameters.items() if p.default is p.empty and key != "params"]
+    if missing := [key for key in required if key not in settings]:
+        raise ValueError(f"{name} needs {', '.join(missing)}.")
+    if "weight_decay" not in parameters:
+        if weight_decay:
+            raise ValueError(f"weight_decay={weight_decay} has no effect: {name} has no weight decay. Leave it out.")
+        del settings["weight_decay"]
+    return cls(_groups(params_or_model, weight_decay) if is_model else params_or_model, **settings)
+
+
+def _groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    decayed = set(Trainer.get_decay_parameter_names(None, model))  # asks nothing of a trainer
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    return [
+        {"params": [p for name, p in named if name in decayed], "weight_decay": weight_decay},
+        {"params": [p for name, p in named if name not in decayed], "weight_decay": 0.0},
+    ]
+
+
+def _settings_of(cls: type[Optimizer]) -> list[str]:
+    return [key for key in inspect.signature(cls).parameters if key not in ("params", "lr", "weight_decay")]
+
+
+# ---- The flag optim_args ----
+
+
+def settings_by_flags(args: TrainingArguments) -> dict[str, Any]:
+    """The arguments of one of our optimizers: those of `optim_args`, and what has a flag of its own."""
+    cls, given = OPTIMIZERS[args.optim], parse_optim_args(args.optim_args)
+    for key, flag in (("lr", "learning_rate"), ("weight_decay", "weight_decay")):
+        if key in given:
+            raise ValueError(f"optim_args: {key} has a flag of its own. Use {flag}={given[key]}.")
+    if unknown := [key for key in given if key not in _settings_of(cls)]:
+        raise ValueError(
+            f"optim_args: {', '.join(unknown)} is unknown to optim={args.optim}, which takes "
+            f"{', '.join(_settings_of(cls))}."
+        )
+    settings: dict[str, Any] = {"lr": args.learning_rate}
+    if cls is LAMB:
+        settings["betas"] = (args.adam_beta1, args.adam_beta2)
+        # That of Adam is another; where it is at its default, LAMB keeps its own.
+        if args.adam_epsilon != TrainingArguments.__dataclass_fields__["adam_epsilon"].default:
+            settings["eps"] = args.adam_epsilon
+    elif cls is TVLARS:
+        settings.update(time_varying_settings("optim_args", given))
+    return {**settings, **given}
+
+
+def time_varying_settings(flag: str, given: dict[str, Any]) -> dict[str, Any]:
+    """`given`, with the defaults of tv_lambda and delay_steps if both are missing. One alone is an error."""
+    missing = [key for key in TIME_VARYING_DEFAULTS if key not in given]
+    if len(missing) == 1:
+        raise ValueError(
+            f"{flag}: {missing[0]} is missing. Give tv_lambda and delay_steps, or neither for "
+            f"{' and '.join(f'{key}={value}' for key, value in TIME_VARYING_DEFAULTS.items())}, relative to the run."
+        )
+    return {**(TIME_VARYING_DEFAULTS if missing else {}), **given}
+
+
+def parse_optim_args(text: str | None) -> dict[str, Any]:
+    """{"key": value, ...} of "key=value,key=(low,high)"; values are numbers, pairs of them, True, False or None."""
+    parsed = {}
+    for item in re.split(r",(?![^(\[]*[)\]])", text) if text else ():  # commas that are not inside brackets
+        key, equals, value = item.partition("=")
+        if not (equals and key.strip().isidentifier()):
+            raise ValueError(f"optim_args={text!r}: {item.strip()!r} is not key=value. Give key=value,key=value.")
+        word = value.strip().capitalize()
+        try:
+            parsed[key.strip()] = ast.literal_eval(word if word in ("True", "False", "None") else value.strip())
+        except (ValueError, SyntaxError):
+            raise ValueError(
+                f"optim_args={text!r}: {key.strip()}={value.strip()!r} is neither a number, nor True, False, None or a "
+                "(low,high)."
+            ) from None
+    return parsed
+
+
+def require_known_optim_args(
+    resolve: Callable[[TrainingArguments, nn.Module | None], tuple[Any, dict]],
+    args: TrainingArguments,
+    model: nn.Module | None,
+) -> None:
+    """Raise `ValueError` for a key of `optim_args` that one of transformers' optimizers ignores without a word.
+
+    `resolve` is `Trainer.get_optimizer_cls_and_kwargs`. A key is read if another value of it gives something else, or
+    an error.
+    """
+
+    def resolved(optim_args: str | None) -> tuple[Any, dict]:
+        probe = copy.copy(args)
+        probe.optim_args = optim_args
+        return resolve(probe, model)
+
+    def is_read(key: str) -> bool:
+        try:
+            return resolved(f"{key}=0.123456") != plain
+        except Exception:
+            return True
+
+    given = [item.partition("=") for item in args.optim_args.replace(" ", "").split(",")]
+    for key, equals, _ in given:
+        if not (key and equals):
+            raise ValueError(f"optim_args={args.optim_args!r}: give key=value,key=value.")
+    plain = resolved(None)
+    if unread := [key for key, _, _ in given if not is_read(key)]:
+        known = [key for key in _settings_of(plain[0]) if is_read(key)] if isinstance(plain[0], type) else []
+        raise ValueError(
+            f"optim_args: {', '.join(unread)} is unknown to optim={args.optim.value}, which reads "
+            f"{', '.join(known) or 'none there'}. Its other settings have flags of their own, such as adam_beta1."
+        )

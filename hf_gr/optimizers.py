@@ -1,0 +1,558 @@
+"""LARS, TVLARS and LAMB: optimizers that choose the size of the step for each layer, for large batches; torch alone.
+
+All three move a layer w along a direction u by a length that follows the size of the layer: the trust ratio
+||w|| / ||u||. They differ in u (SGD with momentum, or Adam) and in what multiplies the ratio:
+
+    LARS     "Large Batch Training of Convolutional Networks", You, Gitman and Ginsburg, arXiv:1708.03888
+    TVLARS   "Revisiting LARS for Large Batch Training Generalization of Neural Networks", Do et al., IEEE TAI
+    LAMB     "Large Batch Optimization for Deep Learning: Training BERT in 76 Minutes", You et al., ICLR 2020
+
+A layer is a parameter with at least two dimensions. Norms and biases, which have one, are told by that and by nothing
+else: they take the optimizer's plain step, without ratio and without weight decay, unless `exclude_1d` is False. (Some
+implementations take a weight decay of zero for the sign of a bias, and are plain SGD wherever there is no decay.)
+"""
+
+import logging
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.adam import adam
+
+from .blocks import in_blocks
+
+logger = logging.getLogger(__name__)
+
+Group = dict[str, Any]
+
+#: Elements of a layer that LARS treats at a time on a CPU: with smaller blocks the calls cost more than the memory.
+BLOCK = 2**20
+
+
+def time_varying_factor(
+    step: float, tv_lambda: float, delay_steps: float, alpha: float = 1.0, gamma_min: float = 0.0
+) -> float:
+    """phi_t = 1 / (alpha + exp(tv_lambda (t - delay_steps))) + gamma_min, the schedule of TVLARS.
+
+    It starts near 1/alpha, falls through 1/(alpha + 1) at `delay_steps`, and ends at gamma_min.
+
+    Args:
+        step: t, the number of the optimizer step, from 1.
+        tv_lambda: lambda, how fast it falls, in 1/steps.
+        delay_steps: d_e, when it falls.
+    """
+    # Further out exp overflows or is 0.
+    psi = min(max(tv_lambda * (step - delay_steps), -700.0), 700.0)
+    return 1 / (alpha + math.exp(psi)) + gamma_min
+
+
+def check_time_varying(tv_lambda: float, delay_steps: float, alpha: float, gamma_min: float | None) -> None:
+    """Raise `ValueError` for an argument of `time_varying_factor` that is out of its range."""
+    if not (math.isfinite(tv_lambda) and tv_lambda > 0):
+        raise ValueError(f"tv_lambda={tv_lambda}: must be > 0, the rate at which the step falls, in 1/steps.")
+    if not (math.isfinite(delay_steps) and delay_steps >= 0):
+        raise ValueError(f"delay_steps={delay_steps}: must be >= 0, the step around which the learning rate falls.")
+    if not (math.isfinite(alpha) and alpha >= 0):
+        raise ValueError(f"alpha={alpha}: must be >= 0; the schedule starts near 1/alpha.")
+    if gamma_min is not None and not (math.isfinite(gamma_min) and gamma_min >= 0):
+        raise ValueError(f"gamma_min={gamma_min}: the floor of the schedule must be >= 0.")
+
+
+class _LayerwiseOptimizer(Optimizer):
+    """What the three have in common: the loop over groups, and the two ways of going through the parameters.
+
+    One after the other, through one piece of scratch memory, is faster on a CPU. All together (`foreach`) is faster on
+    a GPU, and no number travels to the host. `None` takes the faster one.
+    """
+
+    def __init__(self, params: Iterable[Tensor] | Iterable[Group], **defaults: Any):
+        super().__init__(params, {**defaults, "step": 0})
+
+    def add_param_group(self, param_group: Group) -> None:
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            self._check(group)
+        except ValueError:
+            del self.param_groups[-1]
+            raise
+
+    def _check(self, group: Group) -> None:
+        """Raise `ValueError` for what cannot be trained, or for a setting out of its range."""
+        name = type(self).__name__
+        for p in group["params"]:
+            if p.is_complex():
+                raise ValueError(f"{name} takes real parameters, and one is {p.dtype}. Use torch.view_as_real.")
+            if hasattr(p, "device_mesh"):
+                raise ValueError(f"{name} takes the norm of whole layers, and cannot where they are sharded (DTensor).")
+        if group["lr"] < 0:
+            raise ValueError(f"lr={group['lr']}: must be >= 0.")
+        if group["weight_decay"] < 0:
+            raise ValueError(f"weight_decay={group['weight_decay']}: must be >= 0.")
+        clamp = group["norm_clamp"]
+        if clamp is not None and not (len(clamp) == 2 and 0 <= clamp[0] < clamp[1]):
+            raise ValueError(f"norm_clamp={clamp}: give None, or (low, high) with 0 <= low < high.")
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """One step. `closure`, if there is one, computes the loss and the gradients first; its loss is returned."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            group["step"] += 1
+            params = [p for p in group["params"] if p.grad is not None]
+            if any(p.grad.is_sparse for p in params):
+                raise ValueError(f"{type(self).__name__} cannot read sparse gradients. Use sparse=False in embeddings.")
+            for p in params:
+                if not self.state[p]:
+                    self.state[p] = self._initial_state(p, group)
+            layers = [p for p in params if p.ndim > 1 or not group["exclude_1d"]]
+            others = [p for p in params if p.ndim <= 1 and group["exclude_1d"]]
+            for same in _by_device_and_dtype(others):
+                self._step_excluded(same, group)
+            for same in _by_device_and_dtype(layers):
+                foreach = group["foreach"]
+                if same[0].device.type != "cpu" if foreach is None else foreach:
+                    self._step_together(same, group)
+                else:
+                    self._step_each(same, group)
+        return loss
+
+    def _initial_state(self, p: Tensor, group: Group) -> dict[str, Tensor]:
+        raise NotImplementedError
+
+    def _step_excluded(self, params: list[Tensor], group: Group) -> None:
+        """The plain step of norms and biases."""
+        raise NotImplementedError
+
+    def _step_together(self, params: list[Tensor], group: Group) -> None:
+        raise NotImplementedError
+
+    def _step_each(self, params: list[Tensor], group: Group) -> None:
+        raise NotImplementedError
+
+
+class LARS(_LayerwiseOptimizer):
+    """Layer-wise adaptive rate scaling: SGD with momentum, with a learning rate for each layer.
+
+        d  = g + weight_decay w
+        q  = trust_coefficient ||w|| / ||d||        (1 if one of the norms is 0)
+        mu = momentum mu + q d
+        w  = w - lr mu                              (with Nesterov: w - lr (q d + momentum mu))
+
+    for each layer w with gradient g; norms and biases have d = g, q = 1 and the learning rate lr bias_lr_scale. This is
+    the form that is in use. The paper has ||g|| + weight_decay ||w|| in the denominator, and lr inside the buffer mu,
+    which differs where lr changes.
+
+    Args:
+        params: parameters or groups of them.
+        lr: learning rate. It multiplies the ratio: with the trust coefficient of 0.001 it is of the order of 1, for
+            batches of thousands more.
+        momentum: in [0, 1).
+        weight_decay: coefficient of the L2 penalty on layers.
+        trust_coefficient: eta, the length of a step of lr = 1 relative to the layer.
+        nesterov: take Nesterov's momentum.
+        exclude_1d: leave parameters of less than two dimensions out. False treats them as layers.
+        bias_lr_scale: factor of the learning rate of those that are left out (0.024 in Barlow Twins).
+        norm_clamp: (low, high), between which both norms are clamped. The released code of TVLARS has (0, 10), which
+            takes the normalization away from large gradients; hence None.
+        foreach: treat the parameters together (True) or one by one; None is what is faster on their device.
+
+    Raises:
+        ValueError: an argument is out of its range, a parameter is complex or sharded, a gradient is sparse.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Tensor] | Iterable[Group],
+        lr: float,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        trust_coefficient: float = 1e-3,
+        nesterov: bool = False,
+        exclude_1d: bool = True,
+        bias_lr_scale: float = 1.0,
+        norm_clamp: tuple[float, float] | None = None,
+        *,
+        foreach: bool | None = None,
+    ):
+        super().__init__(
+            params,
+            lr=lr,
+            momentum=momentum,
+            weight_decay=weight_decay,
+            trust_coefficient=trust_coefficient,
+            nesterov=nesterov,
+            exclude_1d=exclude_1d,
+            bias_lr_scale=bias_lr_scale,
+            norm_clamp=norm_clamp,
+            foreach=foreach,
+        )
+
+    def _check(self, group: Group) -> None:
+        super()._check(group)
+        if not 0 <= group["momentum"] < 1:
+            raise ValueError(f"momentum={group['momentum']}: must be in [0, 1).")
+        if group["nesterov"] and group["momentum"] == 0:
+            raise ValueError("nesterov=True has no effect with momentum=0. Leave one of them out.")
+        if not group["trust_coefficient"] > 0:
+            raise ValueError(f"trust_coefficient={group['trust_coefficient']}: must be > 0.")
+        if group["bias_lr_scale"] < 0:
+            raise ValueError(f"bias_lr_scale={group['bias_lr_scale']}: must be >= 0.")
+        if group["bias_lr_scale"] != 1 and not group["exclude_1d"]:
+            raise ValueError(
+                f"bias_lr_scale={group['bias_lr_scale']} has no effect with exclude_1d=False: norms and biases are "
+                "treated as layers. Leave one of them out."
+            )
+
+    def _initial_state(self, p: Tensor, group: Group) -> dict[str, Tensor]:
+        return {"momentum_buffer": torch.zeros_like(p)} if group["momentum"] else {}
+
+    def _factors(self, group: Group) -> tuple[float, float]:
+        """What multiplies the trust ratio, and what stands for the product where there is no ratio."""
+        return group["trust_coefficient"], 1.0
+
+    def _step_excluded(self, params: list[Tensor], group: Group) -> None:
+        grads = [p.grad for p in params]
+        factor = self._factors(group)[1]
+        if factor != 1:
+            grads = torch._foreach_mul(grads, factor)
+        self._descend(params, grads, group, group["lr"] * group["bias_lr_scale"])
+
+    def _step_together(self, params: list[Tensor], group: Group) -> None:
+        grads, weight_decay = [p.grad for p in params], group["weight_decay"]
+        directions = torch._foreach_add(grads, params, alpha=weight_decay) if weight_decay else grads
+        factor, otherwise = self._factors(group)
+        ratios = _ratios(_norms(params), _norms(directions), group["norm_clamp"], group["norm_clamp"])
+        ratios = torch.where(ratios > 0, factor * ratios, otherwise).to(params[0].dtype)
+        self._descend(params, torch._foreach_mul(directions, list(ratios.unbind())), group, group["lr"])
+
+    def _descend(self, params: list[Tensor], directions: list[Tensor], group: Group, lr: float) -> None:
+        """SGD with momentum along `directions`."""
+        momentum = group["momentum"]
+        if momentum:
+            buffers = [self.state[p]["momentum_buffer"] for p in params]
+            torch._foreach_mul_(buffers, momentum)
+            torch._foreach_add_(buffers, directions)
+            directions = torch._foreach_add(directions, buffers, alpha=momentum) if group["nesterov"] else buffers
+        torch._foreach_add_(params, directions, alpha=-lr)
+
+    def _step_each(self, params: list[Tensor], group: Group) -> None:
+        lr, momentum, weight_decay = group["lr"], group["momentum"], group["weight_decay"]
+        factor, otherwise = self._factors(group)
+        scratch = _Scratch()
+
+        def direction(block: tuple[Tensor, ...]) -> Tensor:
+            p, grad = block[:2]
+            return torch.add(grad, p, alpha=weight_decay, out=scratch.like(p)) if weight_decay else grad
+
+        for p in params:
+            buffer = [self.state[p]["momentum_buffer"]] if momentum else []
+            blocks = list(in_blocks(p, p.grad, *buffer, size=BLOCK))
+            w_norms, d_norms = [], []
+            for block in blocks:
+                d = direction(block)
+                w_norms.append(_norm(block[0]))
+                d_norms.append(_norm(d))
+            clamp = group["norm_clamp"]
+            ratio = _ratio(math.hypot(*w_norms), math.hypot(*d_norms), clamp, clamp)
+            q = factor * ratio if ratio > 0 else otherwise
+            for block in blocks:
+                d = d if len(blocks) == 1 else direction(block)
+                if not momentum:
+                    block[0].add_(d, alpha=-lr * q)
+                    continue
+                block[2].mul_(momentum).add_(d, alpha=q)
+                if group["nesterov"]:
+                    block[0].add_(d, alpha=-lr * q).add_(block[2], alpha=-lr * momentum)
+                else:
+                    block[0].add_(block[2], alpha=-lr)
+
+
+class TVLARS(LARS):
+    """Time-varying LARS: no warmup; the steps start long, to leave sharp minima, and fall along a logistic curve.
+
+        phi_t = 1 / (alpha + exp(tv_lambda (t - delay_steps))) + gamma_min
+        q     = phi_t trust_coefficient ||w|| / ||d||
+
+    and else as in `LARS`; where LARS has q = 1, q is phi_t. t counts the optimizer's steps from 1 and is saved with its
+    state. No other schedule is needed: keep the learning rate constant.
+
+    The code released with the paper differs from its formula. It is the setting `alpha=0.1, delay_steps=0,
+    gamma_min=0, norm_clamp=(0, 10), phi_everywhere=False`.
+
+    Args:
+        tv_lambda: lambda, how fast phi falls, in 1/steps; the one value that the paper tunes. With
+            tv_lambda * delay_steps below 1 phi never starts high; 5 is a good start.
+        delay_steps: d_e, the step at which phi is 1 / (alpha + 1).
+        alpha: phi starts near 1 / alpha.
+        gamma_min: floor of phi. The paper has 0.001 batch / 256: None is that in `GRTrainer`, which knows the batch,
+            and 0 elsewhere.
+        phi_everywhere: whether phi also multiplies the steps that have no trust ratio, those of norms and biases and
+            of layers whose weights or gradients are all 0.
+
+    The others are those of `LARS`.
+    """
+
+    _has_warned = False
+
+    def __init__(
+        self,
+        params: Iterable[Tensor] | Iterable[Group],
+        lr: float,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        trust_coefficient: float = 1e-3,
+        nesterov: bool = False,
+        exclude_1d: bool = True,
+        bias_lr_scale: float = 1.0,
+        norm_clamp: tuple[float, float] | None = None,
+        *,
+        tv_lambda: float,
+        delay_steps: float,
+        alpha: float = 1.0,
+        gamma_min: float | None = None,
+        phi_everywhere: bool = True,
+        foreach: bool | None = None,
+    ):
+        _LayerwiseOptimizer.__init__(
+            self,
+            params,
+            lr=lr,
+            momentum=momentum,
+            weight_decay=weight_decay,
+            trust_coefficient=trust_coefficient,
+            nesterov=nesterov,
+            exclude_1d=exclude_1d,
+            bias_lr_scale=bias_lr_scale,
+            norm_clamp=norm_clamp,
+            foreach=foreach,
+            tv_lambda=tv_lambda,
+            delay_steps=delay_steps,
+            alpha=alpha,
+            gamma_min=gamma_min,
+            phi_everywhere=phi_everywhere,
+        )
+
+    def _check(self, group: Group) -> None:
+        super()._check(group)
+        check_time_varying(*(group[key] for key in ("tv_lambda", "delay_steps", "alpha", "gamma_min")))
+
+    def phi(self, group: Group, step: int | None = None) -> float:
+        """phi_t of a parameter group, at its current step or another."""
+        return time_varying_factor(
+            group["step"] if step is None else step,
+            group["tv_lambda"],
+            group["delay_steps"],
+            group["alpha"],
+            group["gamma_min"] or 0.0,
+        )
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """As in `LARS`."""
+        self._warn_of_no_effect(self.param_groups[0])
+        return super().step(closure)
+
+    def _warn_of_no_effect(self, group: Group) -> None:
+        product = group["tv_lambda"] * group["delay_steps"]
+        if group["step"] == 0 and product < 1:
+            logger.warning(
+                f"TVLARS: tv_lambda * delay_steps is {product:.3g}, below 1: phi starts at {self.phi(group, 1):.3g}, "
+                f"far below its upper bound of 1/alpha. Raise one of them; 5 is a good start for their product."
+            )
+        if not self._has_warned and not group["gamma_min"] and (phi := self.phi(group)) < 1e-4:
+            self._has_warned = True
+            logger.warning(
+                f"TVLARS: phi is {phi:.1e} at step {group['step']} and has no floor: training all but stops here. Set "
+                "gamma_min, lower tv_lambda, or raise delay_steps."
+            )
+
+    def _factors(self, group: Group) -> tuple[float, float]:
+        phi = self.phi(group)
+        return phi * group["trust_coefficient"], phi if group["phi_everywhere"] else 1.0
+
+
+class LAMB(_LayerwiseOptimizer):
+    """Adam with a trust ratio for each layer.
+
+        m = beta1 m + (1 - beta1) g,    v = beta2 v + (1 - beta2) g^2
+        u = m' / (sqrt(v') + eps) + weight_decay w,    m' = m / (1 - beta1^t),  v' = v / (1 - beta2^t)
+        w = w - lr ||w|| / ||u|| u                      (ratio 1 if one of the norms is 0)
+
+    for each layer w with gradient g; norms and biases take the step of Adam. With `bias_correction=False` m' = m and
+    v' = v. The code released with TVLARS is the setting `bias_correction=False, exclude_1d=False, norm_clamp=(0, 10)`
+    (and its self-supervised runs have no ratio at all).
+
+    Args:
+        params: parameters or groups of them.
+        lr: learning rate.
+        betas: beta1 and beta2, in [0, 1).
+        eps: added to the root; > 0.
+        weight_decay: of layers, inside the ratio, as in the paper.
+        bias_correction: correct the moments for their start at zero, as the paper does.
+        exclude_1d: leave parameters of less than two dimensions out. False treats them as layers.
+        norm_clamp: (low, high), between which ||w|| is clamped, the function phi of the paper.
+        foreach: treat the parameters together (True) or one by one; None is what is faster on their device.
+
+    Raises:
+        ValueError: an argument is out of its range, a parameter is complex or sharded, a gradient is sparse.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Tensor] | Iterable[Group],
+        lr: float,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.0,
+        bias_correction: bool = True,
+        exclude_1d: bool = True,
+        norm_clamp: tuple[float, float] | None = None,
+        *,
+        foreach: bool | None = None,
+    ):
+        super().__init__(
+            params,
+            lr=lr,
+            betas=betas,
+            eps=eps,
+            weight_decay=weight_decay,
+            bias_correction=bias_correction,
+            exclude_1d=exclude_1d,
+            norm_clamp=norm_clamp,
+            foreach=foreach,
+        )
+
+    def _check(self, group: Group) -> None:
+        super()._check(group)
+        if not (len(group["betas"]) == 2 and all(0 <= beta < 1 for beta in group["betas"])):
+            raise ValueError(f"betas={group['betas']}: give two numbers in [0, 1).")
+        if not group["eps"] > 0:
+            raise ValueError(f"eps={group['eps']}: must be > 0.")
+
+    def _initial_state(self, p: Tensor, group: Group) -> dict[str, Tensor]:
+        return {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+
+    def _corrections(self, group: Group) -> tuple[float, float]:
+        """(c, eps') such that the step of Adam, m' / (sqrt(v') + eps), is c m / (sqrt(v) + eps')."""
+        if not group["bias_correction"]:
+            return 1.0, group["eps"]
+        correction1, correction2 = (1 - beta ** group["step"] for beta in group["betas"])
+        return math.sqrt(correction2) / correction1, group["eps"] * math.sqrt(correction2)
+
+    def _adam(self, params: list[Tensor], group: Group) -> list[Tensor]:
+        """Update the moments; m / (sqrt(v) + eps') of each parameter."""
+        grads = [p.grad for p in params]
+        exp_avgs = [self.state[p]["exp_avg"] for p in params]
+        exp_avg_sqs = [self.state[p]["exp_avg_sq"] for p in params]
+        beta1, beta2 = group["betas"]
+        torch._foreach_lerp_(exp_avgs, grads, 1 - beta1)
+        torch._foreach_mul_(exp_avg_sqs, beta2)
+        torch._foreach_addcmul_(exp_avg_sqs, grads, grads, value=1 - beta2)
+        directions = torch._foreach_sqrt(exp_avg_sqs)
+        torch._foreach_add_(directions, self._corrections(group)[1])
+        torch._foreach_reciprocal_(directions)
+        torch._foreach_mul_(directions, exp_avgs)
+        return directions
+
+    def _step_excluded(self, params: list[Tensor], group: Group) -> None:
+        torch._foreach_add_(params, self._adam(params, group), alpha=-group["lr"] * self._corrections(group)[0])
+
+    def _step_together(self, params: list[Tensor], group: Group) -> None:
+        directions, c = self._adam(params, group), self._corrections(group)[0]
+        if group["weight_decay"]:
+            torch._foreach_add_(directions, params, alpha=group["weight_decay"] / c)
+        ratios = _ratios(_norms(params), _norms(directions) * c, group["norm_clamp"], None)
+        ratios = torch.where(ratios > 0, ratios, 1.0).to(params[0].dtype)
+        torch._foreach_mul_(directions, list(ratios.unbind()))
+        torch._foreach_add_(params, directions, alpha=-group["lr"] * c)
+
+    def _step_each(self, params: list[Tensor], group: Group) -> None:
+        # From zero and with lr = 1, torch's fused Adam leaves -u: the quickest way to u on a CPU, in one pass.
+        scratch = _Scratch()
+        completed = group["step"] - 1.0 if group["bias_correction"] else 1e9
+        for p in params:
+            grad, exp_avg, exp_avg_sq = p.grad, self.state[p]["exp_avg"], self.state[p]["exp_avg_sq"]
+            if not all(t.is_cpu and t.is_contiguous() for t in (p, grad, exp_avg, exp_avg_sq)):
+                self._step_together([p], group)
+                continue
+            negative_u = scratch.like(p).zero_()
+            adam(
+                [negative_u],
+                [grad],
+                [exp_avg],
+                [exp_avg_sq],
+                [],
+                [torch.tensor(completed)],
+                fused=True,
+                amsgrad=False,
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
+                lr=1.0,
+                weight_decay=0.0,
+                eps=group["eps"],
+                maximize=False,
+            )
+            if group["weight_decay"]:
+                negative_u.add_(p, alpha=-group["weight_decay"])
+            ratio = _ratio(_norm(p), _norm(negative_u), group["norm_clamp"], None)
+            p.add_(negative_u, alpha=group["lr"] * (ratio if ratio > 0 else 1.0))
+
+
+# ---- Norms and their ratio ----
+
+
+def _ratio(w_norm: float, u_norm: float, w_clamp: tuple | None, u_clamp: tuple | None) -> float:
+    """||w|| / ||u|| after clamping; 0 where there is none, because one of them is 0 or not a number."""
+    w_norm, u_norm = (
+        norm if clamp is None else min(max(norm, clamp[0]), clamp[1])
+        for norm, clamp in ((w_norm, w_clamp), (u_norm, u_clamp))
+    )
+    return w_norm / u_norm if w_norm > 0 and u_norm > 0 else 0.0
+
+
+def _ratios(w_norms: Tensor, u_norms: Tensor, w_clamp: tuple | None, u_clamp: tuple | None) -> Tensor:
+    """The same for vectors of norms."""
+    w_norms = w_norms if w_clamp is None else w_norms.clamp(*w_clamp)
+    u_norms = u_norms if u_clamp is None else u_norms.clamp(*u_clamp)
+    return torch.where((w_norms > 0) & (u_norms > 0), w_norms / u_norms, 0.0)
+
+
+def _norms(tensors: list[Tensor]) -> Tensor:
+    """The norms, in at least single precision, as one vector."""
+    return torch.stack(torch._foreach_norm(tensors, dtype=torch.promote_types(tensors[0].dtype, torch.float32)))
+
+
+def _norm(t: Tensor) -> float:
+    if t.is_contiguous() and t.dtype in (torch.float32, torch.float64):
+        t = t.view(-1)
+        return math.sqrt(torch.dot(t, t).item())  # faster than the norm
+    return torch.linalg.vector_norm(t, dtype=torch.promote_types(t.dtype, torch.float32)).item()
+
+
+class _Scratch:
+    """Memory for one block at a time: fresh memory would cost more than the arithmetic."""
+
+    def __init__(self):
+        self._memory = torch.empty(0)
+
+    def like(self, block: Tensor) -> Tensor:
+        """Memory in the shape, type and layout of `block`, which the next call overwrites."""
+        if not block.is_contiguous():
+            return torch.empty_like(block)
+        if self._memory.numel() < block.numel() or self._memory.dtype != block.dtype:
+            self._memory = torch.empty(block.numel(), dtype=block.dtype, device=block.device)
+        return self._memory[: block.numel()].view(block.shape)
+
+
+def _by_device_and_dtype(params: list[Tensor]) -> Iterable[list[Tensor]]:
+    groups: dict[tuple, list[Tensor]] = {}
+    for p in params:
+        groups.setdefault((p.device, p.dtype), []).append(p)
+    return groups.values()
