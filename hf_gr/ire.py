@@ -35,8 +35,7 @@ from torch import Tensor
 from torch.optim import AdamW, Optimizer
 from torch.optim.adamw import adamw
 
-from .blocks import in_blocks
-from .selection import Scan, count_true, kth_smallest, merge_small, to_ints
+from .selection import Scan, count_true, in_blocks, kth_smallest, merge_small, to_ints
 
 logger = logging.getLogger(__name__)
 

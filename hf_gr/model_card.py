@@ -16,6 +16,8 @@ from transformers import TrainingArguments
 
 from .config import IREArguments
 from .ire import IRE
+from .layer_statistics import PICTURE as LAYER_PICTURE
+from .optimizer_training import innermost
 from .plots import plot_curves
 
 if TYPE_CHECKING:
@@ -43,6 +45,15 @@ PIPELINE_TAGS = {
     "ForCausalLM": "text-generation",
     "ForSequenceClassification": "text-classification",
     "ForMaskedLM": "fill-mask",
+}
+#: What the optimizers of hf_gr are from.
+PAPERS = {
+    "LARS": '"Large Batch Training of Convolutional Networks" (You, Gitman and Ginsburg, '
+    "[arXiv:1708.03888](https://arxiv.org/abs/1708.03888))",
+    "TVLARS": '"Revisiting LARS for Large Batch Training Generalization of Neural Networks" (Do et al., IEEE TAI, '
+    "[arXiv:2309.14053](https://arxiv.org/abs/2309.14053))",
+    "LAMB": '"Large Batch Optimization for Deep Learning: Training BERT in 76 Minutes" (You et al., ICLR 2020, '
+    "[arXiv:1904.00962](https://arxiv.org/abs/1904.00962))",
 }
 SPEED_METRICS = ("runtime", "samples_per_second", "steps_per_second", "jit_compilation_time")
 
@@ -82,6 +93,7 @@ def write_model_card(
     gr_is_on = trainer.gr_args.gr_degree != 0
     ire = trainer.ire_optimizer
     method_tags = ["gradient-regularization"] * gr_is_on + ["ire"] * (ire is not None)
+    method_tags += [name.lower() for name in _own_optimizer(trainer)]
 
     metadata = ModelCardData(
         language=language,
@@ -103,6 +115,7 @@ def write_model_card(
         results=[(name, f"{value:.4g}") for name, value in results.items()],
         evaluated=_evaluated(trainer, dataset_names, split),
         picture=PICTURE if (folder / PICTURE).is_file() else None,
+        layer_picture=LAYER_PICTURE if _has_layer_statistics(trainer) else None,
         gr_summary=_gr_summary(trainer),
         gr_table=_gr_table(trainer) if gr_is_on else None,
         ire_summary=_ire_summary(trainer, ire) if ire is not None else None,
@@ -114,6 +127,11 @@ def write_model_card(
         versions=_versions(),
     )
     card.save(folder / "README.md")
+
+
+def _has_layer_statistics(trainer: "GRMixin") -> bool:
+    """Whether this run, and not an earlier one in the same folder, has drawn them."""
+    return trainer.gr_args.layer_statistics_steps > 0 and (Path(trainer.args.output_dir) / LAYER_PICTURE).is_file()
 
 
 def _listed(value: str | Iterable[str] | None) -> list[str]:
@@ -192,6 +210,7 @@ def _summary(trainer: "GRMixin", origin: str, dataset: str) -> str:
     seen = f" ({examples:,} training examples)" if examples else ""
     methods = ["gradient regularization"] * (trainer.gr_args.gr_degree != 0)
     methods += ["IRE"] * (trainer.ire_optimizer is not None)
+    methods += _own_optimizer(trainer)
     how = f"with {' and '.join(methods)}" if methods else "without gradient regularization"
     return f"`{name}` with {size}, {origin}{data}{seen} {how}, using the library `hf_gr`."
 
@@ -271,7 +290,12 @@ def _usage(trainer: "GRMixin", task: str | None, model_name: str) -> str | None:
         return None
     example = {"image-classification": '"image.png"'}.get(task, '"Some text"')
     where = trainer.hub_model_id or model_name
-    return f'from transformers import pipeline\n\nmodel = pipeline("{task}", model="{where}")\nprint(model({example}))'
+    # A model that transformers does not have is saved with its code.
+    own_code = ", trust_remote_code=True" if getattr(trainer.model.config, "auto_map", None) else ""
+    return (
+        f'from transformers import pipeline\n\nmodel = pipeline("{task}", model="{where}"{own_code})\n'
+        f"print(model({example}))"
+    )
 
 
 def _cost(trainer: "GRMixin") -> str:
@@ -297,20 +321,24 @@ def _cost(trainer: "GRMixin") -> str:
     return f"{text}, on {processes}{hardware}."
 
 
+def _own_optimizer(trainer: "GRMixin") -> list[str]:
+    """The class of the optimizer that ran, if it is one of `PAPERS`."""
+    name = type(innermost(trainer.optimizer)).__name__
+    return [name] if name in PAPERS else []
+
+
 def _optimizer(trainer: "GRMixin") -> str:
     """The optimizer that ran, with the settings of its first parameter group; those that schedules change are left to
-    the table of hyperparameters."""
-    optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
-    if optimizer is None:
+    the table of hyperparameters, and IRE has a section of its own."""
+    if trainer.optimizer is None:
         return "not created"
-    if isinstance(optimizer, IRE):  # it has a section of its own
-        optimizer = optimizer.base_optimizer
+    optimizer = innermost(trainer.optimizer)
     hidden = {"params", "lr", "initial_lr", "weight_decay", "step"}
     settings = {k: v for k, v in optimizer.param_groups[0].items() if k not in hidden and v is not None}
     text = f"`{type(optimizer).__name__}` ({', '.join(f'{k}={v}' for k, v in settings.items())})"
     if trainer.gr_args.lr_scaling != "none":
         text += f", with `learning_rate` times {trainer.describe_lr_scaling()}"
-    return text
+    return text + "".join(f", from {PAPERS[name]}" for name in _own_optimizer(trainer))
 
 
 def _hyperparameters(arguments: Iterable[Any]) -> list[tuple[str, Any]]:

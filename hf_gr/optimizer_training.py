@@ -22,8 +22,8 @@ from .optimizers import TVLARS, check_time_varying, time_varying_factor
 logger = get_logger(__name__)
 
 
-def innermost(optimizer: Optimizer) -> Optimizer:
-    """The optimizer itself, out of what accelerate and IRE have wrapped around it."""
+def innermost(optimizer: Optimizer | None) -> Optimizer | None:
+    """The optimizer itself, out of what accelerate and IRE have wrapped around it; None before it is made."""
     optimizer = getattr(optimizer, "optimizer", optimizer)
     return optimizer.base_optimizer if isinstance(optimizer, IRE) else optimizer
 

@@ -4,8 +4,8 @@ All three move a layer w along a direction u by a length that follows the size o
 ||w|| / ||u||. They differ in u (SGD with momentum, or Adam) and in what multiplies the ratio:
 
     LARS     "Large Batch Training of Convolutional Networks", You, Gitman and Ginsburg, arXiv:1708.03888
-    TVLARS   "Revisiting LARS for Large Batch Training Generalization of Neural Networks", Do et al., IEEE TAI
-    LAMB     "Large Batch Optimization for Deep Learning: Training BERT in 76 Minutes", You et al., ICLR 2020
+    TVLARS   "Revisiting LARS for Large Batch Training Generalization of Neural Networks", Do et al., arXiv:2309.14053
+    LAMB     "Large Batch Optimization for Deep Learning: Training BERT in 76 Minutes", You et al., arXiv:1904.00962
 
 A layer is a parameter with at least two dimensions. Norms and biases, which have one, are told by that and by nothing
 else: they take the optimizer's plain step, without ratio and without weight decay, unless `exclude_1d` is False. (Some
@@ -21,15 +21,11 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.adam import adam
-
-from .blocks import in_blocks
+from torch.optim.sgd import sgd
 
 logger = logging.getLogger(__name__)
 
 Group = dict[str, Any]
-
-#: Elements of a layer that LARS treats at a time on a CPU: with smaller blocks the calls cost more than the memory.
-BLOCK = 2**20
 
 
 def time_varying_factor(
@@ -62,10 +58,10 @@ def check_time_varying(tv_lambda: float, delay_steps: float, alpha: float, gamma
 
 
 class _LayerwiseOptimizer(Optimizer):
-    """What the three have in common: the loop over groups, and the two ways of going through the parameters.
+    """What the three have in common: the loop over groups, and two ways of computing the same step.
 
-    One after the other, through one piece of scratch memory, is faster on a CPU. All together (`foreach`) is faster on
-    a GPU, and no number travels to the host. `None` takes the faster one.
+    One layer after the other, through torch's fused kernels, is faster on a CPU. All layers together (`foreach`) is
+    faster on a GPU, where no number then travels to the host. `foreach=None` takes the faster one.
     """
 
     def __init__(self, params: Iterable[Tensor] | Iterable[Group], **defaults: Any):
@@ -105,35 +101,36 @@ class _LayerwiseOptimizer(Optimizer):
                 loss = closure()
         for group in self.param_groups:
             group["step"] += 1
-            params = [p for p in group["params"] if p.grad is not None]
-            if any(p.grad.is_sparse for p in params):
-                raise ValueError(f"{type(self).__name__} cannot read sparse gradients. Use sparse=False in embeddings.")
-            for p in params:
-                if not self.state[p]:
-                    self.state[p] = self._initial_state(p, group)
-            layers = [p for p in params if p.ndim > 1 or not group["exclude_1d"]]
-            others = [p for p in params if p.ndim <= 1 and group["exclude_1d"]]
-            for same in _by_device_and_dtype(others):
-                self._step_excluded(same, group)
-            for same in _by_device_and_dtype(layers):
-                foreach = group["foreach"]
-                if same[0].device.type != "cpu" if foreach is None else foreach:
-                    self._step_together(same, group)
+            layers, others, together = [], [], {}
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                if p.grad.is_sparse:
+                    raise ValueError(
+                        f"{type(self).__name__} cannot read sparse gradients. Use sparse=False in embeddings."
+                    )
+                state = self.state[p]
+                if not state:
+                    state.update(self._initial_state(p, group))
+                is_layer = p.ndim > 1 or not group["exclude_1d"]
+                if not group["foreach"] and _suits_fused_kernels(p, p.grad, *state.values()):
+                    (layers if is_layer else others).append(p)
                 else:
-                    self._step_each(same, group)
+                    together.setdefault((is_layer, p.device, p.dtype), []).append(p)
+            self._step_each(layers, others, group)
+            for (is_layer, *_), params in together.items():
+                self._step_together(params, group, is_layer)
         return loss
 
     def _initial_state(self, p: Tensor, group: Group) -> dict[str, Tensor]:
         raise NotImplementedError
 
-    def _step_excluded(self, params: list[Tensor], group: Group) -> None:
-        """The plain step of norms and biases."""
+    def _step_each(self, layers: list[Tensor], others: list[Tensor], group: Group) -> None:
+        """The layers one by one; the others take the plain step."""
         raise NotImplementedError
 
-    def _step_together(self, params: list[Tensor], group: Group) -> None:
-        raise NotImplementedError
-
-    def _step_each(self, params: list[Tensor], group: Group) -> None:
+    def _step_together(self, params: list[Tensor], group: Group, are_layers: bool) -> None:
+        """Parameters of one device and type; a plain step if they are not layers."""
         raise NotImplementedError
 
 
@@ -217,20 +214,51 @@ class LARS(_LayerwiseOptimizer):
         """What multiplies the trust ratio, and what stands for the product where there is no ratio."""
         return group["trust_coefficient"], 1.0
 
-    def _step_excluded(self, params: list[Tensor], group: Group) -> None:
-        grads = [p.grad for p in params]
-        factor = self._factors(group)[1]
-        if factor != 1:
-            grads = torch._foreach_mul(grads, factor)
-        self._descend(params, grads, group, group["lr"] * group["bias_lr_scale"])
-
-    def _step_together(self, params: list[Tensor], group: Group) -> None:
-        grads, weight_decay = [p.grad for p in params], group["weight_decay"]
-        directions = torch._foreach_add(grads, params, alpha=weight_decay) if weight_decay else grads
+    def _step_each(self, layers: list[Tensor], others: list[Tensor], group: Group) -> None:
         factor, otherwise = self._factors(group)
+        weight_decay, clamp = group["weight_decay"], group["norm_clamp"]
+        if others:
+            self._sgd(others, group, otherwise, 0.0, group["lr"] * group["bias_lr_scale"])
+        for p in layers:
+            w_norm, d_norm = _norms_with_decay(p, p.grad, weight_decay)
+            ratio = _ratio(w_norm, d_norm, clamp, clamp)
+            self._sgd([p], group, factor * ratio if ratio > 0 else otherwise, weight_decay, group["lr"])
+
+    def _sgd(self, params: list[Tensor], group: Group, q: float, weight_decay: float, lr: float) -> None:
+        """SGD with momentum along q (g + weight_decay w), in one pass."""
+        momentum, nesterov = group["momentum"], group["nesterov"]
+        grads = [p.grad for p in params]
+        if nesterov:  # torch's has the gradient without q in its step
+            directions = torch._foreach_add(grads, params, alpha=weight_decay)
+            torch._foreach_mul_(directions, q)
+            self._descend(params, directions, group, lr)
+            return
+        sgd(
+            params,
+            grads,
+            [self.state[p].get("momentum_buffer") for p in params],
+            fused=True,
+            weight_decay=weight_decay,
+            momentum=momentum,
+            lr=lr if momentum else lr * q,
+            # The new direction enters the buffer with the factor 1 - dampening.
+            dampening=1 - q if momentum else 0.0,
+            nesterov=False,
+            maximize=False,
+        )
+
+    def _step_together(self, params: list[Tensor], group: Group, are_layers: bool) -> None:
+        grads = [p.grad for p in params]
+        factor, otherwise = self._factors(group)
+        if not are_layers:
+            directions = grads if otherwise == 1 else torch._foreach_mul(grads, otherwise)
+            self._descend(params, directions, group, group["lr"] * group["bias_lr_scale"])
+            return
+        directions = torch._foreach_add(grads, params, alpha=group["weight_decay"])
         ratios = _ratios(_norms(params), _norms(directions), group["norm_clamp"], group["norm_clamp"])
         ratios = torch.where(ratios > 0, factor * ratios, otherwise).to(params[0].dtype)
-        self._descend(params, torch._foreach_mul(directions, list(ratios.unbind())), group, group["lr"])
+        torch._foreach_mul_(directions, list(ratios.unbind()))
+        self._descend(params, directions, group, group["lr"])
 
     def _descend(self, params: list[Tensor], directions: list[Tensor], group: Group, lr: float) -> None:
         """SGD with momentum along `directions`."""
@@ -241,37 +269,6 @@ class LARS(_LayerwiseOptimizer):
             torch._foreach_add_(buffers, directions)
             directions = torch._foreach_add(directions, buffers, alpha=momentum) if group["nesterov"] else buffers
         torch._foreach_add_(params, directions, alpha=-lr)
-
-    def _step_each(self, params: list[Tensor], group: Group) -> None:
-        lr, momentum, weight_decay = group["lr"], group["momentum"], group["weight_decay"]
-        factor, otherwise = self._factors(group)
-        scratch = _Scratch()
-
-        def direction(block: tuple[Tensor, ...]) -> Tensor:
-            p, grad = block[:2]
-            return torch.add(grad, p, alpha=weight_decay, out=scratch.like(p)) if weight_decay else grad
-
-        for p in params:
-            buffer = [self.state[p]["momentum_buffer"]] if momentum else []
-            blocks = list(in_blocks(p, p.grad, *buffer, size=BLOCK))
-            w_norms, d_norms = [], []
-            for block in blocks:
-                d = direction(block)
-                w_norms.append(_norm(block[0]))
-                d_norms.append(_norm(d))
-            clamp = group["norm_clamp"]
-            ratio = _ratio(math.hypot(*w_norms), math.hypot(*d_norms), clamp, clamp)
-            q = factor * ratio if ratio > 0 else otherwise
-            for block in blocks:
-                d = d if len(blocks) == 1 else direction(block)
-                if not momentum:
-                    block[0].add_(d, alpha=-lr * q)
-                    continue
-                block[2].mul_(momentum).add_(d, alpha=q)
-                if group["nesterov"]:
-                    block[0].add_(d, alpha=-lr * q).add_(block[2], alpha=-lr * momentum)
-                else:
-                    block[0].add_(block[2], alpha=-lr)
 
 
 class TVLARS(LARS):
@@ -461,48 +458,50 @@ class LAMB(_LayerwiseOptimizer):
         torch._foreach_mul_(directions, exp_avgs)
         return directions
 
-    def _step_excluded(self, params: list[Tensor], group: Group) -> None:
-        torch._foreach_add_(params, self._adam(params, group), alpha=-group["lr"] * self._corrections(group)[0])
-
-    def _step_together(self, params: list[Tensor], group: Group) -> None:
+    def _step_together(self, params: list[Tensor], group: Group, are_layers: bool) -> None:
         directions, c = self._adam(params, group), self._corrections(group)[0]
-        if group["weight_decay"]:
+        if are_layers:
             torch._foreach_add_(directions, params, alpha=group["weight_decay"] / c)
-        ratios = _ratios(_norms(params), _norms(directions) * c, group["norm_clamp"], None)
-        ratios = torch.where(ratios > 0, ratios, 1.0).to(params[0].dtype)
-        torch._foreach_mul_(directions, list(ratios.unbind()))
+            ratios = _ratios(_norms(params), _norms(directions) * c, group["norm_clamp"], None)
+            ratios = torch.where(ratios > 0, ratios, 1.0).to(params[0].dtype)
+            torch._foreach_mul_(directions, list(ratios.unbind()))
         torch._foreach_add_(params, directions, alpha=-group["lr"] * c)
 
-    def _step_each(self, params: list[Tensor], group: Group) -> None:
-        # From zero and with lr = 1, torch's fused Adam leaves -u: the quickest way to u on a CPU, in one pass.
-        scratch = _Scratch()
-        completed = group["step"] - 1.0 if group["bias_correction"] else 1e9
-        for p in params:
-            grad, exp_avg, exp_avg_sq = p.grad, self.state[p]["exp_avg"], self.state[p]["exp_avg_sq"]
-            if not all(t.is_cpu and t.is_contiguous() for t in (p, grad, exp_avg, exp_avg_sq)):
-                self._step_together([p], group)
-                continue
-            negative_u = scratch.like(p).zero_()
-            adam(
-                [negative_u],
-                [grad],
-                [exp_avg],
-                [exp_avg_sq],
-                [],
-                [torch.tensor(completed)],
-                fused=True,
-                amsgrad=False,
-                beta1=group["betas"][0],
-                beta2=group["betas"][1],
-                lr=1.0,
-                weight_decay=0.0,
-                eps=group["eps"],
-                maximize=False,
-            )
+    def _step_each(self, layers: list[Tensor], others: list[Tensor], group: Group) -> None:
+        if others:
+            self._adam_(others, others, group, group["lr"])
+        # One piece of memory for all: fresh memory would cost more than the arithmetic.
+        scratch = layers[0].new_empty(max(p.numel() for p in layers)) if layers else None
+        for p in layers:
+            if scratch.dtype != p.dtype:
+                scratch = p.new_empty(scratch.numel())
+            # From zero and with lr = 1, Adam goes to -u.
+            negative_u = scratch[: p.numel()].view(p.shape).zero_()
+            self._adam_([negative_u], [p], group, 1.0)
             if group["weight_decay"]:
                 negative_u.add_(p, alpha=-group["weight_decay"])
             ratio = _ratio(_norm(p), _norm(negative_u), group["norm_clamp"], None)
             p.add_(negative_u, alpha=group["lr"] * (ratio if ratio > 0 else 1.0))
+
+    def _adam_(self, targets: list[Tensor], params: list[Tensor], group: Group, lr: float) -> None:
+        """Move `targets` by the step of Adam for `params`, in one pass."""
+        completed = group["step"] - 1.0 if group["bias_correction"] else 1e9  # after which nothing is left to correct
+        adam(
+            targets,
+            [p.grad for p in params],
+            [self.state[p]["exp_avg"] for p in params],
+            [self.state[p]["exp_avg_sq"] for p in params],
+            [],
+            [torch.tensor(completed) for _ in params],
+            fused=True,
+            amsgrad=False,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            lr=lr,
+            weight_decay=0.0,
+            eps=group["eps"],
+            maximize=False,
+        )
 
 
 # ---- Norms and their ratio ----
@@ -529,30 +528,23 @@ def _norms(tensors: list[Tensor]) -> Tensor:
     return torch.stack(torch._foreach_norm(tensors, dtype=torch.promote_types(tensors[0].dtype, torch.float32)))
 
 
+def _suits_fused_kernels(*tensors: Tensor) -> bool:
+    """Whether all are on the CPU, in single or double precision, and in the same order in memory."""
+    return all(t.is_cpu and t.is_contiguous() and t.dtype in (torch.float32, torch.float64) for t in tensors)
+
+
 def _norm(t: Tensor) -> float:
-    if t.is_contiguous() and t.dtype in (torch.float32, torch.float64):
-        t = t.view(-1)
-        return math.sqrt(torch.dot(t, t).item())  # faster than the norm
-    return torch.linalg.vector_norm(t, dtype=torch.promote_types(t.dtype, torch.float32)).item()
+    t = t.view(-1)
+    return math.sqrt(torch.dot(t, t).item())  # faster than the norm
 
 
-class _Scratch:
-    """Memory for one block at a time: fresh memory would cost more than the arithmetic."""
-
-    def __init__(self):
-        self._memory = torch.empty(0)
-
-    def like(self, block: Tensor) -> Tensor:
-        """Memory in the shape, type and layout of `block`, which the next call overwrites."""
-        if not block.is_contiguous():
-            return torch.empty_like(block)
-        if self._memory.numel() < block.numel() or self._memory.dtype != block.dtype:
-            self._memory = torch.empty(block.numel(), dtype=block.dtype, device=block.device)
-        return self._memory[: block.numel()].view(block.shape)
-
-
-def _by_device_and_dtype(params: list[Tensor]) -> Iterable[list[Tensor]]:
-    groups: dict[tuple, list[Tensor]] = {}
-    for p in params:
-        groups.setdefault((p.device, p.dtype), []).append(p)
-    return groups.values()
+def _norms_with_decay(w: Tensor, g: Tensor, weight_decay: float) -> tuple[float, float]:
+    """||w|| and ||g + weight_decay w||, the latter without the sum itself."""
+    if weight_decay == 0:
+        return _norm(w), _norm(g)
+    w, g = w.view(-1), g.view(-1)
+    ww, gg = torch.dot(w, w).item(), torch.dot(g, g).item()
+    square = gg + 2 * weight_decay * torch.dot(g, w).item() + weight_decay**2 * ww
+    if not square > 0.01 * (gg + weight_decay**2 * ww):  # what is left of such a difference is rounding
+        return math.sqrt(ww), _norm(torch.add(g, w, alpha=weight_decay))
+    return math.sqrt(ww), math.sqrt(square)

@@ -11,12 +11,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .blocks import CPU_BLOCK, in_blocks
-
+#: Elements that NumPy is given at a time (a matrix of ViT-Ti, 192 x 768, in one piece), and a GPU.
+CPU_BLOCK, GPU_BLOCK = 9 * 2**14, 2**24
 #: A tensor of up to so many elements is put together with others.
 SMALL = 2**12
 #: Size of the sample that narrows the search down.
 SAMPLE = 3 * 2**15
+
+
+def in_blocks(*tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
+    """The tensors, of one shape, cut into equal flat parts; whole if small, or if their layouts do not allow it."""
+    size = CPU_BLOCK if tensors[0].device.type == "cpu" else GPU_BLOCK
+    if tensors[0].numel() <= size or not all(t.is_contiguous() for t in tensors):
+        return [tensors]
+    return zip(*(t.view(-1).split(size) for t in tensors), strict=True)
 
 
 class Scan:

@@ -31,9 +31,31 @@ def test_contract_defaults():
         "ire_beta": 0.0,
         "ire_amplify_weight_decay": True,
         "ire_guard": 3.0,
+        "optim": "adamw_torch_fused",
+        "lr_scheduler_type": "linear",
+        "lr_scaling": "none",
+        "layer_statistics_steps": 0,
     }
     stock = TrainingArguments(output_dir="x", use_cpu=True).to_dict()
-    assert {k: v for k, v in config.to_dict().items() if not k.startswith(("gr_", "ire_"))} == stock
+    ours = set(flags) - set(stock)
+    assert {k: v for k, v in config.to_dict().items() if k not in ours} == stock
+
+
+@pytest.mark.parametrize("optim", ["tvlars", "lars", "lamb", "sgd"])
+def test_names_of_optimizers_parse_from_every_source(optim, tmp_path):
+    """And come out again as they went in: `to_dict` is what is saved with a checkpoint and sent to trackers."""
+    schedule = "cosine" if optim in ("tvlars", "sgd") else "time_varying"
+    values = {"output_dir": "x", "use_cpu": True, "optim": optim, "lr_scheduler_type": schedule}
+    (tmp_path / "c.yaml").write_text("\n".join(f"{k}: {v}" for k, v in values.items()))
+    parser = HfArgumentParser(GRConfig)
+    flags = [part for k, v in values.items() for part in (f"--{k}", str(v))]
+    for config in (
+        parser.parse_args_into_dataclasses(flags)[0],
+        parser.parse_yaml_file(str(tmp_path / "c.yaml"))[0],
+        parser.parse_dict(values)[0],
+    ):
+        assert (config.to_dict()["optim"], config.to_dict()["lr_scheduler_type"]) == (optim, schedule)
+        assert json.loads(config.to_json_string())["optim"] == optim
 
 
 def test_parses_from_command_line_json_yaml_and_dict(tmp_path):

@@ -19,12 +19,24 @@ def imported(module: str) -> set[str]:
     return names
 
 
-@pytest.mark.parametrize("module", ["gradient_regularization", "gr_warmup", "ire", "selection", "fisher"])
+@pytest.mark.parametrize("module", ["gradient_regularization", "gr_warmup", "ire", "selection", "fisher", "optimizers"])
 def test_maths_is_pure_torch(module):
     known = {"torch", "numpy", "math", "collections", "contextlib", "logging", "typing"}
     assert imported(module) <= known | ({".selection"} if module == "ire" else set())
 
 
-@pytest.mark.parametrize("module", ["trainer", "ire_training", "config", "replay", "checkpoints", "compatibility"])
+@pytest.mark.parametrize(
+    "module",
+    [
+        "trainer",
+        "ire_training",
+        "optimizer_training",
+        "optimizer_factory",
+        "config",
+        "replay",
+        "checkpoints",
+        "compatibility",
+    ],
+)
 def test_training_does_not_depend_on_the_data(module):
     assert not imported(module) & {".data", ".metrics", ".models", "datasets", "sklearn"}

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from transformers import EvalPrediction
+from transformers import AutoModelForImageClassification, EvalPrediction
 
 from hf_gr.metrics import classification_metrics, rank_classes
-from hf_gr.models import create_vit
+from hf_gr.models import RESNET_STEMS, WEIGHT_INITS, create_resnet, create_vit, initialize_weights
 
 
 @pytest.mark.parametrize(
@@ -29,6 +29,57 @@ def test_paper_preset():
         create_vit("vit-micro", ["a", "b"], image_size=9)
     with pytest.raises(ValueError, match="model='vit-xl': choose one of vit-micro"):
         create_vit("vit-xl", ["a", "b"])
+
+
+@pytest.mark.parametrize(("preset", "parameters"), [("resnet-18", 11_181_642), ("resnet-34", 21_289_802)])
+def test_resnets_have_the_size_of_the_paper(preset, parameters):
+    names = [str(i) for i in range(10)]
+    model = create_resnet(preset, names)
+    assert sum(p.numel() for p in model.parameters()) == parameters
+    small = create_resnet(preset, names, stem="cifar")
+    assert sum(p.numel() for p in small.parameters()) == parameters - 3 * 64 * (49 - 9)  # 7 x 7 became 3 x 3
+
+
+@pytest.mark.parametrize(("stem", "side"), [("imagenet", 1), ("cifar", 4)])
+def test_stems_keep_or_divide_the_resolution(stem, side, tmp_path):
+    torch.manual_seed(0)
+    model = create_resnet("resnet-18", ["a", "b"], stem).eval()
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        assert model.resnet(images).last_hidden_state.shape == (2, 512, side, side)
+        model.save_pretrained(tmp_path)
+        loaded = AutoModelForImageClassification.from_pretrained(tmp_path)
+        assert type(loaded) is type(model)
+        assert torch.equal(loaded.eval()(images).logits, model(images).logits)
+    assert (tmp_path / "cifar_resnet.py").exists() == (stem == "cifar")
+
+
+def test_mistakes_in_resnets_are_named():
+    with pytest.raises(ValueError, match="stem='tiny': choose one of imagenet, cifar"):
+        create_resnet("resnet-18", ["a", "b"], "tiny")
+    with pytest.raises(ValueError, match="model='resnet-19': choose one of resnet-18, resnet-34"):
+        create_resnet("resnet-19", ["a", "b"])
+    assert RESNET_STEMS == ("imagenet", "cifar")
+
+
+@pytest.mark.parametrize("scheme", WEIGHT_INITS)
+def test_weight_inits_draw_what_they_say(scheme):
+    """The standard deviation, and the bound if there is one, of linear layers and convolutions; nothing else moves."""
+    torch.manual_seed(0)
+    model = create_resnet("resnet-18", [str(i) for i in range(100)])
+    others = {name: p.clone() for name, p in model.named_parameters() if p.ndim < 2}
+    initialize_weights(model, scheme)
+    conv = model.resnet.encoder.stages[1].layers[1].layer[0].convolution.weight
+    for weight in (model.classifier[1].weight, conv):
+        field = weight[0, 0].numel()
+        fan_out, fan_in = weight.shape[0] * field, weight.shape[1] * field
+        variance = 2 / (fan_in + fan_out) if scheme.startswith("xavier") else 2 / fan_in
+        assert weight.std().item() == pytest.approx(variance**0.5, rel=0.02)  # 51,200 draws: error 0.3 %
+        if scheme.endswith("uniform"):
+            assert weight.abs().max().item() == pytest.approx((3 * variance) ** 0.5, rel=1e-3)
+    assert all(torch.equal(p, others[name]) for name, p in model.named_parameters() if p.ndim < 2)
+    with pytest.raises(ValueError, match="weight_init='zeros': choose one of xavier_uniform"):
+        initialize_weights(model, "zeros")
 
 
 @pytest.mark.parametrize("classes", [4, 10, 11, 100])

@@ -101,6 +101,30 @@ def test_ire_by_flags(tmp_path):
     assert "| `ire_preset` |  | cnn |" in card and "`SGD`" not in card and "From step 11 to 46" in card
 
 
+def test_resnet_with_tvlars_by_flags(tmp_path):
+    """The flags of a comparison at large batches; the folder is loaded by a process that has never heard of hf_gr."""
+    launch("--output_dir", tmp_path, "--model", "resnet-18", "--stem", "cifar", "--weight_init", "kaiming_uniform",
+           "--max_train_samples", 64, "--max_eval_samples", 20, "--num_train_epochs", 2, "--optim", "tvlars",
+           "--per_device_train_batch_size", 16, "--lr_scheduler_type", "constant", "--learning_rate", 1.0,
+           "--lr_scaling", "linear", "--gr_lambda", 0, "--layer_statistics_steps", 2)  # fmt: skip
+    card = (tmp_path / "README.md").read_text()
+    assert "Optimizer: `TVLARS` (" in card and "tv_lambda=1.25, delay_steps=4.0" in card
+    assert "with `learning_rate` times 0.0625 (the total batch of 16 / 256)" in card
+    assert "| `stem` | cifar |" in card and "| `weight_init` | kaiming_uniform |" in card
+    assert "trust ratio of each layer](layer_statistics.png)" in card
+    assert "trust_remote_code=True)" in card
+    for name in ("layer_statistics.parquet", "layer_statistics.png", "cifar_resnet.py"):
+        assert (tmp_path / name).exists()
+    code = (
+        "import sys; from transformers import pipeline; from PIL import Image;"
+        f"print(pipeline('image-classification', {str(tmp_path)!r}, trust_remote_code=True)(Image.new('L', (9, 9))));"
+        "assert 'hf_gr' not in sys.modules"
+    )
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 def test_recipe_in_json_flags_overrule_it_and_two_processes(tmp_path):
     recipe = {
         "output_dir": str(tmp_path / "out"),
@@ -195,6 +219,13 @@ def unwritable(folder):
             "resume_from_checkpoint=/no/such/checkpoint: there is no s",
         ),
         (["--model_name_or_path", "x", "--dropout", "0.2"], "dropout=0.2 has no effect with model_name_or_path='x'"),
+        (
+            ["--model", "resnet-18", "--dropout", "0.2"],
+            "dropout=0.2 has no effect with model='resnet-18'",
+        ),
+        (["--model", "vit-s", "--stem", "cifar"], "stem=cifar has no effect with model='vit-s', which is not a ResNet"),
+        (["--model_name_or_path", "x", "--weight_init", "xavier_normal"], "weight_init=xavier_normal has no effect"),
+        (["--optim", "lars", "--optim_args", "momentun=0.9"], "optim_args: momentun is unknown to optim=lars, which"),
         (lambda f: [recipe_with_a_typo(f)], "unknown argument gr_radius; see --help"),
     ],
 )
@@ -231,6 +262,9 @@ def test_recipes_parse(main):
     for recipe in (ROOT / "scripts" / "recipes").glob("vit_*.yaml"):
         model, data, args = module.parse_args([str(recipe), "--use_cpu", "--report_to", "none"])
         assert args.gr_warmup == "zero" and model.model.startswith("vit-") and data.dataset_name
+    recipe = ROOT / "scripts" / "recipes" / "resnet18_cifar10_tvlars.yaml"
+    model, _, args = module.parse_args([str(recipe), "--use_cpu", "--report_to", "none"])
+    assert (model.model, args.optim, args.lr_scaling) == ("resnet-18", "tvlars", "linear")
     assert torch.get_default_dtype() == torch.float32
 
 
