@@ -38,10 +38,10 @@ ARMS: dict[str, dict] = {
     "TVLARS": {"optim": "tvlars", "lr_scheduler_type": "constant"},
 }
 GRID = {
-    "NOWA-LARS": [0.5, 1.0, 2.0],
-    "WA-LARS": [0.5, 1.0, 2.0],
-    "LAMB": [5e-4, 1e-3, 2e-3],
-    "TVLARS": [0.5, 1.0, 2.0],
+    "NOWA-LARS": [0.5, 1.0, 2.0, 4.0],
+    "WA-LARS": [0.5, 1.0, 2.0, 4.0],
+    "LAMB": [5e-4, 1e-3, 2e-3, 4e-3],
+    "TVLARS": [0.5, 1.0, 2.0, 4.0],
 }
 #: For a batch of 256; the best of `GRID`.
 LEARNING_RATES = {"NOWA-LARS": 1.0, "WA-LARS": 1.0, "LAMB": 1e-3, "TVLARS": 1.0}

@@ -60,8 +60,8 @@ def check_time_varying(tv_lambda: float, delay_steps: float, alpha: float, gamma
 class _LayerwiseOptimizer(Optimizer):
     """What the three have in common: the loop over groups, and two ways of computing the same step.
 
-    One layer after the other, through torch's fused kernels, is faster on a CPU. All layers together (`foreach`) is
-    faster on a GPU, where no number then travels to the host. `foreach=None` takes the faster one.
+    One layer after the other, through torch's fused kernels, is faster on a CPU. All layers together is faster on a
+    GPU, where no number then travels to the host.
     """
 
     def __init__(self, params: Iterable[Tensor] | Iterable[Group], **defaults: Any):
@@ -158,7 +158,7 @@ class LARS(_LayerwiseOptimizer):
         bias_lr_scale: factor of the learning rate of those that are left out (0.024 in Barlow Twins).
         norm_clamp: (low, high), between which both norms are clamped. The released code of TVLARS has (0, 10), which
             takes the normalization away from large gradients; hence None.
-        foreach: treat the parameters together (True) or one by one; None is what is faster on their device.
+        foreach: treat the layers together on a CPU, too, where one by one is faster. Elsewhere they always are.
 
     Raises:
         ValueError: an argument is out of its range, a parameter is complex or sharded, a gradient is sparse.
@@ -176,7 +176,7 @@ class LARS(_LayerwiseOptimizer):
         bias_lr_scale: float = 1.0,
         norm_clamp: tuple[float, float] | None = None,
         *,
-        foreach: bool | None = None,
+        foreach: bool = False,
     ):
         super().__init__(
             params,
@@ -315,7 +315,7 @@ class TVLARS(LARS):
         alpha: float = 1.0,
         gamma_min: float | None = None,
         phi_everywhere: bool = True,
-        foreach: bool | None = None,
+        foreach: bool = False,
     ):
         _LayerwiseOptimizer.__init__(
             self,
@@ -395,7 +395,7 @@ class LAMB(_LayerwiseOptimizer):
         bias_correction: correct the moments for their start at zero, as the paper does.
         exclude_1d: leave parameters of less than two dimensions out. False treats them as layers.
         norm_clamp: (low, high), between which ||w|| is clamped, the function phi of the paper.
-        foreach: treat the parameters together (True) or one by one; None is what is faster on their device.
+        foreach: treat the layers together on a CPU, too, where one by one is faster. Elsewhere they always are.
 
     Raises:
         ValueError: an argument is out of its range, a parameter is complex or sharded, a gradient is sparse.
@@ -412,7 +412,7 @@ class LAMB(_LayerwiseOptimizer):
         exclude_1d: bool = True,
         norm_clamp: tuple[float, float] | None = None,
         *,
-        foreach: bool | None = None,
+        foreach: bool = False,
     ):
         super().__init__(
             params,

@@ -34,6 +34,22 @@ IRE_CASES = {
     for degree in (0, 0.1)
 }
 
+OPTIMIZER_CASES = {
+    (optim, accumulation, degree): {
+        "optim": optim,
+        "gr_lambda": degree,
+        "gradient_accumulation_steps": accumulation,
+        # Some steps of a size that is seen, for the batch of 4 accumulated ones.
+        "learning_rate": {"lamb": 0.5, "lars": 200.0, "tvlars": 200.0}[optim],
+        "lr_scaling": "linear",
+        "weight_decay": 0.1,
+        "layer_statistics_steps": 1,
+    }
+    for optim in ("lamb", "lars", "tvlars")
+    for accumulation in (1, 2)
+    for degree in (0, 0.1)
+}
+
 
 class RanksAgree(toys.PathRecorder):
     """Fails in the step after which two processes differ in any bit."""
@@ -109,8 +125,9 @@ if __name__ == "__main__":
     for case, flags in IRE_CASES.items():
         estimates[case] = Estimates.kept = []
         run(folder, Estimates, **flags)
+    optimizers = {case: run(f"{folder}/optimizers", **flags).path for case, flags in OPTIMIZER_CASES.items()}
     assert overflow_on_one_rank(folder)
     if dist.get_rank() == 0:
-        torch.save({"paths": paths, "estimates": estimates}, f"{folder}/results.pt")
+        torch.save({"paths": paths, "estimates": estimates, "optimizers": optimizers}, f"{folder}/results.pt")
     dist.barrier()
     dist.destroy_process_group()

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import toys
-from distributed_worker import CASES, IRE_CASES, LEARNING_RATE, STEPS
+from distributed_worker import CASES, IRE_CASES, LEARNING_RATE, OPTIMIZER_CASES, STEPS
+from hf_gr import GRConfig, GRTrainer
 from reference import flat_masks, regularized_gradient, sampled_label_gradient
 from test_trainer import relative_error_of_path, sum_of_token_losses
 
@@ -90,3 +91,21 @@ def test_estimate_of_ire_is_that_of_all_processes(case, results):
             torch.testing.assert_close(estimate, reference, rtol=1e-4, atol=1e-7)  # float32, summed in another order
         for mask, reference in zip(update["masks"], flat_masks(update["estimate"], 0.6), strict=True):
             assert torch.equal(mask.bool(), reference)
+
+
+@pytest.mark.parametrize("case", OPTIMIZER_CASES, ids=lambda case: "-".join(map(str, case)))
+def test_optimizers_step_as_in_one_process(case, results, tmp_path):
+    """Two processes, or one that accumulates twice as long: the same total batch, the same scaled rate and floor."""
+    flags = {
+        "max_steps": STEPS,
+        "lr_scheduler_type": "constant",
+        "max_grad_norm": 0.0,
+        "gr_warmup": "none",
+        **OPTIMIZER_CASES[case],
+    }
+    flags["gradient_accumulation_steps"] *= RANKS
+    recorder = toys.PathRecorder()
+    args = GRConfig(**toys.arguments(tmp_path, **flags))
+    GRTrainer(toys.llama(), args, train_dataset=toys.text(24), callbacks=[recorder]).train()
+    # float32; LAMB divides by the root of second moments that are nearly 0 in places.
+    assert relative_error_of_path(results["optimizers"][case], recorder.path) <= (1e-3 if case[0] == "lamb" else 1e-5)

@@ -49,7 +49,7 @@ def assert_close(actual, expected, tolerance=1e-12):
         torch.testing.assert_close(a, e, rtol=tolerance, atol=tolerance)
 
 
-PATHS = [pytest.param(True, id="foreach"), pytest.param(False, id="each"), pytest.param(None, id="default")]
+PATHS = [pytest.param(True, id="together"), pytest.param(False, id="each")]
 
 LARS_SETTINGS = [
     {},
@@ -174,19 +174,19 @@ def test_the_quick_way_on_a_cpu_is_taken(make, monkeypatch):
     """And not for what the fused kernels cannot read, nor where the other one is asked for."""
     taken = []
 
-    def taken_by(foreach, weight):
+    def taken_by(weight, **settings):
         taken.clear()
         p = torch.nn.Parameter(weight)
         p.grad = torch.ones_like(p)
-        optimizer = make([p], foreach=foreach)
+        optimizer = make([p], **settings)
         monkeypatch.setattr(type(optimizer), "_step_each", lambda self, layers, others, group: taken.extend(layers))
         optimizer.step()
         return len(taken)
 
     (weight,) = float32(0, (4, 3, 2, 2))
-    assert [taken_by(foreach, weight) for foreach in (None, False, True)] == [1, 1, 0]
-    assert taken_by(None, weight.to(memory_format=torch.channels_last)) == 0
-    assert taken_by(None, weight.bfloat16()) == 0
+    assert (taken_by(weight), taken_by(weight, foreach=True)) == (1, 0)
+    assert taken_by(weight.to(memory_format=torch.channels_last)) == 0
+    assert taken_by(weight.bfloat16()) == 0
 
 
 @pytest.mark.parametrize("phi_now", [1.0, 1e-3, 1e-6])
