@@ -91,6 +91,7 @@ class OptimizerMixin:
         """As in `Trainer`, with the schedule `time_varying`; what TVLARS must know of the run it is told here."""
         target = self.optimizer if optimizer is None else optimizer
         inner = innermost(target)
+        self._tvlars = inner if inner is self._tvlars else None
         is_time_varying = self.args.lr_scheduler_type == TIME_VARYING and self.lr_scheduler is None
         if isinstance(inner, TVLARS):
             if is_time_varying:
@@ -156,6 +157,12 @@ class OptimizerMixin:
                 f"lr_scheduler_type={name!r} multiplies the learning rate of TVLARS, which has a schedule of its own. "
                 "Set lr_scheduler_type=constant for TVLARS as published."
             )
+
+    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+        """As in `Trainer`, with phi of TVLARS, as it was at that step, beside the learning rate."""
+        if "loss" in logs and self._tvlars is not None:
+            logs["tvlars_phi"] = self._tvlars.phi(self._tvlars.param_groups[0])
+        super().log(logs, *args, **kwargs)
 
 
 def _phi_of_epoch(epoch: int, **settings: float) -> float:

@@ -7,6 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 # Colour-blind safe (Okabe and Ito, 2008).
 BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
@@ -53,17 +54,7 @@ def plot_curves(log_history: list[dict[str, float]], path: str | Path) -> None:
     _line(norms, log_history, "gr_perturbed_grad_norm", r"$\|g_2\|$ at $\theta + r\,g_1/\|g_1\|$", ORANGE)
     norms.set(title="Gradient norm before clipping", ylabel="norm", yscale="log")
 
-    _line(schedules, log_history, "learning_rate", "learning rate", GREEN)
-    schedules.set(title="Schedules", ylabel="learning rate")
-    schedules.set_ylim(bottom=0)
-    handles = schedules.get_lines()
-    if any("gr_lambda" in entry for entry in log_history):
-        degree = schedules.twinx()
-        _line(degree, log_history, "gr_lambda", r"$\lambda_t$", PURPLE, drawstyle="steps-pre")
-        _line(degree, log_history, "gr_r", r"$r_t$", PURPLE, linestyle=":")
-        degree.set_ylabel(r"$\lambda_t$, $r_t$")
-        degree.set_ylim(bottom=0)
-        handles = [*handles, *degree.get_lines()]
+    handles = _plot_schedules(schedules, log_history)
 
     for axis in axes[:panels]:
         axis.set_xlabel("optimizer step")
@@ -75,6 +66,25 @@ def plot_curves(log_history: list[dict[str, float]], path: str | Path) -> None:
         # Below the axes: the curves of a warmup and a decay leave no corner free.
         schedules.legend(handles=handles, frameon=False, ncols=3, loc="upper right", bbox_to_anchor=(1, -0.14))
     figure.savefig(path, dpi=120)
+
+
+def _plot_schedules(axis: Axes, log_history: list[dict[str, float]]) -> list[Line2D]:
+    """The learning rate and, on an axis of their own, lambda_t and r_t. Returns the curves, for a legend."""
+    _line(axis, log_history, "learning_rate", "learning rate", GREEN)
+    with_phi = [entry for entry in log_history if "tvlars_phi" in entry]
+    scaled = [{**entry, "scaled": entry["learning_rate"] * entry["tvlars_phi"]} for entry in with_phi]
+    _line(axis, scaled, "scaled", r"learning rate $\times\ \varphi_t$", ORANGE)
+    axis.set(title="Schedules", ylabel="learning rate")
+    axis.set_ylim(bottom=0)
+    curves = axis.get_lines()
+    if any("gr_lambda" in entry for entry in log_history):
+        degree = axis.twinx()
+        _line(degree, log_history, "gr_lambda", r"$\lambda_t$", PURPLE, drawstyle="steps-pre")
+        _line(degree, log_history, "gr_r", r"$r_t$", PURPLE, linestyle=":")
+        degree.set_ylabel(r"$\lambda_t$, $r_t$")
+        degree.set_ylim(bottom=0)
+        curves = [*curves, *degree.get_lines()]
+    return list(curves)
 
 
 def plot_layer_statistics(table: dict[str, list], path: str | Path) -> None:

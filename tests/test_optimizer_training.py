@@ -9,6 +9,7 @@ from transformers import Trainer, TrainingArguments
 
 import toys
 from hf_gr import IRE, LAMB, LARS, TVLARS, GRConfig, GRTrainer
+from hf_gr.plots import plot_curves
 from reference import phi
 
 PLAIN = {"gr_lambda": 0, "lr_scheduler_type": "constant", "learning_rate": 1.0}
@@ -151,6 +152,17 @@ def test_tvlars_learns_of_the_run(tmp_path):
         assert group["gamma_min"] == pytest.approx(1e-3 * 2 / 256)
     trainer.train()  # a second run starts the schedule anew
     assert {(group["tv_lambda"], group["delay_steps"], group["step"]) for group in groups(trainer)} == {(2.0, 3.0, 6)}
+
+
+def test_phi_is_logged_as_it_was_at_the_step(tmp_path):
+    curve = {"tv_lambda": 1.0, "delay_steps": 3, "gamma_min": 0.01}
+    optim_args = ",".join(f"{key}={value}" for key, value in curve.items())
+    trainer, _ = train(tmp_path, optim="tvlars", optim_args=optim_args, **PLAIN)
+    logged = [entry["tvlars_phi"] for entry in trainer.state.log_history if "loss" in entry]
+    assert logged == pytest.approx([phi(t, 1.0, 3, 1.0, 0.01) for t in range(1, 7)])
+    plot_curves(trainer.state.log_history, tmp_path / "curves.png")
+    trainer, _ = train(tmp_path, optim="lars", **PLAIN)
+    assert not any("tvlars_phi" in entry for entry in trainer.state.log_history)
 
 
 def test_tvlars_ready_made_learns_only_the_floor(tmp_path):

@@ -253,6 +253,19 @@ def test_empty_and_unused_parameters(make, foreach):
     assert all(p.isfinite().all() for p in params)
 
 
+@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
+def test_no_number_is_read_from_another_device(make):
+    """Tensors of the device "meta" have none: whoever asks for one, as for a norm on a GPU, gets an error."""
+    params = [torch.nn.Parameter(torch.empty(shape, device="meta")) for shape in ((4, 3), (5,), (2, 3, 2, 2))]
+    optimizer = make(params)
+    for p in params:
+        p.grad = torch.empty_like(p)
+    for _ in range(2):
+        optimizer.step()
+    with pytest.raises(RuntimeError):
+        params[0].norm().item()
+
+
 # ---- phi ----
 
 
