@@ -44,7 +44,7 @@ GRID = {
     "TVLARS": [0.5, 1.0, 2.0, 4.0],
 }
 #: For a batch of 256; the best of `GRID`.
-LEARNING_RATES = {"NOWA-LARS": 1.0, "WA-LARS": 1.0, "LAMB": 1e-3, "TVLARS": 1.0}
+LEARNING_RATES = {"NOWA-LARS": 2, "WA-LARS": 2, "LAMB": 0.004, "TVLARS": 1}
 BATCHES = (256, 1024, 4096)
 TRAIN, VALIDATION = 20_480, 4_000
 
