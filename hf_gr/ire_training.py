@@ -145,11 +145,23 @@ class IREMixin:
                 logger.warning(
                     f"IRE {message}, and never acts: it waits for the learning-rate warmup. Set ire_start_step."
                 )
+            self._ire_name_idle_settings()
             logger.info(
                 f"  IRE: kappa = {self._ire.kappa}, gamma = {self._ire.gamma}, mask '{self._ire.mask}' every "
                 f"{flags.ire_interval} steps from step {start} of {num_training_steps}"
             )
         return super().create_scheduler(num_training_steps, optimizer)
+
+    def _ire_name_idle_settings(self) -> None:
+        """Warn of settings of the optimizer that, as the run is, change nothing."""
+        if not self._ire.amplify_weight_decay and not any(g.get("weight_decay") for g in self._ire.param_groups):
+            logger.warning("ire_amplify_weight_decay=False has no effect with weight_decay=0.")
+        schedule = getattr(self.args.lr_scheduler_type, "value", self.args.lr_scheduler_type)
+        if self._ire.kappa_schedule == "lr" and self.lr_scheduler is None and schedule == "constant":
+            logger.warning(
+                "ire_kappa_schedule='lr' has no effect with lr_scheduler_type='constant': kappa follows a learning rate "
+                "that does not change."
+            )
 
     # ---- Before a step: the mask ----
 

@@ -538,6 +538,11 @@ def test_starts_at_the_end_of_the_learning_rate_warmup(spy, tmp_path):
             {"ire_kappa": 1.0, "warmup_steps": 6},
             "IRE starts after 6 steps, at or after the end of the run of 6, and never",
         ),
+        ({"ire_kappa": 1.0, "ire_amplify_weight_decay": False}, "ire_amplify_weight_decay=False has no effect with we"),
+        (
+            {"ire_kappa": 1.0, "ire_kappa_schedule": "lr", "lr_scheduler_type": "constant"},
+            "ire_kappa_schedule='lr' has no effect with lr_scheduler_type='constant'",
+        ),
     ],
 )
 def test_warns_of_a_flag_without_effect(flags, message, tmp_path, caplog):
