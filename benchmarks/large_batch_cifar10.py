@@ -27,7 +27,7 @@ from transformers import ViTImageProcessorPil, logging, set_seed
 
 from hf_gr import GRConfig, GRTrainer
 from hf_gr.data import add_augmentation, load_image_dataset, preprocess
-from hf_gr.models import create_resnet
+from hf_gr.models import create_resnet, initialize_weights
 from hf_gr.plots import COLORS
 
 COSINE = {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr_rate": 1e-3}}
@@ -101,6 +101,8 @@ def run(
     extra: dict,
 ) -> dict:
     steps = epochs * (len(train[1]) // batch)
+    flags = {**ARMS[arm], **extra}
+    weight_init = flags.pop("weight_init", None)
     args = GRConfig(
         tempfile.mkdtemp(),
         num_train_epochs=epochs,
@@ -118,10 +120,12 @@ def run(
         report_to="none",
         disable_tqdm=True,
         use_cpu=not torch.cuda.is_available(),
-        **{**ARMS[arm], **extra},
+        **flags,
     )
     set_seed(seed)
     model = create_resnet("resnet-18", [str(i) for i in range(10)])
+    if weight_init is not None:
+        initialize_weights(model, weight_init)
     add_augmentation(model, flip=True, crop_padding=4)
     trainer = GRTrainer(model, args, train_dataset=Examples(train))
     start = time.process_time()
@@ -216,7 +220,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--tune", action="store_true")
-    parser.add_argument("--extra", type=json.loads, default={}, help="further arguments of GRConfig, as JSON")
+    parser.add_argument("--extra", type=json.loads, default={}, help="more flags, and weight_init, as JSON")
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

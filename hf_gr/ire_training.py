@@ -159,8 +159,8 @@ class IREMixin:
         schedule = getattr(self.args.lr_scheduler_type, "value", self.args.lr_scheduler_type)
         if self._ire.kappa_schedule == "lr" and self.lr_scheduler is None and schedule == "constant":
             logger.warning(
-                "ire_kappa_schedule='lr' has no effect with lr_scheduler_type='constant': kappa follows a learning rate "
-                "that does not change."
+                "ire_kappa_schedule='lr' has no effect with lr_scheduler_type='constant': kappa follows the learning "
+                "rate, which does not change."
             )
 
     # ---- Before a step: the mask ----
