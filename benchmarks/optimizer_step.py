@@ -1,15 +1,16 @@
 """What a step of LARS, TVLARS and LAMB costs: against timm, pytorch_optimizer, and the way TVLARS was released.
 
-    pip install -c constraints.txt -e ".[bench]" && pip install --no-deps timm
-    python benchmarks/optimizer_step.py --threads 1 2
+    pip install -c constraints.txt -e ".[bench]" && pip install --no-deps --target outputs/timm timm
+    python benchmarks/optimizer_step.py --timm outputs/timm --threads 1 2
 
-(Of timm only two files are used; the rest of it would need torchvision.) All kinds run in one process, interleaved in a
+(Of timm two files are used. Installed beside everything else, but without torchvision, it would break `accelerate
+launch`.) All kinds run in one process, interleaved in a
 new order each round; what is reported are medians of the ratios within a round, with the range of their middle half.
 """
 
 import argparse
 import copy
-import importlib.util
+import importlib
 import platform
 import random
 import statistics
@@ -28,10 +29,9 @@ from hf_gr import LAMB, LARS, TVLARS, __version__
 from hf_gr.models import create_vit
 
 
-def timm_optimizers() -> tuple[type, type]:
+def timm_optimizers(folder: Path) -> tuple[type, type]:
     """timm's LARS and LAMB, without running timm's own __init__."""
-    folder = Path(importlib.util.find_spec("timm").origin).parent
-    for name, path in (("timm", folder), ("timm.optim", folder / "optim")):
+    for name, path in (("timm", folder / "timm"), ("timm.optim", folder / "timm" / "optim")):
         package = types.ModuleType(name)
         package.__path__ = [str(path)]
         sys.modules[name] = package
@@ -39,7 +39,6 @@ def timm_optimizers() -> tuple[type, type]:
 
 
 DECAY = {"weight_decay": 5e-4}
-TIMM = timm_optimizers()
 
 
 class ReleasedTVLARS:
@@ -70,8 +69,8 @@ class ReleasedTVLARS:
         self.steps += 1
 
 
-def measure(model: nn.Module, rounds: int) -> list[str]:
-    timm_lars, timm_lamb = TIMM
+def measure(model: nn.Module, rounds: int, timm: tuple[type, type]) -> list[str]:
+    timm_lars, timm_lamb = timm
     lars, lamb = pytorch_optimizer.LARS, pytorch_optimizer.Lamb
     made = {
         "LARS": lambda ps: LARS(ps, 0.1, **DECAY),
@@ -131,7 +130,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, nargs="+", default=[1])
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--timm", type=Path, required=True, help="folder that timm was installed into")
     options = parser.parse_args()
+    timm = timm_optimizers(options.timm)
     torch.manual_seed(0)
     random.seed(0)
     models = {
@@ -143,10 +144,11 @@ def main() -> None:
         torch.set_num_threads(threads)
         for name, model in models.items():
             rows.append(
-                f"| {name}, {threads} thread{'s' * (threads > 1)} | {' | '.join(measure(model, options.rounds))} |"
+                f"| {name}, {threads} thread{'s' * (threads > 1)} | {' | '.join(measure(model, options.rounds, timm))} |"
             )
             print(rows[-1], flush=True)
-    peers = ", ".join(f"{name} {version(name)}" for name in ("timm", "pytorch_optimizer"))
+    release = next(options.timm.glob("timm-*.dist-info")).name.removesuffix(".dist-info").replace("-", " ")
+    peers = f"{release}, pytorch_optimizer {version('pytorch_optimizer')}"
     print(
         f"\n{date.today()}, hf_gr {__version__}, torch {torch.__version__}, {peers}, {platform.processor() or 'CPU'};"
     )
