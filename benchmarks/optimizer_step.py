@@ -143,9 +143,8 @@ def main() -> None:
     for threads in options.threads:
         torch.set_num_threads(threads)
         for name, model in models.items():
-            rows.append(
-                f"| {name}, {threads} thread{'s' * (threads > 1)} | {' | '.join(measure(model, options.rounds, timm))} |"
-            )
+            where = f"{name}, {threads} thread{'s' * (threads > 1)}"
+            rows.append(f"| {where} | {' | '.join(measure(model, options.rounds, timm))} |")
             print(rows[-1], flush=True)
     release = next(options.timm.glob("timm-*.dist-info")).name.removesuffix(".dist-info").replace("-", " ")
     peers = f"{release}, pytorch_optimizer {version('pytorch_optimizer')}"
