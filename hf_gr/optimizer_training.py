@@ -62,6 +62,7 @@ class OptimizerMixin:
 
     def create_optimizer(self, *args, **kwargs) -> Optimizer:
         """As in `Trainer`, with the learning rate times `lr_scaling`'s factor."""
+        self.gr_args.check_optimizer_arguments()  # a sweep sets attributes
         is_new = self.optimizer is None
         optimizer = super().create_optimizer(*args, **kwargs)
         inner = innermost(optimizer)

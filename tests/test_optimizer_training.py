@@ -286,3 +286,10 @@ def test_mistakes_are_named(flags, message, tmp_path):
     with pytest.raises(ValueError) as error:
         GRConfig(**toys.arguments(tmp_path, **flags))
     assert message in str(error.value)
+
+
+def test_an_attribute_that_is_set_later_is_checked(tmp_path):
+    args = GRConfig(**toys.arguments(tmp_path))
+    args.lr_scaling = "quadratic"
+    with pytest.raises(ValueError, match="lr_scaling='quadratic': choose one of none, linear, sqrt"):
+        GRTrainer(toys.vit(), args, train_dataset=toys.images()).train()
