@@ -219,6 +219,7 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=list(BATCHES))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--epochs", type=int, default=6)
+    parser.add_argument("--learning_rate", type=float, help="for a batch of 256, if not that of LEARNING_RATES")
     parser.add_argument("--tune", action="store_true")
     parser.add_argument("--extra", type=json.loads, default={}, help="more flags, and weight_init, as JSON")
     parser.add_argument("--threads", type=int, default=1)
@@ -232,7 +233,7 @@ def main() -> None:
     for seed in [0] if options.tune else options.seeds:
         for batch in [1024] if options.tune else options.batches:
             for arm in options.arms:
-                for rate in GRID[arm] if options.tune else [LEARNING_RATES[arm]]:
+                for rate in GRID[arm] if options.tune else [options.learning_rate or LEARNING_RATES[arm]]:
                     key = (arm, batch, rate, seed, options.epochs, options.extra)
                     if key not in [_key(r) for r in _runs(output)]:
                         result = run(arm, batch, rate, seed, options.epochs, train, evaluations, options.extra)
