@@ -79,11 +79,13 @@ def find_text_column(features: Features | None, name: str | None = None) -> str:
     raise ValueError(f"The data set has no column 'text'; its columns are {listed}. Name one with --text_column_name.")
 
 
-def split_documents(dataset: TextDatasets, eval_documents: int | None, seed: int) -> tuple[Any, Any, str]:
+def split_documents(
+    dataset: TextDatasets, eval_documents: int | None, seed: int, flag: str = "eval_documents"
+) -> tuple[Any, Any, str]:
     """(train, evaluation, name of the evaluation split): whole documents, none of them in both.
 
     The evaluation split is `validation`, `valid` or `test`, whichever is there first. Without any, it is
-    `eval_documents` documents of `train`, 1 % unless given: drawn with `seed`, or the first ones of a stream.
+    `eval_documents` documents of `train`, 1 % unless given: drawn with `seed`, or the first ones of a stream. `flag` is named in errors.
     """
     if "train" not in dataset:
         raise ValueError(f"The data set has no split 'train', only {', '.join(dataset)}.")
@@ -92,7 +94,7 @@ def split_documents(dataset: TextDatasets, eval_documents: int | None, seed: int
         if name in dataset:
             if eval_documents is not None:
                 raise ValueError(
-                    f"eval_documents={eval_documents} has no effect: the data set has a split {name!r} to evaluate on. "
+                    f"{flag}={eval_documents} has no effect: the data set has a split {name!r} to evaluate on. "
                     "Leave it out."
                 )
             return train, dataset[name], name
@@ -101,7 +103,7 @@ def split_documents(dataset: TextDatasets, eval_documents: int | None, seed: int
         return train.skip(count), train.take(count), f"first {count} documents of train"
     count = max(1, len(train) // 100) if eval_documents is None else eval_documents
     if not 0 < count < len(train):
-        raise ValueError(f"eval_documents={eval_documents}: train has {len(train)} documents; leave some to train on.")
+        raise ValueError(f"{flag}={eval_documents}: train has {len(train)} documents; leave some to train on.")
     parts = train.train_test_split(test_size=count, seed=seed)
     return parts["train"], parts["test"], f"{count} documents of train"
 
