@@ -12,7 +12,7 @@ from .language_modeling import generate_text
 from .metrics import AnswerMatch
 
 ALPACA_COLUMNS = ("instruction", "output")  # and "input", which may be missing or empty
-#: The prompts that the Alpaca models were trained with; a model that is to be compared with them needs them to the letter.
+#: The prompts that the Alpaca models were trained with; what is to be compared with them needs them to the letter.
 ALPACA_PROMPT = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Response:\n"
@@ -31,8 +31,8 @@ def find_instruction_format(features: Features) -> str:
     if all(column in features for column in ALPACA_COLUMNS):
         return "alpaca"
     raise ValueError(
-        f"The data set has the columns {', '.join(features)}. Give it 'instruction' and 'output' (and 'input', if there "
-        "is one), or 'messages' with a list of {'role', 'content'}."
+        f"The data set has the columns {', '.join(features)}. Give it 'instruction' and 'output' (and perhaps 'input'), "
+        "or 'messages' with a list of {'role', 'content'}."
     )
 
 
@@ -56,8 +56,8 @@ def tokenize_instructions(
 ) -> Dataset:
     """`input_ids`, `attention_mask` and `labels`: -100 for the prompt, the tokens of the answer and of its end.
 
-    What is longer than `max_length` is cut at its end; an example of which no answer is left, or whose answer is empty, is
-    dropped.
+    What is longer than `max_length` is cut at its end; an example of which no answer is left, or whose answer is
+    empty, is dropped.
     """
     if find_instruction_format(dataset.features) == "messages" and tokenizer.chat_template is None:
         raise ValueError("The data set has chats, and the tokenizer no chat template. Set tokenizer.chat_template.")

@@ -16,7 +16,7 @@ from .trainer import GRTrainer
 class CausalLMTrainer(GRTrainer):
     """`GRTrainer` with `eval_perplexity` beside `eval_loss`, and with what a fair comparison of two runs needs.
 
-    Logged with the training loss: `train_seconds`, evaluations not counted, and `train_passes`, the forward and
+    Logged with the losses: `train_seconds`, evaluations not counted, and `train_passes`, the forward and
     backward passes over a step's batch so far, with those of GR and of IRE's estimates.
     """
 
@@ -60,7 +60,7 @@ class CausalLMTrainer(GRTrainer):
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         if "eval_loss" in logs:
             logs["eval_perplexity"] = perplexity(logs["eval_loss"])
-        if "loss" in logs:
+        if "loss" in logs or "eval_loss" in logs:
             running = 0.0 if self._running_since is None else time.perf_counter() - self._running_since
             logs["train_seconds"] = self._train_seconds + running
             logs["train_passes"] = self.train_passes

@@ -53,8 +53,9 @@ def classification_metrics(prediction: EvalPrediction) -> dict[str, float]:
 class AnswerMatch(evaluate.Metric):
     """Exact match and ROUGE-L of generated texts.
 
-    `compute(predictions=..., references=...)`: one text and one reference each. Words are compared in lower case. ROUGE-L is
-    the F-measure of the longest common subsequence of words (Lin, 2004), with equal weights of precision and recall.
+    `compute(predictions=..., references=...)`: one text and one reference each. Words are compared in lower case.
+    ROUGE-L is the F-measure of the longest common subsequence of words (Lin, 2004), with equal weights of precision and
+    recall.
     """
 
     def _info(self) -> evaluate.MetricInfo:

@@ -85,7 +85,8 @@ def split_documents(
     """(train, evaluation, name of the evaluation split): whole documents, none of them in both.
 
     The evaluation split is `validation`, `valid` or `test`, whichever is there first. Without any, it is
-    `eval_documents` documents of `train`, 1 % unless given: drawn with `seed`, or the first ones of a stream. `flag` is named in errors.
+    `eval_documents` documents of `train`, 1 % unless given: drawn with `seed`, or the first ones of a stream. `flag` is
+    named in errors.
     """
     if "train" not in dataset:
         raise ValueError(f"The data set has no split 'train', only {', '.join(dataset)}.")

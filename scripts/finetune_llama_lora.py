@@ -1,7 +1,7 @@
 """Fine-tune a causal language model with LoRA on instructions, with AdmIRE, gradient regularization or neither.
 
-    accelerate launch scripts/finetune_llama_lora.py --model_name_or_path FOLDER_OR_HUB_NAME --dataset_name tatsu-lab/alpaca
-    accelerate launch scripts/finetune_llama_lora.py ... --gr_lambda 0 --ire_preset llama
+    accelerate launch scripts/finetune_llama_lora.py --model_name_or_path FOLDER_OR_HUB_NAME
+    accelerate launch scripts/finetune_llama_lora.py --model_name_or_path ... --gr_lambda 0 --ire_preset llama
 
 Only the adapters are trained: GR perturbs them alone, and IRE amplifies their steps alone. The loss is that of the
 answers. A recipe (YAML or JSON) may come first; flags overrule it.
@@ -75,8 +75,8 @@ def load_base(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     rows = model.get_input_embeddings().num_embeddings
     if len(tokenizer) > rows:
         raise ValueError(
-            f"model_name_or_path={name!r}: its tokenizer has {len(tokenizer)} tokens and the model embeddings for {rows}. "
-            "They do not belong together."
+            f"model_name_or_path={name!r}: its tokenizer has {len(tokenizer)} tokens and the model embeddings for {rows}: "
+            "they do not belong together."
         )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token  # masked wherever it pads
