@@ -31,8 +31,8 @@ def find_instruction_format(features: Features) -> str:
     if all(column in features for column in ALPACA_COLUMNS):
         return "alpaca"
     raise ValueError(
-        f"The data set has the columns {', '.join(features)}. Give it 'instruction' and 'output' (and perhaps 'input'), "
-        "or 'messages' with a list of {'role', 'content'}."
+        f"The data set has the columns {', '.join(features)}. It needs 'instruction' and 'output', perhaps 'input'; "
+        "or 'messages', each a list of {'role', 'content'}."
     )
 
 

@@ -150,11 +150,12 @@ class LlamaPreset:
     tie_word_embeddings: bool = False
 
 
-#: One for a laptop, and the Llamas of the IRE paper as transformers can build them: strictly causal, which two of the
+#: Two for a laptop, and the Llamas of the IRE paper as transformers can build them: strictly causal, which two of the
 #: three released models are not. With the paper's vocabulary of 50,304 they have 65.2, 133.9 and 228.3 million
 #: parameters.
 LLAMA_PRESETS: dict[str, LlamaPreset] = {
     "llama-tiny": LlamaPreset(4, 192, 6, 512, 256, tie_word_embeddings=True),
+    "llama-mini": LlamaPreset(6, 256, 4, 688, 256, tie_word_embeddings=True),
     # The paper's width of 410 with 10 heads leaves an odd number of dimensions per head, which rotary embeddings need
     # even.
     "llama-60m": LlamaPreset(16, 416, 8, 1664, 150, tie_word_embeddings=True),

@@ -1,4 +1,4 @@
-"""Multiple choice without training for it: the choice is the answer to which the model gives the highest probability."""
+"""Multiple choice, zero-shot: the answer is the choice to which the model gives the highest probability."""
 
 from typing import Any
 
@@ -56,7 +56,7 @@ def evaluate_multiple_choice(
     choices_column: str = "choices",
     label_column: str = "label",
 ) -> dict[str, float]:
-    """Zero-shot accuracy, `accuracy`, and `accuracy_norm`, where each log-likelihood is divided by the bytes of its choice.
+    """`accuracy`, and `accuracy_norm`, for which each log-likelihood is divided by the bytes of its choice.
 
     Args:
         dataset: one question per row: a text, a list of texts, and the index of the right one.
@@ -66,9 +66,8 @@ def evaluate_multiple_choice(
     """
     for flag, column in (("context", context_column), ("choices", choices_column), ("label", label_column)):
         if column not in dataset.column_names:
-            raise ValueError(
-                f"{flag}_column={column!r} is not a column of the data set, which has {', '.join(dataset.column_names)}."
-            )
+            listed = ", ".join(dataset.column_names)
+            raise ValueError(f"{flag}_column={column!r} is not a column of the data set, which has {listed}.")
     model.eval()
     right = right_norm = 0
     for row in dataset:

@@ -25,7 +25,7 @@ def load_text_dataset(name: str, config: str | None = None, streaming: bool = Fa
     """`python`, a text, parquet or JSON file, a folder of such, or a Hub data set: one document per row.
 
     `python` is the standard library of the Python that runs this, one module per document, in the order of their paths.
-    A text file is one document per line; with lines that belong together, as in a book, that is what packing undoes.
+    Of a text file a document is a paragraph: what stands between empty lines.
     """
     if name == "python":
         if config is not None:
@@ -34,7 +34,9 @@ def load_text_dataset(name: str, config: str | None = None, streaming: bool = Fa
     try:
         kind = TEXT_FILES.get(Path(name).suffix)
         if kind is not None:
-            dataset = load_dataset(kind, data_files=name, streaming=streaming)
+            # A line of prose is no document, and without its end a poem is no poem.
+            how = {"sample_by": "paragraph"} if kind == "text" else {}
+            dataset = load_dataset(kind, data_files=name, streaming=streaming, **how)
         else:
             dataset = load_dataset(name, config, streaming=streaming)
     except Exception as error:  # the many ways in which a name can fail: wrong path, no network, an empty file
@@ -104,7 +106,9 @@ def split_documents(
         return train.skip(count), train.take(count), f"first {count} documents of train"
     count = max(1, len(train) // 100) if eval_documents is None else eval_documents
     if not 0 < count < len(train):
-        raise ValueError(f"{flag}={eval_documents}: train has {len(train)} documents; leave some to train on.")
+        raise ValueError(
+            f"{flag}={eval_documents}: train has {len(train)} documents, of which some are to be trained on."
+        )
     parts = train.train_test_split(test_size=count, seed=seed)
     return parts["train"], parts["test"], f"{count} documents of train"
 
@@ -149,6 +153,9 @@ def pack(
 
     Returns:
         a data set with the columns `input_ids` and `labels`, which are the same.
+
+    Raises:
+        ValueError: the tokens do not fill one block, or the tokenizer has no end-of-text token.
     """
     if tokenizer.eos_token_id is None:
         raise ValueError("The tokenizer has no end-of-text token (eos_token), which separates documents. Set one.")
@@ -167,6 +174,11 @@ def pack(
     tokens = documents.map(
         tokenize, batched=True, remove_columns=documents.column_names, num_proc=num_proc, desc="Tokenizing"
     )
+    if next(_blocks(tokens, block_size), None) is None:
+        raise ValueError(
+            f"block_size={block_size}: the {len(documents):,} documents have fewer tokens than that together. Look at "
+            "the data, or give a smaller block_size."
+        )
     return Dataset.from_generator(_blocks, gen_kwargs={"tokens": tokens, "block_size": block_size}, features=features)
 
 
@@ -175,8 +187,9 @@ def _blocks(tokens: Dataset, block_size: int) -> Iterator[dict[str, np.ndarray]]
     return _cut((table["input_ids"].combine_chunks().flatten().to_numpy() for table in batches), block_size)
 
 
-def _blocks_of_stream(tokens: IterableDataset, block_size: int) -> Iterator[dict[str, np.ndarray]]:
-    return _cut((np.asarray(row["input_ids"], dtype=np.int32) for row in tokens), block_size)
+def _blocks_of_stream(tokens: IterableDataset, block_size: int) -> Iterator[dict[str, list[int]]]:
+    for block in _cut((np.asarray(row["input_ids"], dtype=np.int32) for row in tokens), block_size):
+        yield {name: ids.tolist() for name, ids in block.items()}
 
 
 def _cut(pieces: Iterable[np.ndarray], block_size: int) -> Iterator[dict[str, np.ndarray]]:

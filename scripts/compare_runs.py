@@ -2,8 +2,8 @@
 
     python scripts/compare_runs.py --baseline out/adamw-* --candidate out/admire-* --window 5 --picture curves.png
 
-Each group is one setting with several seeds. The target is a loss, or the lowest that all runs reach; curves are smoothed
-by a running mean, so that one lucky batch does not count.
+Each group is one setting with several seeds. The target is a loss, or the lowest that all runs reach; curves are
+smoothed by a running mean, so that one lucky batch does not count.
 """
 
 import argparse

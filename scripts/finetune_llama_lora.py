@@ -56,7 +56,9 @@ class DataArguments:
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the data set."})
     eval_examples: int | None = field(
         default=None,
-        metadata={"help": "Examples of train to evaluate on, if there is no validation or test split. Default: 1 %."},
+        metadata={
+            "help": "Examples of train to evaluate on, if there is no validation or test split. Default: one in 100."
+        },
     )
     max_length: int | None = field(default=None, metadata={"help": "Tokens per example. Default: the model's context."})
     max_train_samples: int | None = field(default=None, metadata={"help": "Train on this many examples only."})
@@ -75,8 +77,8 @@ def load_base(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     rows = model.get_input_embeddings().num_embeddings
     if len(tokenizer) > rows:
         raise ValueError(
-            f"model_name_or_path={name!r}: its tokenizer has {len(tokenizer)} tokens and the model embeddings for {rows}: "
-            "they do not belong together."
+            f"model_name_or_path={name!r}: its tokenizer has {len(tokenizer)} tokens, and the model embeddings for "
+            f"{rows}. They do not belong together."
         )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token  # masked wherever it pads

@@ -68,7 +68,9 @@ class DataArguments:
     streaming: bool = field(default=False, metadata={"help": "Read the data as it is needed, without storing it."})
     eval_documents: int | None = field(
         default=None,
-        metadata={"help": "Documents of train to evaluate on, if there is no validation or test split. Default: 1 %."},
+        metadata={
+            "help": "Documents of train to evaluate on, if there is no validation or test split. Default: one in 100."
+        },
     )
     preprocessing_num_workers: int | None = field(default=None, metadata={"help": "Processes that tokenize."})
     max_train_tokens: int | None = field(
