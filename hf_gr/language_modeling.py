@@ -66,6 +66,11 @@ class CausalLMTrainer(GRTrainer):
             logs["train_passes"] = self.train_passes
         super().log(logs, *args, **kwargs)
 
+    def add_to_last_evaluation(self, metrics: dict[str, float]) -> None:
+        """Put further results beside the last ones in the log, where the model card finds them."""
+        index = max(i for i, entry in enumerate(self.state.log_history) if "eval_loss" in entry)
+        self.state.log_history[index].update(metrics)
+
     def costs(self) -> dict[str, float]:
         """What training has cost: tokens, seconds, passes, and the peak of memory in bytes."""
         return {

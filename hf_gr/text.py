@@ -165,15 +165,14 @@ def pack(
         ids = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
         return {"input_ids": [[*row, tokenizer.eos_token_id] for row in ids]}
 
+    documents = documents.select_columns([text_column])
     features = Features({name: Sequence(Value("int32"), length=block_size) for name in ("input_ids", "labels")})
     if isinstance(documents, IterableDataset):
-        tokens = documents.map(tokenize, batched=True, remove_columns=documents.column_names)
+        tokens = documents.map(tokenize, batched=True, remove_columns=[text_column])
         return IterableDataset.from_generator(
             _blocks_of_stream, gen_kwargs={"tokens": tokens, "block_size": block_size}, features=features
         )
-    tokens = documents.map(
-        tokenize, batched=True, remove_columns=documents.column_names, num_proc=num_proc, desc="Tokenizing"
-    )
+    tokens = documents.map(tokenize, batched=True, remove_columns=[text_column], num_proc=num_proc, desc="Tokenizing")
     if next(_blocks(tokens, block_size), None) is None:
         raise ValueError(
             f"block_size={block_size}: the {len(documents):,} documents have fewer tokens than that together. Look at "

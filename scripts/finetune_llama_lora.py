@@ -153,8 +153,9 @@ def main(argv: list[str] | None = None) -> None:
     train_metrics = {**result.metrics, **trainer.costs()}
     trainer.log_metrics("train", train_metrics)
     trainer.save_metrics("train", train_metrics)
-    metrics = {**trainer.evaluate(), **written()}
-    trainer.state.log_history[-1].update({k: v for k, v in metrics.items() if k not in trainer.state.log_history[-1]})
+    metrics, answers = trainer.evaluate(), written()
+    trainer.add_to_last_evaluation(answers)
+    metrics.update(answers)
     trainer.log_metrics("eval", metrics)
     trainer.save_metrics("eval", metrics)
     trainer.save_state()

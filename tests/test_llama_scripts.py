@@ -107,8 +107,10 @@ def test_a_stream_resumes_with_the_right_next_batch(data, tmp_path):
     assert losses[0] == losses[1] and len(set(losses[0].values())) == 6
 
 
-def test_two_processes(data, tmp_path):
+@pytest.mark.parametrize("streaming", [False, True])
+def test_two_processes(data, streaming, tmp_path):
     launch("--dataset_name", data["text"], "--output_dir", tmp_path, *PRETRAIN, "--use_cpu", "--ddp_backend", "gloo",
+           "--streaming", streaming,
            processes=2, script=SCRIPTS / "pretrain_llama.py")  # fmt: skip
     results = json.loads((tmp_path / "all_results.json").read_text())
     assert results["train_tokens"] == 2 * 6 * 4 * 256
@@ -149,6 +151,22 @@ def test_multiple_choice(data, pretrained, capsys):
     printed = json.loads(capsys.readouterr().out)
     assert printed["examples"] == 3 and 0 <= printed["accuracy"] <= 1
     assert json.loads((pretrained[0] / "evaluation.json").read_text()) == printed
+
+
+def test_the_harness_is_given_the_folder(adapters, pretrained, monkeypatch, tmp_path, capsys):
+    """A stand-in for lm_eval, which is not installed: what it is asked for."""
+    (tmp_path / "lm_eval.py").write_text("def simple_evaluate(**kwargs):\n    return {'results': kwargs}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    load("evaluate_llama")([str(adapters[0]), "--lm_eval_tasks", "arc_easy", "--device", "cpu", "--max_examples", "9"])
+    asked = json.loads(capsys.readouterr().out)
+    assert asked == {
+        "model": "hf",
+        "model_args": f"pretrained={pretrained[0]},peft={adapters[0]}",
+        "tasks": ["arc_easy"],
+        "device": "cpu",
+        "limit": 9,
+    }
+    sys.modules.pop("lm_eval", None)
 
 
 def test_comparison_of_runs(pretrained, capsys, tmp_path):

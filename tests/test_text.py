@@ -38,6 +38,11 @@ def test_no_text_is_unknown_to_the_tokenizer(tokenizer, tmp_path):
     assert AutoTokenizer.from_pretrained(tmp_path)(DOCUMENTS[9])["input_ids"] == tokenizer(DOCUMENTS[9])["input_ids"]
 
 
+def test_training_a_tokenizer_twice_gives_the_same_one(tokenizer):
+    """Each process trains its own."""
+    assert train_tokenizer(DOCUMENTS, 300, 64).get_vocab() == tokenizer.get_vocab()
+
+
 def test_a_vocabulary_without_the_bytes_is_refused():
     with pytest.raises(ValueError, match="vocab_size=256: a byte-level BPE has at least the 256 bytes"):
         train_tokenizer(DOCUMENTS, 256, 64)
