@@ -48,3 +48,41 @@ def classification_metrics(prediction: EvalPrediction) -> dict[str, float]:
     """For `Trainer(compute_metrics=...)`, after `rank_classes`. `Trainer` has gathered all processes' examples."""
     metric = TopKAccuracy(keep_in_memory=True)
     return metric.compute(predictions=prediction.predictions, references=prediction.label_ids)
+
+
+class AnswerMatch(evaluate.Metric):
+    """Exact match and ROUGE-L of generated texts.
+
+    `compute(predictions=..., references=...)`: one text and one reference each. Words are compared in lower case.
+    ROUGE-L is the F-measure of the longest common subsequence of words (Lin, 2004), with equal weights of precision and
+    recall.
+    """
+
+    def _info(self) -> evaluate.MetricInfo:
+        return evaluate.MetricInfo(
+            description="Exact match and ROUGE-L.",
+            citation="",
+            inputs_description="predictions: generated texts; references: one text each.",
+            features=datasets.Features(
+                {"predictions": datasets.Value("string"), "references": datasets.Value("string")}
+            ),
+        )
+
+    def _compute(self, predictions: list[str], references: list[str]) -> dict[str, float]:
+        pairs = [(p.lower().split(), r.lower().split()) for p, r in zip(predictions, references, strict=True)]
+        return {
+            "exact_match": float(np.mean([p == r for p, r in pairs])),
+            "rouge_l": float(np.mean([_rouge_l(p, r) for p, r in pairs])),
+        }
+
+
+def _rouge_l(prediction: list[str], reference: list[str]) -> float:
+    if not prediction or not reference:
+        return float(prediction == reference)
+    lengths = np.zeros(len(reference) + 1, dtype=int)  # of the longest common subsequence with each beginning
+    for word in prediction:
+        previous = lengths.copy()
+        for j, other in enumerate(reference):
+            lengths[j + 1] = previous[j] + 1 if word == other else max(previous[j + 1], lengths[j])
+    common = lengths[-1]
+    return 2 * common / (len(prediction) + len(reference))

@@ -70,15 +70,17 @@ def write_model_card(
     dataset: str | list[str] | None = None,
     dataset_args: str | list[str] | None = None,
     script_args: Iterable[Any] = (),
+    sample: tuple[str, str] | None = None,
 ) -> None:
     """Write `README.md` and `curves.png` into the output folder of `trainer`.
 
-    The arguments are those of `Trainer.create_model_card` and one more; what is left out is taken from the run or not
+    The arguments are those of `Trainer.create_model_card` and two more; what is left out is taken from the run or not
     mentioned.
 
     Args:
         dataset: the data set's name for people; `dataset_tags`, its id on the Hub; `dataset_args`, its split.
         script_args: dataclasses with further arguments of the run, to be listed like those of the trainer.
+        sample: a prompt, and what the model has written after it.
     """
     folder = Path(trainer.args.output_dir)
     history = trainer.state.log_history
@@ -120,6 +122,7 @@ def write_model_card(
         gr_table=_gr_table(trainer) if gr_is_on else None,
         ire_summary=_ire_summary(trainer, ire) if ire is not None else None,
         ire_table=_ire_table(trainer, ire) if ire is not None else None,
+        sample=_quoted("".join(sample)) if sample is not None else None,
         usage=_usage(trainer, task, model_name),
         cost=_cost(trainer),
         optimizer=_optimizer(trainer),
@@ -283,6 +286,11 @@ def _ire_table(trainer: "GRMixin", ire: IRE) -> list[tuple[str, str, Any]]:
     shown = {"ire_kappa", "ire_gamma", "ire_interval", "ire_start_step"}
     others = ((field, getattr(flags, field.name)) for field in dataclasses.fields(IREArguments))
     return rows + [(f.name, "", value) for f, value in others if f.name not in shown and value != f.default]
+
+
+def _quoted(text: str) -> str:
+    """Text that ends no code block around it."""
+    return text.replace("```", "` ` `")
 
 
 def _usage(trainer: "GRMixin", task: str | None, model_name: str) -> str | None:

@@ -10,21 +10,19 @@ A recipe (YAML or JSON) may come first; flags overrule it. Without one, and unle
 """
 
 import sys
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 
-import yaml
 from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
-    HfArgumentParser,
     PreTrainedModel,
     ViTImageProcessorPil,
     set_seed,
 )
 from transformers.image_processing_utils import BaseImageProcessor
 
-from hf_gr import GRConfig, GRTrainer
+from hf_gr import GRConfig, GRTrainer, recipes
 from hf_gr.config import require_writable
 from hf_gr.data import (
     add_augmentation,
@@ -122,21 +120,8 @@ class DataArguments:
 
 
 def parse_args(argv: list[str]) -> tuple[ModelArguments, DataArguments, GRConfig]:
-    """The three sets of arguments from an optional recipe and the flags that overrule it."""
     kinds = (ModelArguments, DataArguments, GRConfig)
-    parser = HfArgumentParser(kinds)
-    recipe = None
-    if argv and argv[0].endswith((".yaml", ".yml", ".json")):
-        recipe, *argv = argv
-    elif not {flag.split("=")[0].replace("-", "_") for flag in argv} & {"__dataset_name", "__model_name_or_path"}:
-        recipe = DEFAULT_RECIPE
-    if recipe is not None:
-        defaults = yaml.safe_load(Path(recipe).read_text(encoding="utf-8")) or {}  # JSON is YAML, too
-        known = {argument.name for kind in kinds for argument in fields(kind)}
-        if unknown := sorted(set(defaults) - known):
-            raise ValueError(f"{recipe}: unknown argument {', '.join(unknown)}; see --help for the known ones.")
-        parser.set_defaults(**defaults)
-    return parser.parse_args_into_dataclasses(argv)
+    return recipes.parse_args(kinds, argv, DEFAULT_RECIPE, without_it=("dataset_name", "model_name_or_path"))
 
 
 def create_model(args: ModelArguments, label_names: list[str]) -> tuple[PreTrainedModel, BaseImageProcessor]:

@@ -1,0 +1,101 @@
+"""Comparing two ways of training: how much sooner one of them reaches a loss, in steps, tokens, passes and seconds."""
+
+import math
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from .plots import BLUE, ORANGE
+
+#: What a run is measured in -> its key in the log.
+AXES = {
+    "steps": "step",
+    "tokens": "num_input_tokens_seen",
+    "passes": "train_passes",
+    "seconds": "train_seconds",
+}
+
+History = list[dict[str, float]]
+
+
+def curve(history: History, axis: str, metric: str = "loss", window: int = 1) -> tuple[np.ndarray, np.ndarray]:
+    """(x, y) of one run: `metric` against `axis`, each point the mean of the `window` points up to it.
+
+    Raises:
+        ValueError: the run has fewer than `window` points.
+    """
+    points = [(e[AXES[axis]], e[metric]) for e in history if metric in e and AXES[axis] in e]
+    if len(points) < max(1, window):
+        raise ValueError(f"The run has {len(points)} entries with {metric!r} and {AXES[axis]!r}, and window={window}.")
+    x, y = np.array(points, dtype=float).T
+    return x[window - 1 :], np.convolve(y, np.ones(window) / window, mode="valid")
+
+
+def first_reached(x: np.ndarray, y: np.ndarray, target: float) -> float:
+    """Where the curve first is at `target` or below, between two points on their line; infinite if nowhere."""
+    below = np.flatnonzero(y <= target)
+    if not len(below):
+        return math.inf
+    i = below[0]
+    if i == 0 or y[i] == target:
+        return float(x[i])
+    return float(x[i - 1] + (x[i] - x[i - 1]) * (y[i - 1] - target) / (y[i - 1] - y[i]))
+
+
+def common_target(runs: Sequence[History], metric: str = "loss", window: int = 1) -> float:
+    """The lowest loss that every run reaches: the highest of their minima."""
+    return max(float(curve(run, "steps", metric, window)[1].min()) for run in runs)
+
+
+def speedups(
+    baseline: Sequence[History],
+    candidate: Sequence[History],
+    target: float | None = None,
+    metric: str = "loss",
+    window: int = 1,
+) -> dict[str, tuple[float, float, float]]:
+    """For each axis that was logged: (mean where the baseline reaches `target`, mean of the candidate, their quotient).
+
+    Several seeds each; a run that does not reach the target makes its mean infinite. Without a target it is
+    `common_target`.
+    """
+    runs = [*baseline, *candidate]
+    target = common_target(runs, metric, window) if target is None else target
+    result = {}
+    for axis, key in AXES.items():
+        if all(any(metric in e and key in e for e in run) for run in runs):
+            means = [
+                statistics.mean(first_reached(*curve(run, axis, metric, window), target) for run in group)
+                for group in (baseline, candidate)
+            ]
+            quotient = means[0] / means[1] if math.isfinite(means[1]) else 0.0
+            result[axis] = (*means, quotient)
+    return result
+
+
+def plot_comparison(
+    baseline: Sequence[History],
+    candidate: Sequence[History],
+    path: str | Path,
+    names: tuple[str, str] = ("baseline", "candidate"),
+    target: float | None = None,
+    metric: str = "loss",
+    window: int = 1,
+) -> None:
+    """The curves of all runs against each axis, with the target as a line, as one PNG."""
+    axes_found = list(speedups(baseline, candidate, target, metric, window))
+    target = common_target([*baseline, *candidate], metric, window) if target is None else target
+    figure = Figure(figsize=(4.5 * len(axes_found), 4), layout="constrained")
+    for axis, name in zip(figure.subplots(1, len(axes_found), squeeze=False)[0], axes_found, strict=True):
+        for runs, color, label in ((baseline, BLUE, names[0]), (candidate, ORANGE, names[1])):
+            for i, run in enumerate(runs):
+                axis.plot(*curve(run, name, metric, window), color=color, linewidth=1, label=None if i else label)
+        axis.axhline(target, color="gray", linestyle="--", linewidth=0.8)
+        axis.set(xlabel=name, ylabel=metric)
+        axis.grid(alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.legend(frameon=False)
+    figure.savefig(path, dpi=120)

@@ -1,0 +1,73 @@
+"""Evaluate a causal language model, or its adapters, without training it for the task.
+
+    python scripts/evaluate_llama.py FOLDER --dataset_name questions.parquet --context_column question
+    python scripts/evaluate_llama.py FOLDER --lm_eval_tasks hellaswag arc_easy      # needs `pip install lm_eval`
+
+The first is multiple choice by log-likelihood on any data set with a text, a list of choices and the index of the right
+one. The results are printed, and written to FOLDER/evaluation.json.
+"""
+
+import argparse
+import importlib.util
+import json
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hf_gr.data import keep_first
+from hf_gr.multiple_choice import evaluate_multiple_choice
+from hf_gr.text import load_text_dataset
+
+
+def multiple_choice(options: argparse.Namespace) -> dict[str, float]:
+    dataset = load_text_dataset(options.dataset_name, options.dataset_config_name)
+    if options.split not in dataset:
+        raise ValueError(f"split={options.split!r}: the data set has {', '.join(dataset)}.")
+    questions = keep_first(dataset[options.split], options.max_examples, 0, "max_examples")
+    model = AutoModelForCausalLM.from_pretrained(options.model).to(options.device)
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    columns = (options.context_column, options.choices_column, options.label_column)
+    return evaluate_multiple_choice(model, tokenizer, questions, *columns)
+
+
+def harness(options: argparse.Namespace) -> dict:
+    if importlib.util.find_spec("lm_eval") is None:
+        raise ValueError("lm_eval_tasks: the lm-evaluation-harness is not installed. Run `pip install lm_eval`.")
+    import lm_eval
+
+    adapters = (Path(options.model) / "adapter_config.json").is_file()
+    where = f"pretrained={options.model}"
+    if adapters:
+        base = json.loads((Path(options.model) / "adapter_config.json").read_text())["base_model_name_or_path"]
+        where = f"pretrained={base},peft={options.model}"
+    found = lm_eval.simple_evaluate(
+        model="hf", model_args=where, tasks=options.lm_eval_tasks, device=options.device, limit=options.max_examples
+    )
+    return found["results"]
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="a folder, or a name on the Hub")
+    parser.add_argument("--dataset_name", help="a parquet or JSON file, a folder, or a name on the Hub")
+    parser.add_argument("--dataset_config_name")
+    parser.add_argument("--split", default="train", help="train is what a file is")
+    parser.add_argument("--context_column", default="context")
+    parser.add_argument("--choices_column", default="choices")
+    parser.add_argument("--label_column", default="label")
+    parser.add_argument("--lm_eval_tasks", nargs="+", help="tasks of the lm-evaluation-harness")
+    parser.add_argument("--max_examples", type=int)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    options = parser.parse_args(argv)
+    if (options.dataset_name is None) == (options.lm_eval_tasks is None):
+        raise ValueError("Give either --dataset_name or --lm_eval_tasks.")
+    results = harness(options) if options.dataset_name is None else multiple_choice(options)
+    text = json.dumps(results, indent=2, default=str)
+    print(text)
+    if Path(options.model).is_dir():
+        (Path(options.model) / "evaluation.json").write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()

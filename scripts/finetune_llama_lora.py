@@ -1,0 +1,190 @@
+"""Fine-tune a causal language model with LoRA on instructions, with AdmIRE, gradient regularization or neither.
+
+    accelerate launch scripts/finetune_llama_lora.py --model_name_or_path FOLDER_OR_HUB_NAME
+    accelerate launch scripts/finetune_llama_lora.py --model_name_or_path ... --gr_lambda 0 --ire_preset llama
+
+Only the adapters are trained: GR perturbs them alone, and IRE amplifies their steps alone. The loss is that of the
+answers. A recipe (YAML or JSON) may come first; flags overrule it.
+"""
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DataCollatorForSeq2Seq,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    set_seed,
+)
+
+from hf_gr import GRConfig, recipes
+from hf_gr.config import require_writable
+from hf_gr.data import keep_first
+from hf_gr.instructions import answer_metrics, find_instruction_format, prompt_and_answer, tokenize_instructions
+from hf_gr.language_modeling import CausalLMTrainer, generate_text
+from hf_gr.text import load_text_dataset, split_documents
+
+DEFAULT_RECIPE = Path(__file__).parent / "recipes" / "lora_alpaca.yaml"
+
+
+@dataclass
+class ModelArguments:
+    model_name_or_path: str = field(metadata={"help": "The base model, on the Hub or in a folder."})
+    adapter_name_or_path: str | None = field(
+        default=None, metadata={"help": "Adapters to go on from, of this base model. Default: new ones."}
+    )
+    lora_r: int = field(default=8, metadata={"help": "Rank of the adapters."})
+    lora_alpha: int = field(default=16, metadata={"help": "Their output is scaled by lora_alpha / lora_r."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the input of the adapters."})
+    lora_target_modules: list[str] | None = field(
+        default=None, metadata={"help": "Names of the layers that get adapters. Default: all linear ones but the head."}
+    )
+    merge_and_save: bool = field(
+        default=False, metadata={"help": "Save the base model with the adapters merged into it, too, in merged/."}
+    )
+
+
+@dataclass
+class DataArguments:
+    dataset_name: str = field(
+        default="tatsu-lab/alpaca", metadata={"help": "A parquet or JSON file, a folder, or a name on the Hub."}
+    )
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the data set."})
+    eval_examples: int | None = field(
+        default=None,
+        metadata={
+            "help": "Examples of train to evaluate on, if there is no validation or test split. Default: one in 100."
+        },
+    )
+    max_length: int | None = field(default=None, metadata={"help": "Tokens per example. Default: the model's context."})
+    max_train_samples: int | None = field(default=None, metadata={"help": "Train on this many examples only."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on this many examples only."})
+    generate_samples: int = field(default=20, metadata={"help": "Write and compare the answers of so many of them."})
+    max_new_tokens: int = field(default=64, metadata={"help": "Length of an answer that is written."})
+    preprocessing_num_workers: int | None = field(default=None, metadata={"help": "Processes that tokenize."})
+
+
+def parse_args(argv: list[str]) -> tuple[ModelArguments, DataArguments, GRConfig]:
+    return recipes.parse_args((ModelArguments, DataArguments, GRConfig), argv, DEFAULT_RECIPE)
+
+
+def load_base(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(name, dtype="float32"), AutoTokenizer.from_pretrained(name)
+    rows = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > rows:
+        raise ValueError(
+            f"model_name_or_path={name!r}: its tokenizer has {len(tokenizer)} tokens, and the model embeddings for "
+            f"{rows}. They do not belong together."
+        )
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token  # masked wherever it pads
+    return model, tokenizer
+
+
+def add_adapters(model: PreTrainedModel, args: ModelArguments) -> PeftModel:
+    if args.adapter_name_or_path is None:
+        config = LoraConfig(
+            task_type="CAUSAL_LM",
+            r=args.lora_r,
+            lora_alpha=args.lora_alpha,
+            lora_dropout=args.lora_dropout,
+            target_modules=args.lora_target_modules or "all-linear",
+        )
+        return get_peft_model(model, config)
+    try:
+        config = PeftConfig.from_pretrained(args.adapter_name_or_path)
+        return PeftModel.from_pretrained(model, args.adapter_name_or_path, is_trainable=True)
+    except (RuntimeError, ValueError, OSError) as error:
+        base = getattr(locals().get("config"), "base_model_name_or_path", None)
+        raise ValueError(
+            f"adapter_name_or_path={args.adapter_name_or_path!r} does not fit {args.model_name_or_path!r}"
+            f"{f'; it was made for {base!r}' if base else ''} ({type(error).__name__}: {str(error)[:300]})."
+        ) from error
+
+
+def main(argv: list[str] | None = None) -> None:
+    model_args, data_args, args = parse_args(sys.argv[1:] if argv is None else argv)
+    args.include_num_input_tokens_seen = "all"
+    set_seed(args.seed)
+    require_writable(args.output_dir)
+
+    base, tokenizer = load_base(model_args.model_name_or_path)
+    model = add_adapters(base, model_args)
+    context = getattr(base.config, "max_position_embeddings", None)
+    max_length = data_args.max_length or context or 1024
+    if context is not None and max_length > context:
+        raise ValueError(f"max_length={max_length}: the model has a context of {context} tokens. Give at most that.")
+
+    with args.main_process_first(desc="preparing the data"):
+        dataset = load_text_dataset(data_args.dataset_name, data_args.dataset_config_name)
+        find_instruction_format(next(iter(dataset.values())).features)
+        train, evaluation, eval_split = split_documents(
+            dataset, data_args.eval_examples, args.seed, flag="eval_examples"
+        )
+        train = keep_first(train, data_args.max_train_samples, args.seed, "max_train_samples")
+        evaluation = keep_first(evaluation, data_args.max_eval_samples, args.seed, "max_eval_samples")
+        train_tokens, eval_tokens = (
+            tokenize_instructions(split, tokenizer, max_length, data_args.preprocessing_num_workers)
+            for split in (train, evaluation)
+        )
+    trainer = CausalLMTrainer(
+        model=model,
+        args=args,
+        train_dataset=train_tokens,
+        eval_dataset=eval_tokens,
+        processing_class=tokenizer,
+        data_collator=DataCollatorForSeq2Seq(tokenizer, padding=True),
+    )
+
+    asked = evaluation.select(range(min(data_args.generate_samples, len(evaluation))))
+
+    def written() -> dict[str, float]:
+        return {f"eval_{k}": v for k, v in answer_metrics(model, tokenizer, asked, data_args.max_new_tokens).items()}
+
+    before = {**trainer.evaluate(), **written()}
+    trainer.log_metrics("before", before)
+    trainer.save_metrics("before", before, combined=False)
+    result = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    trainer.save_model()
+    train_metrics = {**result.metrics, **trainer.costs()}
+    trainer.log_metrics("train", train_metrics)
+    trainer.save_metrics("train", train_metrics)
+    metrics, answers = trainer.evaluate(), written()
+    trainer.add_to_last_evaluation(answers)
+    metrics.update(answers)
+    trainer.log_metrics("eval", metrics)
+    trainer.save_metrics("eval", metrics)
+    trainer.save_state()
+
+    prompt, _ = prompt_and_answer(evaluation[0], tokenizer)
+    name = data_args.dataset_name
+    is_local = Path(name).exists()
+    card = {
+        "tasks": "text-generation",
+        "dataset": Path(name).name if is_local else name,
+        "dataset_tags": None if is_local else name,
+        "dataset_args": eval_split,
+        "finetuned_from": model_args.model_name_or_path,
+        "script_args": (model_args, data_args),
+        "sample": (prompt, generate_text(model, tokenizer, prompt, data_args.max_new_tokens)),
+    }
+    if args.push_to_hub:
+        trainer.push_to_hub(**card)
+    else:
+        trainer.create_model_card(**card)
+    if trainer.is_world_process_zero():
+        folder = Path(args.output_dir).resolve()
+        print(f"Loss of the answers {before['eval_loss']:.3f} -> {metrics['eval_loss']:.3f} per token.")
+        print(f"Adapters {folder}\nCard     {folder / 'README.md'}\nPicture  {folder / 'curves.png'}")
+        if model_args.merge_and_save:
+            model.merge_and_unload().save_pretrained(folder / "merged")
+            tokenizer.save_pretrained(folder / "merged")
+            print(f"Merged   {folder / 'merged'}")
+
+
+if __name__ == "__main__":
+    main()

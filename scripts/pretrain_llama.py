@@ -1,0 +1,165 @@
+"""Pretrain a Llama with AdmIRE, AdamW or any other optimizer, with or without gradient regularization.
+
+    accelerate launch scripts/pretrain_llama.py                                 # a small one, on Python's own library
+    accelerate launch scripts/pretrain_llama.py --ire_kappa 0                   # the same with AdamW alone
+    accelerate launch scripts/pretrain_llama.py scripts/recipes/llama_60m_wikitext103.yaml
+    accelerate launch scripts/pretrain_llama.py --dataset_name FILE_FOLDER_OR_HUB_NAME --model llama-60m
+
+A recipe (YAML or JSON) may come first; flags overrule it. Without one, and unless --dataset_name is given, the recipe
+is scripts/recipes/llama_tiny_python.yaml.
+"""
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from datasets import IterableDataset
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, default_data_collator, set_seed
+
+from hf_gr import GRConfig, recipes
+from hf_gr.config import require_writable
+from hf_gr.data import keep_first
+from hf_gr.language_modeling import CausalLMTrainer, generate_text, steps_for_tokens
+from hf_gr.models import LLAMA_PRESETS, create_llama
+from hf_gr.text import find_text_column, load_text_dataset, pack, split_documents, train_tokenizer
+
+DEFAULT_RECIPE = Path(__file__).parent / "recipes" / "llama_tiny_python.yaml"
+
+
+@dataclass
+class ModelArguments:
+    model: str = field(
+        default="llama-tiny", metadata={"help": "Architecture to train from scratch.", "choices": list(LLAMA_PRESETS)}
+    )
+    tokenizer_name: str | None = field(
+        default=None,
+        metadata={"help": "Tokenizer of a checkpoint, on the Hub or in a folder. Default: one trained on the data."},
+    )
+    vocab_size: int | None = field(
+        default=None, metadata={"help": "Size of the byte-level BPE that is trained on the data. Default: 4096."}
+    )
+    block_size: int | None = field(
+        default=None, metadata={"help": "Tokens per example. Default: the context of the architecture."}
+    )
+
+    def __post_init__(self):
+        if self.tokenizer_name is not None and self.vocab_size is not None:
+            raise ValueError(
+                f"vocab_size={self.vocab_size} has no effect with tokenizer_name={self.tokenizer_name!r}, which has "
+                "its own. Leave one of them out."
+            )
+        context = LLAMA_PRESETS[self.model].context
+        if self.block_size is not None and not 1 < self.block_size <= context:
+            raise ValueError(
+                f"block_size={self.block_size}: {self.model} has a context of {context} tokens; give 2 to {context}."
+            )
+
+
+@dataclass
+class DataArguments:
+    dataset_name: str = field(
+        default="python",
+        metadata={"help": "'python' (embedded), a text, parquet or JSON file, a folder, or a name on the Hub."},
+    )
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the data set."})
+    text_column_name: str | None = field(
+        default=None, metadata={"help": "Default: 'text', or the only one of strings."}
+    )
+    streaming: bool = field(default=False, metadata={"help": "Read the data as it is needed, without storing it."})
+    eval_documents: int | None = field(
+        default=None,
+        metadata={
+            "help": "Documents of train to evaluate on, if there is no validation or test split. Default: one in 100."
+        },
+    )
+    preprocessing_num_workers: int | None = field(default=None, metadata={"help": "Processes that tokenize."})
+    max_train_tokens: int | None = field(
+        default=None, metadata={"help": "Train on so many tokens, in place of epochs or steps."}
+    )
+    max_eval_blocks: int | None = field(default=None, metadata={"help": "Evaluate on this many blocks only."})
+    sample_prompt: str = field(default="", metadata={"help": "What the sample of generated text begins with."})
+
+
+def parse_args(argv: list[str]) -> tuple[ModelArguments, DataArguments, GRConfig]:
+    kinds = (ModelArguments, DataArguments, GRConfig)
+    return recipes.parse_args(kinds, argv, DEFAULT_RECIPE, without_it=("dataset_name",))
+
+
+def create_tokenizer(args: ModelArguments, documents, text_column: str, context: int) -> PreTrainedTokenizerBase:
+    if args.tokenizer_name is not None:
+        return AutoTokenizer.from_pretrained(args.tokenizer_name)
+    if isinstance(documents, IterableDataset):
+        documents = documents.take(10_000)
+    texts = (row[text_column] for row in documents.select_columns([text_column]))
+    return train_tokenizer(texts, args.vocab_size or 4096, context)
+
+
+def main(argv: list[str] | None = None) -> None:
+    model_args, data_args, args = parse_args(sys.argv[1:] if argv is None else argv)
+    args.include_num_input_tokens_seen = "all"  # for the tokens, and tokens per second, in the log
+    set_seed(args.seed)
+    require_writable(args.output_dir)
+    context = LLAMA_PRESETS[model_args.model].context
+    block_size = model_args.block_size or context
+    if data_args.max_train_tokens is not None:
+        args.max_steps = steps_for_tokens(data_args.max_train_tokens, args, block_size)
+    elif data_args.streaming and args.max_steps <= 0:
+        raise ValueError("streaming=True: the length of a stream is not known. Set max_train_tokens or max_steps.")
+
+    with args.main_process_first(desc="preparing the data"):
+        dataset = load_text_dataset(data_args.dataset_name, data_args.dataset_config_name, data_args.streaming)
+        text_column = find_text_column(next(iter(dataset.values())).features, data_args.text_column_name)
+        train, evaluation, eval_split = split_documents(dataset, data_args.eval_documents, args.seed)
+        tokenizer = create_tokenizer(model_args, train, text_column, context)
+        train, evaluation = (
+            pack(documents, tokenizer, text_column, block_size, data_args.preprocessing_num_workers)
+            for documents in (train, evaluation)
+        )
+    if data_args.streaming:
+        train = train.shuffle(seed=args.seed, buffer_size=1000)
+        evaluation = evaluation.take(data_args.max_eval_blocks or 1000)
+    else:
+        evaluation = keep_first(evaluation, data_args.max_eval_blocks, args.seed, "max_eval_blocks")
+
+    trainer = CausalLMTrainer(
+        model=create_llama(model_args.model, len(tokenizer), context, tokenizer.eos_token_id),
+        args=args,
+        train_dataset=train,
+        eval_dataset=evaluation,
+        processing_class=tokenizer,
+        data_collator=default_data_collator,  # blocks of one length need no padding
+    )
+    result = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    trainer.save_model()
+    train_metrics = {**result.metrics, **trainer.costs()}
+    trainer.log_metrics("train", train_metrics)
+    trainer.save_metrics("train", train_metrics)
+    metrics = trainer.evaluate()
+    trainer.log_metrics("eval", metrics)
+    trainer.save_metrics("eval", metrics)
+    trainer.save_state()
+    sample = generate_text(trainer.model, tokenizer, data_args.sample_prompt, seed=args.seed, temperature=0.8)
+
+    name = "the source of Python's standard library" if data_args.dataset_name == "python" else data_args.dataset_name
+    is_local = data_args.dataset_name == "python" or Path(data_args.dataset_name).exists()
+    card = {
+        "tasks": "text-generation",
+        "dataset": Path(name).name if is_local else name,
+        "dataset_tags": None if is_local else name,
+        "dataset_args": eval_split,
+        "script_args": (model_args, data_args),
+        "sample": (data_args.sample_prompt, sample),
+    }
+    if args.push_to_hub:
+        trainer.push_to_hub(**card)
+    else:
+        trainer.create_model_card(**card)
+    if trainer.is_world_process_zero():
+        folder = Path(args.output_dir).resolve()
+        print(f"\n{data_args.sample_prompt}{sample}\n")
+        print(f"Perplexity {metrics['eval_perplexity']:.2f} (loss {metrics['eval_loss']:.3f} per token).")
+        print(f"Model    {folder}\nCard     {folder / 'README.md'}\nPicture  {folder / 'curves.png'}")
+
+
+if __name__ == "__main__":
+    main()
