@@ -1,7 +1,6 @@
 """Training of causal language models: perplexity and cost in the log, budgets in tokens, samples of text."""
 
 import math
-import resource
 import sys
 import time
 from typing import Any
@@ -93,6 +92,12 @@ def peak_memory(device: torch.device) -> int:
     """Bytes: of the allocator on a GPU, of the whole process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "win32":
+        import psutil
+
+        return psutil.Process().memory_info().peak_wset
+    import resource
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

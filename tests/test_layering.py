@@ -32,6 +32,8 @@ def test_maths_is_pure_torch(module):
         "ire_training",
         "optimizer_training",
         "optimizer_factory",
+        "layer_statistics",
+        "language_modeling",
         "config",
         "replay",
         "checkpoints",
