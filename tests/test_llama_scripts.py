@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 from test_scripts import launch
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
-TEXT = "\n\n".join(f"line {i}: the quick brown fox jumps over {i % 11} lazy dogs and {i % 5} cats." for i in range(400))
+TEXT = "\n\n".join(f"line {i}: the quick brown fox jumps over {i % 11} lazy dogs and {i % 5} cats." for i in range(600))
 
 
 def load(name: str):
