@@ -23,6 +23,8 @@ def load_image_dataset(name: str, config: str | None = None) -> DatasetDict:
         if config is not None:
             raise ValueError(f"dataset_config_name={config!r}: 'digits' has no configurations. Leave it out.")
         return _load_digits()
+    if name.endswith(".parquet") and config is not None:
+        raise ValueError(f"dataset_config_name={config!r}: a file has no configurations. Leave it out.")
     try:
         if name.endswith(".parquet"):
             return load_dataset("parquet", data_files=name)

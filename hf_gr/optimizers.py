@@ -101,6 +101,7 @@ class _LayerwiseOptimizer(Optimizer):
                 loss = closure()
         for group in self.param_groups:
             group["step"] += 1
+            self._begin(group)
             layers, others, together = [], [], {}
             for p in group["params"]:
                 if p.grad is None:
@@ -121,6 +122,10 @@ class _LayerwiseOptimizer(Optimizer):
             for (is_layer, *_), params in together.items():
                 self._step_together(params, group, is_layer)
         return loss
+
+    # `step` is not to be overridden: torch wraps it once per class, and a hook would then run once for each of them.
+    def _begin(self, group: Group) -> None:
+        """Called at each step, once it is counted."""
 
     def _initial_state(self, p: Tensor, group: Group) -> dict[str, Tensor]:
         raise NotImplementedError
@@ -350,18 +355,15 @@ class TVLARS(LARS):
             group["gamma_min"] or 0.0,
         )
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """As in `LARS`."""
-        self._warn_of_no_effect(self.param_groups[0])
-        return super().step(closure)
-
-    def _warn_of_no_effect(self, group: Group) -> None:
+    def _begin(self, group: Group) -> None:
+        """Warn of a phi that changes nothing; once, for the first group."""
+        if group is not self.param_groups[0]:
+            return
         product = group["tv_lambda"] * group["delay_steps"]
-        if group["step"] == 0 and product < 1:
+        if group["step"] == 1 and product < 1:
             logger.warning(
-                f"TVLARS: tv_lambda * delay_steps is {product:.3g}, below 1: phi starts at {self.phi(group, 1):.3g}, "
-                f"far below its upper bound of 1/alpha. Raise one of them; 5 is a good start for their product."
+                f"TVLARS: tv_lambda * delay_steps is {product:.3g}, below 1: phi starts at {self.phi(group):.3g}, "
+                "far below its upper bound of 1/alpha. Raise one of them; 5 is a good start for their product."
             )
         if not self._has_warned and not group["gamma_min"] and (phi := self.phi(group)) < 1e-4:
             self._has_warned = True

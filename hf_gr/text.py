@@ -31,8 +31,10 @@ def load_text_dataset(name: str, config: str | None = None, streaming: bool = Fa
         if config is not None:
             raise ValueError(f"dataset_config_name={config!r}: 'python' has no configurations. Leave it out.")
         return _load_standard_library(streaming)
+    kind = TEXT_FILES.get(Path(name).suffix)
+    if kind is not None and config is not None:
+        raise ValueError(f"dataset_config_name={config!r}: a file has no configurations. Leave it out.")
     try:
-        kind = TEXT_FILES.get(Path(name).suffix)
         if kind is not None:
             # A line of prose is no document, and without its end a poem is no poem.
             how = {"sample_by": "paragraph"} if kind == "text" else {}

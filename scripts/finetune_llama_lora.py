@@ -11,7 +11,7 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -21,7 +21,7 @@ from transformers import (
     set_seed,
 )
 
-from hf_gr import GRConfig, recipes
+from hf_gr import GRConfig, script
 from hf_gr.config import require_writable
 from hf_gr.data import keep_first
 from hf_gr.instructions import answer_metrics, find_instruction_format, prompt_and_answer, tokenize_instructions
@@ -37,15 +37,30 @@ class ModelArguments:
     adapter_name_or_path: str | None = field(
         default=None, metadata={"help": "Adapters to go on from, of this base model. Default: new ones."}
     )
-    lora_r: int = field(default=8, metadata={"help": "Rank of the adapters."})
-    lora_alpha: int = field(default=16, metadata={"help": "Their output is scaled by lora_alpha / lora_r."})
-    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the input of the adapters."})
+    # Adapters that are there bring their own values of the next four.
+    lora_r: int | None = field(default=None, metadata={"help": "Rank of the adapters. Default: 8."})
+    lora_alpha: int | None = field(
+        default=None, metadata={"help": "Their output is scaled by lora_alpha / lora_r. Default: 16."}
+    )
+    lora_dropout: float | None = field(
+        default=None, metadata={"help": "Dropout on the input of the adapters. Default: 0."}
+    )
     lora_target_modules: list[str] | None = field(
         default=None, metadata={"help": "Names of the layers that get adapters. Default: all linear ones but the head."}
     )
     merge_and_save: bool = field(
         default=False, metadata={"help": "Save the base model with the adapters merged into it, too, in merged/."}
     )
+
+    def __post_init__(self):
+        if self.adapter_name_or_path is None:
+            return
+        for name in ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"):
+            if (value := getattr(self, name)) is not None:
+                raise ValueError(
+                    f"{name}={value} has no effect with adapter_name_or_path={self.adapter_name_or_path!r}, which has "
+                    "its own. Leave one of them out."
+                )
 
 
 @dataclass
@@ -69,7 +84,7 @@ class DataArguments:
 
 
 def parse_args(argv: list[str]) -> tuple[ModelArguments, DataArguments, GRConfig]:
-    return recipes.parse_args((ModelArguments, DataArguments, GRConfig), argv, DEFAULT_RECIPE)
+    return script.parse_args((ModelArguments, DataArguments, GRConfig), argv, DEFAULT_RECIPE)
 
 
 def load_base(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -89,20 +104,18 @@ def add_adapters(model: PreTrainedModel, args: ModelArguments) -> PeftModel:
     if args.adapter_name_or_path is None:
         config = LoraConfig(
             task_type="CAUSAL_LM",
-            r=args.lora_r,
-            lora_alpha=args.lora_alpha,
-            lora_dropout=args.lora_dropout,
+            r=8 if args.lora_r is None else args.lora_r,
+            lora_alpha=16 if args.lora_alpha is None else args.lora_alpha,
+            lora_dropout=args.lora_dropout or 0.0,
             target_modules=args.lora_target_modules or "all-linear",
         )
         return get_peft_model(model, config)
     try:
-        config = PeftConfig.from_pretrained(args.adapter_name_or_path)
         return PeftModel.from_pretrained(model, args.adapter_name_or_path, is_trainable=True)
     except (RuntimeError, ValueError, OSError) as error:
-        base = getattr(locals().get("config"), "base_model_name_or_path", None)
         raise ValueError(
-            f"adapter_name_or_path={args.adapter_name_or_path!r} does not fit {args.model_name_or_path!r}"
-            f"{f'; it was made for {base!r}' if base else ''} ({type(error).__name__}: {str(error)[:300]})."
+            f"adapter_name_or_path={args.adapter_name_or_path!r} does not fit {args.model_name_or_path!r}, or is not "
+            f"there ({type(error).__name__}: {str(error)[:300]}). Give the base model that it was trained on."
         ) from error
 
 
@@ -143,41 +156,31 @@ def main(argv: list[str] | None = None) -> None:
     asked = evaluation.select(range(min(data_args.generate_samples, len(evaluation))))
 
     def written() -> dict[str, float]:
+        if not len(asked):
+            return {}
         return {f"eval_{k}": v for k, v in answer_metrics(model, tokenizer, asked, data_args.max_new_tokens).items()}
 
     before = {**trainer.evaluate(), **written()}
-    trainer.log_metrics("before", before)
-    trainer.save_metrics("before", before, combined=False)
+    script.save_metrics(trainer, "before", before, combined=False)
     result = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model()
-    train_metrics = {**result.metrics, **trainer.costs()}
-    trainer.log_metrics("train", train_metrics)
-    trainer.save_metrics("train", train_metrics)
+    script.save_metrics(trainer, "train", {**result.metrics, **trainer.costs()})
     metrics, answers = trainer.evaluate(), written()
     trainer.add_to_last_evaluation(answers)
-    metrics.update(answers)
-    trainer.log_metrics("eval", metrics)
-    trainer.save_metrics("eval", metrics)
+    script.save_metrics(trainer, "eval", {**metrics, **answers})
     trainer.save_state()
 
     prompt, _ = prompt_and_answer(evaluation[0], tokenizer)
-    name = data_args.dataset_name
-    is_local = Path(name).exists()
-    card = {
-        "tasks": "text-generation",
-        "dataset": Path(name).name if is_local else name,
-        "dataset_tags": None if is_local else name,
-        "dataset_args": eval_split,
-        "finetuned_from": model_args.model_name_or_path,
-        "script_args": (model_args, data_args),
-        "sample": (prompt, generate_text(model, tokenizer, prompt, data_args.max_new_tokens)),
-    }
-    if args.push_to_hub:
-        trainer.push_to_hub(**card)
-    else:
-        trainer.create_model_card(**card)
+    folder = script.publish(
+        trainer,
+        data_args.dataset_name,
+        tasks="text-generation",
+        dataset_args=eval_split,
+        finetuned_from=model_args.model_name_or_path,
+        script_args=(model_args, data_args),
+        sample=(prompt, generate_text(model, tokenizer, prompt, data_args.max_new_tokens)),
+    )
     if trainer.is_world_process_zero():
-        folder = Path(args.output_dir).resolve()
         print(f"Loss of the answers {before['eval_loss']:.3f} -> {metrics['eval_loss']:.3f} per token.")
         print(f"Adapters {folder}\nCard     {folder / 'README.md'}\nPicture  {folder / 'curves.png'}")
         if model_args.merge_and_save:

@@ -16,7 +16,7 @@ from pathlib import Path
 from datasets import IterableDataset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, default_data_collator, set_seed
 
-from hf_gr import GRConfig, recipes
+from hf_gr import GRConfig, script
 from hf_gr.config import require_writable
 from hf_gr.data import keep_first
 from hf_gr.language_modeling import CausalLMTrainer, generate_text, steps_for_tokens
@@ -82,7 +82,7 @@ class DataArguments:
 
 def parse_args(argv: list[str]) -> tuple[ModelArguments, DataArguments, GRConfig]:
     kinds = (ModelArguments, DataArguments, GRConfig)
-    return recipes.parse_args(kinds, argv, DEFAULT_RECIPE, without_it=("dataset_name",))
+    return script.parse_args(kinds, argv, DEFAULT_RECIPE, without_it=("dataset_name",))
 
 
 def create_tokenizer(args: ModelArguments, documents, text_column: str, context: int) -> PreTrainedTokenizerBase:
@@ -105,6 +105,11 @@ def main(argv: list[str] | None = None) -> None:
         args.max_steps = steps_for_tokens(data_args.max_train_tokens, args, block_size)
     elif data_args.streaming and args.max_steps <= 0:
         raise ValueError("streaming=True: the length of a stream is not known. Set max_train_tokens or max_steps.")
+    if data_args.streaming and data_args.preprocessing_num_workers is not None:
+        raise ValueError(
+            f"preprocessing_num_workers={data_args.preprocessing_num_workers} has no effect with streaming=True: a "
+            "stream is tokenized as it is read. Leave one of them out."
+        )
 
     with args.main_process_first(desc="preparing the data"):
         dataset = load_text_dataset(data_args.dataset_name, data_args.dataset_config_name, data_args.streaming)
@@ -131,31 +136,21 @@ def main(argv: list[str] | None = None) -> None:
     )
     result = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model()
-    train_metrics = {**result.metrics, **trainer.costs()}
-    trainer.log_metrics("train", train_metrics)
-    trainer.save_metrics("train", train_metrics)
+    script.save_metrics(trainer, "train", {**result.metrics, **trainer.costs()})
     metrics = trainer.evaluate()
-    trainer.log_metrics("eval", metrics)
-    trainer.save_metrics("eval", metrics)
+    script.save_metrics(trainer, "eval", metrics)
     trainer.save_state()
     sample = generate_text(trainer.model, tokenizer, data_args.sample_prompt, seed=args.seed, temperature=0.8)
-
-    name = "the source of Python's standard library" if data_args.dataset_name == "python" else data_args.dataset_name
-    is_local = data_args.dataset_name == "python" or Path(data_args.dataset_name).exists()
-    card = {
-        "tasks": "text-generation",
-        "dataset": Path(name).name if is_local else name,
-        "dataset_tags": None if is_local else name,
-        "dataset_args": eval_split,
-        "script_args": (model_args, data_args),
-        "sample": (data_args.sample_prompt, sample),
-    }
-    if args.push_to_hub:
-        trainer.push_to_hub(**card)
-    else:
-        trainer.create_model_card(**card)
+    folder = script.publish(
+        trainer,
+        data_args.dataset_name,
+        embedded={"python": "the source of Python's standard library"},
+        tasks="text-generation",
+        dataset_args=eval_split,
+        script_args=(model_args, data_args),
+        sample=(data_args.sample_prompt, sample),
+    )
     if trainer.is_world_process_zero():
-        folder = Path(args.output_dir).resolve()
         print(f"\n{data_args.sample_prompt}{sample}\n")
         print(f"Perplexity {metrics['eval_perplexity']:.2f} (loss {metrics['eval_loss']:.3f} per token).")
         print(f"Model    {folder}\nCard     {folder / 'README.md'}\nPicture  {folder / 'curves.png'}")

@@ -22,7 +22,7 @@ from transformers import (
 )
 from transformers.image_processing_utils import BaseImageProcessor
 
-from hf_gr import GRConfig, GRTrainer, recipes
+from hf_gr import GRConfig, GRTrainer, script
 from hf_gr.config import require_writable
 from hf_gr.data import (
     add_augmentation,
@@ -121,7 +121,7 @@ class DataArguments:
 
 def parse_args(argv: list[str]) -> tuple[ModelArguments, DataArguments, GRConfig]:
     kinds = (ModelArguments, DataArguments, GRConfig)
-    return recipes.parse_args(kinds, argv, DEFAULT_RECIPE, without_it=("dataset_name", "model_name_or_path"))
+    return script.parse_args(kinds, argv, DEFAULT_RECIPE, without_it=("dataset_name", "model_name_or_path"))
 
 
 def create_model(args: ModelArguments, label_names: list[str]) -> tuple[PreTrainedModel, BaseImageProcessor]:
@@ -181,29 +181,20 @@ def main(argv: list[str] | None = None) -> None:
 
     result = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model()
-    trainer.log_metrics("train", result.metrics)
-    trainer.save_metrics("train", result.metrics)
+    script.save_metrics(trainer, "train", result.metrics)
     metrics = trainer.evaluate()
-    trainer.log_metrics("eval", metrics)
-    trainer.save_metrics("eval", metrics)
+    script.save_metrics(trainer, "eval", metrics)
     trainer.save_state()
-
-    name = "scikit-learn digits" if data_args.dataset_name == "digits" else data_args.dataset_name
-    is_local = data_args.dataset_name == "digits" or Path(data_args.dataset_name).exists()
-    card = {
-        "tasks": "image-classification",
-        "dataset": Path(name).name if is_local else name,
-        "dataset_tags": None if is_local else name,
-        "dataset_args": eval_split,
-        "finetuned_from": model_args.model_name_or_path,
-        "script_args": (model_args, data_args),
-    }
-    if args.push_to_hub:
-        trainer.push_to_hub(**card)
-    else:
-        trainer.create_model_card(**card)
+    folder = script.publish(
+        trainer,
+        data_args.dataset_name,
+        embedded={"digits": "scikit-learn digits"},
+        tasks="image-classification",
+        dataset_args=eval_split,
+        finetuned_from=model_args.model_name_or_path,
+        script_args=(model_args, data_args),
+    )
     if trainer.is_world_process_zero():
-        folder = Path(args.output_dir).resolve()
         print(f"Test error {100 * metrics['eval_error']:.2f} % on {len(evaluation)} images.")
         print(f"Model    {folder}\nCard     {folder / 'README.md'}\nPicture  {folder / 'curves.png'}")
 

@@ -188,6 +188,17 @@ def test_comparison_of_runs(pretrained, capsys, tmp_path):
         ("pretrain_llama", ["--streaming", "True"], "streaming=True: the length of a stream is not known"),
         ("pretrain_llama", ["--text_column_name", "body"], "text_column_name='body' is not a column of the data set"),
         ("pretrain_llama", ["--dataset_name", "EMPTY"], "could not be loaded"),
+        ("pretrain_llama", ["--dataset_config_name", "x"], "dataset_config_name='x': a file has no configurations"),
+        (
+            "pretrain_llama",
+            ["--streaming", "True", "--max_steps", "2", "--preprocessing_num_workers", "2"],
+            "preprocessing_num_workers=2 has no effect with streaming=True",
+        ),
+        (
+            "finetune_llama_lora",
+            ["--adapter_name_or_path", "OTHER", "--lora_r", "4"],
+            "lora_r=4 has no effect with adapter_name_or_path=",
+        ),
         ("finetune_llama_lora", ["--max_length", "9999"], "max_length=9999: the model has a context of 256 tokens"),
         ("finetune_llama_lora", ["--dataset_name", "TEXT"], "It needs 'instruction' and 'output'"),
         ("finetune_llama_lora", ["--adapter_name_or_path", "OTHER"], "does not fit"),

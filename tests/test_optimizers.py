@@ -359,6 +359,18 @@ def test_closure(make):
     assert (p < 1).all()
 
 
+def test_hooks_run_once_in_a_step():
+    """torch wraps `step` for each class of which there has been an optimizer."""
+    for make in MAKERS.values():
+        make([one_parameter()])
+    for make in MAKERS.values():
+        optimizer, calls = make([one_parameter()]), []
+        optimizer.register_step_pre_hook(lambda *_, calls=calls: calls.append("before"))
+        optimizer.register_step_post_hook(lambda *_, calls=calls: calls.append("after"))
+        optimizer.step()
+        assert calls == ["before", "after"]
+
+
 @pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
 def test_groups_have_settings_of_their_own(make):
     weights, gradients = problem()

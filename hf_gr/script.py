@@ -1,0 +1,60 @@
+"""What the training scripts share: arguments from a recipe and flags, and where the results go."""
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import HfArgumentParser
+
+from .trainer import GRTrainer
+
+
+def parse_args(
+    kinds: tuple[type, ...], argv: list[str], default_recipe: Path, without_it: tuple[str, ...] = ()
+) -> tuple[Any, ...]:
+    """One instance of each dataclass in `kinds`, from a recipe in YAML or JSON and flags that overrule it.
+
+    Args:
+        argv: the command line. A recipe may come first.
+        default_recipe: used if none comes, unless one of the flags `without_it` is there.
+
+    Raises:
+        ValueError: the recipe has a name that none of the dataclasses has.
+    """
+    parser = HfArgumentParser(kinds)
+    recipe = None
+    if argv and argv[0].endswith((".yaml", ".yml", ".json")):
+        recipe, *argv = argv
+    elif not {flag.split("=")[0].lstrip("-").replace("-", "_") for flag in argv} & set(without_it):
+        recipe = default_recipe
+    if recipe is not None:
+        defaults = yaml.safe_load(Path(recipe).read_text(encoding="utf-8")) or {}  # JSON is YAML, too
+        known = {argument.name for kind in kinds for argument in fields(kind)}
+        if unknown := sorted(set(defaults) - known):
+            raise ValueError(f"{recipe}: unknown argument {', '.join(unknown)}; see --help for the known ones.")
+        parser.set_defaults(**defaults)
+    return parser.parse_args_into_dataclasses(argv)
+
+
+def save_metrics(trainer: GRTrainer, split: str, metrics: dict[str, float], combined: bool = True) -> None:
+    """Print them, and write them into the output folder."""
+    trainer.log_metrics(split, metrics)
+    trainer.save_metrics(split, metrics, combined=combined)
+
+
+def publish(trainer: GRTrainer, dataset_name: str, embedded: dict[str, str] | None = None, **card: Any) -> Path:
+    """Write the card, and with `push_to_hub` upload all. Returns the output folder.
+
+    Args:
+        dataset_name: as the flag has it; `embedded`, names of data that come with a dependency, and what they are.
+        card: further arguments of `write_model_card`.
+    """
+    name = (embedded or {}).get(dataset_name, dataset_name)
+    is_on_hub = name == dataset_name and not Path(dataset_name).exists()
+    card |= {"dataset": name if is_on_hub else Path(name).name, "dataset_tags": name if is_on_hub else None}
+    if trainer.args.push_to_hub:
+        trainer.push_to_hub(**card)
+    else:
+        trainer.create_model_card(**card)
+    return Path(trainer.args.output_dir).resolve()
