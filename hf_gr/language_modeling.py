@@ -7,7 +7,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+from transformers import (
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    TrainerState,
+    TrainingArguments,
+)
 
 from .trainer import GRTrainer
 
@@ -16,13 +23,15 @@ class CausalLMTrainer(GRTrainer):
     """`GRTrainer` with `eval_perplexity` beside `eval_loss`, and with what a fair comparison of two runs needs.
 
     Logged with the losses: `train_seconds`, evaluations not counted, and `train_passes`, the forward and
-    backward passes over a step's batch so far, with those of GR and of IRE's estimates.
+    backward passes over a step's batch so far, with those of GR and of IRE's estimates. A run that is resumed goes on
+    counting from what its checkpoint has logged.
     """
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self._train_seconds = 0.0
         self._running_since: float | None = None
+        self.add_callback(_SecondsBeforeResume(self))
 
     def train(self, *args, **kwargs):
         self._train_seconds, self._running_since = 0.0, time.perf_counter()
@@ -78,6 +87,17 @@ class CausalLMTrainer(GRTrainer):
             "train_passes": self.train_passes,
             "peak_memory_bytes": peak_memory(self.args.device),
         }
+
+
+class _SecondsBeforeResume(TrainerCallback):
+    """Adds what the log of the checkpoint has, which is known only when `Trainer` has read it."""
+
+    def __init__(self, trainer: CausalLMTrainer):
+        self._trainer = trainer
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
+        logged = [entry["train_seconds"] for entry in state.log_history if "train_seconds" in entry]
+        self._trainer._train_seconds += logged[-1] if logged else 0.0
 
 
 def perplexity(loss: float) -> float:

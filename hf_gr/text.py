@@ -171,6 +171,11 @@ def pack(
     features = Features({name: Sequence(Value("int32"), length=block_size) for name in ("input_ids", "labels")})
     if isinstance(documents, IterableDataset):
         tokens = documents.map(tokenize, batched=True, remove_columns=[text_column])
+        if next(_blocks_of_stream(tokens, block_size), None) is None:
+            raise ValueError(
+                f"block_size={block_size}: the stream has fewer tokens than that, apart from documents that are set "
+                "aside to evaluate on. Look at the data, or set aside fewer."
+            )
         return IterableDataset.from_generator(
             _blocks_of_stream, gen_kwargs={"tokens": tokens, "block_size": block_size}, features=features
         )

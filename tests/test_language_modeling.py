@@ -79,24 +79,28 @@ def test_passes_and_tokens_are_counted(flags, passes, tmp_path):
     assert logged[-1]["train_passes"] == passes
 
 
-def test_the_clock_stops_for_evaluations(tmp_path, monkeypatch):
-    """Time that is a count of its readings: an evaluation that looks at it often must not count."""
-    import hf_gr.language_modeling as module
+class Clocked(CausalLMTrainer):
+    """Time that stands still but for a second per step and 100 per evaluation."""
 
-    now = [0.0]
-    monkeypatch.setattr(module.time, "perf_counter", lambda: now[0])
+    now = 0.0
 
-    class Slow(CausalLMTrainer):
-        def training_step(self, *args, **kwargs):
-            now[0] += 1
-            return super().training_step(*args, **kwargs)
+    def training_step(self, *args, **kwargs):
+        Clocked.now += 1
+        return super().training_step(*args, **kwargs)
 
-        def evaluation_loop(self, *args, **kwargs):
-            now[0] += 100
-            return super().evaluation_loop(*args, **kwargs)
+    def evaluation_loop(self, *args, **kwargs):
+        Clocked.now += 100
+        return super().evaluation_loop(*args, **kwargs)
 
+
+@pytest.fixture
+def clock(monkeypatch):
+    monkeypatch.setattr("hf_gr.language_modeling.time.perf_counter", lambda: Clocked.now)
+
+
+def test_the_clock_stops_for_evaluations(clock, tmp_path):
     args = GRConfig(**toys.arguments(tmp_path, max_steps=4, gr_lambda=0, eval_strategy="steps", eval_steps=2))
-    trainer = Slow(toys.llama(), args, train_dataset=toys.text(24), eval_dataset=toys.text(4))
+    trainer = Clocked(toys.llama(), args, train_dataset=toys.text(24), eval_dataset=toys.text(4))
     trainer.train()
     assert trainer.costs()["train_seconds"] == 4
     entries = trainer.state.log_history
@@ -105,6 +109,23 @@ def test_the_clock_stops_for_evaluations(tmp_path, monkeypatch):
     assert all(e["eval_perplexity"] == pytest.approx(math.exp(e["eval_loss"])) for e in entries if "eval_loss" in e)
     trainer.evaluate()
     assert trainer.costs()["train_seconds"] == 4
+
+
+def test_a_resumed_run_goes_on_counting(clock, tmp_path):
+    """What the run had cost that wrote the checkpoint counts; what an earlier train() had cost does not."""
+    settings = {"include_num_input_tokens_seen": "all", "max_steps": 4, "save_strategy": "steps", "save_steps": 2,
+                "gr_warmup": "none", "ire_kappa": 1.0, "ire_interval": 2, "ire_start_step": 0}  # fmt: skip
+
+    def trainer() -> Clocked:
+        return Clocked(toys.llama(), GRConfig(**toys.arguments(tmp_path, **settings)), train_dataset=toys.text(24))
+
+    whole, resumed = trainer(), trainer()
+    whole.train()
+    resumed.train(resume_from_checkpoint=f"{tmp_path}/checkpoint-2")
+    costs = [{k: v for k, v in t.costs().items() if k.startswith("train_")} for t in (whole, resumed)]
+    assert costs[0] == costs[1] and costs[0]["train_seconds"] == 4
+    resumed.train()
+    assert [e["train_seconds"] for e in resumed.state.log_history if "loss" in e] == [1, 2, 3, 4]
 
 
 def test_perplexity_does_not_overflow():

@@ -73,6 +73,10 @@ def test_too_little_text_is_named(tokenizer):
     for documents in (rows("text", "a few", "words"), rows("text", ""), rows("text", "x").select([])):
         with pytest.raises(ValueError, match=r"block_size=50: the \d documents have fewer tokens than that together"):
             pack(documents, tokenizer, "text", 50)
+    stream = rows("text", "a few", "words").to_iterable_dataset()
+    for documents in (stream, stream.skip(9)):
+        with pytest.raises(ValueError, match="block_size=50: the stream has fewer tokens than that"):
+            pack(documents, tokenizer, "text", 50)
 
 
 def test_packing_needs_an_end_of_text(tokenizer):

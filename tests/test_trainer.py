@@ -428,7 +428,22 @@ def test_lora_moves_the_adapter_alone(tmp_path):
     model = get_peft_model(toys.llama(), LoraConfig(r=4, target_modules=["q_proj", "v_proj"], lora_dropout=0.1))
     base = {n: p.detach().clone() for n, p in model.named_parameters() if not p.requires_grad}
     adapter = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
-    run(model, toys.text(), tmp_path, gr_warmup="none")
+    before: dict[str, torch.Tensor] = {}
+    distances = []
+
+    class Watched(GRTrainer):
+        def compute_loss(self, model, *args, **kwargs):
+            now = {n: p.detach().clone() for n, p in model.named_parameters()}
+            if not self.gr_second_pass:
+                before.update(now)
+            else:
+                moved = {n: (now[n] - before[n]).norm() for n in now if not torch.equal(now[n], before[n])}
+                assert set(moved) <= set(adapter)
+                distances.append(torch.stack([*moved.values()]).norm().item())
+            return super().compute_loss(model, *args, **kwargs)
+
+    run(model, toys.text(), tmp_path, cls=Watched, gr_warmup_steps=2, ire_kappa=2.0, ire_interval=2)
+    assert distances == pytest.approx([0.1] * 4, rel=1e-3)  # the radius, in each of the steps after the warmup
     now = dict(model.named_parameters())
     assert all(torch.equal(now[n], p) for n, p in base.items())
     assert all(not torch.equal(now[n], p) for n, p in adapter.items())
