@@ -4,11 +4,15 @@ A combination is refused where the update would silently be another one than the
 that it is the same.
 """
 
-import torch
 from accelerate.utils import DistributedType
+from accelerate.utils.environment import parse_flag_from_env
 from torch import nn
+from torch.distributed.fsdp import CPUOffloadPolicy
 from transformers import Trainer
 from transformers.utils import is_sagemaker_mp_enabled
+
+from .config import OPTIMIZER_NAMES
+from .gradient_regularization import HALF_PRECISION
 
 METHODS = {
     "gr_lambda": "Gradient regularization",
@@ -21,19 +25,31 @@ def refuse_unsupported(trainer: Trainer, flag: str) -> None:
 
     `flag` names the method: it is the one that turns it off at 0.
     """
-    for reason in (_parallelism(trainer), _optimizer(trainer, flag), _weights(trainer.model)):
+    reasons = (_parallelism(trainer), _sharding(trainer, flag), _optimizer(trainer, flag), _weights(trainer, flag))
+    for reason in reasons:
         if reason is not None:
             method = METHODS[flag]
             raise ValueError(f"{method} cannot be used with {reason}, or set {flag}=0 to train without {method}.")
 
 
+def refuse_unsupported_optimizer(trainer: Trainer) -> None:
+    """Raise `ValueError` if the optimizer of `trainer` cannot step under its way of sharding."""
+    name = trainer.args.optim
+    if name in OPTIMIZER_NAMES and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+        raise ValueError(
+            f"optim={name} cannot be used with FSDP or DeepSpeed: it takes the norm of whole layers, of which each "
+            "process has a part. Use DDP, or another optimizer."
+        )
+
+
 def _parallelism(trainer: Trainer) -> str | None:
     accelerator = trainer.accelerator
     if trainer.is_deepspeed_enabled:
-        return "DeepSpeed: its engine keeps the gradients out of `.grad`, where they are read. Use DDP"
-    # The last attribute is younger than the oldest transformers that we support.
-    if trainer.is_fsdp_enabled or getattr(trainer, "is_distributed_loading_by_transformers", False):
-        return "sharded parameters (FSDP): not tested yet. Use DDP"
+        return (
+            "DeepSpeed, whatever the ZeRO stage: accelerate lets it step inside the backward pass, which would be the "
+            "second one, at the perturbed weights; stages 1 to 3 also keep the gradients out of `.grad`. Use DDP, or "
+            "FSDP2 (fsdp_version: 2) for a model that does not fit"
+        )
     if accelerator.distributed_type in (DistributedType.MEGATRON_LM, DistributedType.XLA):
         return f"{accelerator.distributed_type}: not tested. Use DDP"
     if is_sagemaker_mp_enabled():
@@ -49,6 +65,31 @@ def _parallelism(trainer: Trainer) -> str | None:
     return None
 
 
+def _sharding(trainer: Trainer, flag: str) -> str | None:
+    # The attribute is younger than the oldest transformers that we support.
+    if getattr(trainer, "is_distributed_loading_by_transformers", False):
+        return "a model that was sharded when it was loaded: not tested. Use DDP or FSDP2"
+    accelerator = trainer.accelerator
+    if accelerator.distributed_type != DistributedType.FSDP:
+        if trainer.is_fsdp_enabled or trainer.args.fsdp or parse_flag_from_env("ACCELERATE_USE_FSDP"):
+            return (
+                "FSDP here: accelerate shards on accelerators alone, and would train without it and without a word "
+                f"({accelerator.distributed_type}). Leave FSDP out"
+            )
+        return None
+    if flag == "ire_kappa":
+        return "FSDP: it compares all coordinates, of which each process has a part. Use DDP"
+    plugin = accelerator.state.fsdp_plugin
+    if plugin.fsdp_version != 2:
+        return "FSDP version 1: not tested. Set fsdp_version: 2"
+    if isinstance(plugin.cpu_offload, CPUOffloadPolicy):
+        return "the CPU offload of FSDP: not tested. Leave it out"
+    scope = trainer.gr_args.gr_scope
+    if scope != "global":
+        return f"gr_scope={scope!r} and FSDP: a process has no gradient of its own to follow. Set gr_scope=global"
+    return None
+
+
 def _optimizer(trainer: Trainer, flag: str) -> str | None:
     optim = trainer.args.optim
     name = getattr(optim, "value", optim)
@@ -59,13 +100,20 @@ def _optimizer(trainer: Trainer, flag: str) -> str | None:
     return None
 
 
-def _weights(model: nn.Module) -> str | None:
-    for name, p in model.named_parameters():
-        if p.requires_grad and p.dtype in (torch.float16, torch.bfloat16):
+def _weights(trainer: Trainer, flag: str) -> str | None:
+    model, args = trainer.model, trainer.args
+    halves = [(name, p) for name, p in model.named_parameters() if p.requires_grad and p.dtype in HALF_PRECISION]
+    if halves:
+        name, p = halves[0]
+        what = f"trainable weights in {str(p.dtype).removeprefix('torch.')} ({name})"
+        remedy = "Load the model with dtype=torch.float32 and use --bf16 or --fp16, which keep the weights in float32"
+        if flag != "gr_lambda" or not trainer.gr_args.gr_half_precision_weights:
+            override = ", or set gr_half_precision_weights" if flag == "gr_lambda" else ""
+            return f"{what}: steps this small are lost in their rounding. {remedy}{override}"
+        if args.bf16 or args.fp16 or args.world_size > 1 or trainer.is_fsdp_enabled:
             return (
-                f"trainable weights in {str(p.dtype).removeprefix('torch.')} ({name}): steps this small are "
-                "lost in their rounding. Load the model with dtype=torch.float32 and use --bf16 or --fp16, which keep "
-                "the weights in float32"
+                f"{what} under gr_half_precision_weights with --bf16, --fp16 or several processes: the second pass "
+                f"could not be in float32. {remedy}"
             )
     for name, module in model.named_modules():
         if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse and module.weight.requires_grad:

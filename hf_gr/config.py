@@ -12,6 +12,7 @@ from .gr_warmup import GR_WARMUPS, GRStrength, gr_strength
 from .ire import IRE_PRESETS, KAPPA_SCHEDULES, MASKS, SCOPES, check_ire_arguments
 
 GR_SCOPES = ("global", "local", "micro")
+ON_NONFINITE = ("stop", "skip")
 #: The optimizers and the schedule that transformers does not know by name.
 OPTIMIZER_NAMES = ("lamb", "lars", "tvlars")
 TIME_VARYING = "time_varying"
@@ -311,6 +312,21 @@ class GRArguments(IREArguments, OptimizerArguments):
             "about 1 + 1/k passes per step. 1 is the paper."
         },
     )
+    gr_on_nonfinite: str = field(
+        default="stop",
+        metadata={
+            "help": "A step whose gradient is infinite or NaN is skipped, with a warning. stop: three in a row end the "
+            "run with an error; skip: nothing does. For runs with GR or IRE.",
+            "choices": list(ON_NONFINITE),
+        },
+    )
+    gr_half_precision_weights: bool = field(
+        default=False,
+        metadata={
+            "help": "Allow trainable weights in bf16 or fp16, in which a perturbation would be lost in the rounding: "
+            "the perturbed copy and the second pass are then float32. One process, without --bf16 or --fp16."
+        },
+    )
 
     def __post_init__(self):
         self.check_gr_arguments()
@@ -328,6 +344,8 @@ class GRArguments(IREArguments, OptimizerArguments):
             raise ValueError(f"gr_warmup={self.gr_warmup!r}: choose one of {', '.join(GR_WARMUPS)}.")
         if self.gr_scope not in GR_SCOPES:
             raise ValueError(f"gr_scope={self.gr_scope!r}: choose one of {', '.join(GR_SCOPES)}.")
+        if self.gr_on_nonfinite not in ON_NONFINITE:
+            raise ValueError(f"gr_on_nonfinite={self.gr_on_nonfinite!r}: choose one of {', '.join(ON_NONFINITE)}.")
         if self.gr_interval != int(self.gr_interval) or self.gr_interval < 1:
             raise ValueError(f"gr_interval={self.gr_interval}: must be a whole number of steps, at least 1.")
         if self.gr_warmup_steps is not None:

@@ -21,19 +21,36 @@ which needs no g1 after the perturbation, has `.grad` free until the second back
     scale_gradients_(params, lambda_ / r)                       # .grad = (1 - lambda/r) g1 + (lambda/r) g2
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 #: Added to the norm that divides g1. The released code adds nothing and turns a zero gradient into NaN.
 NORM_EPS = 1e-12
+HALF_PRECISION = (torch.float16, torch.bfloat16)
 
 
 def gradient_norm(params: Iterable[Tensor]) -> float:
-    """||g||_2 over the `.grad` of all `params`, taken as one vector; 0.0 if none of them has a gradient."""
-    grads = [p.grad for p in params if p.grad is not None]
-    return float(torch.nn.utils.get_total_norm(grads)) if grads else 0.0
+    """||g||_2 over the `.grad` of all `params`, taken as one vector; 0.0 if none of them has a gradient.
+
+    Of sharded parameters (DTensor) it is the norm of the whole, for which the processes communicate.
+    """
+    return _total_norm([p.grad for p in params if p.grad is not None])
+
+
+@torch.no_grad()
+def _total_norm(tensors: list[Tensor]) -> float:
+    if not tensors:
+        return 0.0
+    norm = torch.nn.utils.get_total_norm(tensors)
+    return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """What this process holds of a sharded tensor, as memory that can be written to; else the tensor itself."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 @torch.no_grad()
@@ -51,7 +68,29 @@ def add_gradients_(params: Iterable[Tensor], grads: Iterable[Tensor | None]) -> 
     """`.grad += grad`, pair by pair, where either may be None. The tensors in `grads` may be taken over as `.grad`."""
     for p, grad in zip(params, grads, strict=True):
         if grad is not None:
-            p.grad = grad if p.grad is None else p.grad.add_(grad)
+            p.grad = grad.to(p.dtype) if p.grad is None else p.grad.add_(grad)
+
+
+@contextmanager
+def in_float32(params: Iterable[Tensor]) -> Iterator[None]:
+    """Within, the half-precision `params` and their gradients are float32, so that a perturbation finds room in them.
+
+    A step of radius 0.05 leaves three quarters of the coordinates of bfloat16 weights where they are. Afterwards the
+    parameters are their own storage again, as it was; the gradients are rounded once.
+    """
+    halves = [(p, p.data) for p in params if p.dtype in HALF_PRECISION]
+    _change_type(halves, [p.data.float() for p, _ in halves])
+    try:
+        yield
+    finally:
+        _change_type(halves, [theta for _, theta in halves])
+
+
+def _change_type(halves: list[tuple[Tensor, Tensor]], values: list[Tensor]) -> None:
+    for (p, _), value in zip(halves, values, strict=True):
+        grad, p.grad = p.grad, None  # torch allows a gradient of the parameter's own type alone
+        p.data = value
+        p.grad = None if grad is None else grad.to(value.dtype)
 
 
 class Perturbation:
@@ -79,12 +118,13 @@ class Perturbation:
         """
         self._step_per_grad = radius / (norm + NORM_EPS)
         for p in self._params:
-            self._theta.append(p.detach().clone())
-            p.add_(p.grad, alpha=self._step_per_grad)
+            theta, grad = _local(p.detach()), _local(p.grad)
+            self._theta.append(theta.clone())
+            theta.add_(grad, alpha=self._step_per_grad)
             if grad_scale == 0:
                 p.grad = None
             else:
-                p.grad.mul_(grad_scale)
+                grad.mul_(grad_scale)
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -94,10 +134,25 @@ class Perturbation:
         would skip one without.
         """
         for p, theta in zip(self._params, self._theta, strict=False):
-            p.copy_(theta)
+            _local(p.detach()).copy_(theta)
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
         self._theta = []
+
+    @contextmanager
+    @torch.no_grad()
+    def suspended(self) -> Iterator[None]:
+        """Within, the parameters are theta. Nothing happens when nothing is perturbed."""
+        params = [_local(p.data) for p, _ in zip(self._params, self._theta, strict=False)]
+        perturbed = [p.clone() for p in params]
+        # Through `.data`, of which autograd takes no notice: a backward pass may be about to use the same values again.
+        for p, theta in zip(params, self._theta, strict=False):
+            p.copy_(theta)
+        try:
+            yield
+        finally:
+            for p, value in zip(params, perturbed, strict=True):
+                p.copy_(value)
 
     @torch.no_grad()
     def second_gradient_norm(self, ratio: float) -> float:
@@ -109,5 +164,5 @@ class Perturbation:
         if ratio == 0:
             return gradient_norm(self._params)
         for p, theta in zip(self._params, self._theta, strict=True):
-            p.sub_(theta).mul_(-ratio / self._step_per_grad).add_(p.grad)
-        return float(torch.nn.utils.get_total_norm(self._params)) if self._params else 0.0
+            _local(p.detach()).sub_(theta).mul_(-ratio / self._step_per_grad).add_(_local(p.grad))
+        return _total_norm([p.detach() for p in self._params])

@@ -307,7 +307,7 @@ def _usage(trainer: "GRMixin", task: str | None, model_name: str) -> str | None:
 
 
 def _cost(trainer: "GRMixin") -> str:
-    """Steps, passes and seconds. The clock of a resumed run has seen only the steps since."""
+    """Steps, passes, seconds, memory. The clock of a resumed run knows of the steps before what their log says."""
     steps = trainer.state.global_step
     passes = steps + trainer.gr_regularized_steps(steps)
     text = (
@@ -318,15 +318,16 @@ def _cost(trainer: "GRMixin") -> str:
     if ire is not None and ire.needs_estimate:
         share = trainer.gr_args.ire_probe_fraction
         text += f" and {ire.updates:,} over {'it' if share == 1 else f'{share:g} of it'} for IRE"
-    timed = next((e for e in reversed(trainer.state.log_history) if "train_runtime" in e), None)
-    if timed is not None:
-        since = getattr(trainer, "_initial_global_step", 0)
-        which = f"steps {since + 1:,} to {steps:,} in" if since else "in"
-        text += f", {which} {timed['train_runtime']:,.0f} seconds"
+    since = getattr(trainer, "_initial_global_step", 0)
+    if any("train_seconds" in entry and entry["step"] <= since for entry in trainer.state.log_history):
+        since = 0
+    which = f"steps {since + 1:,} to {steps:,} in" if since else "in"
+    text += f", {which} {trainer.train_seconds:,.0f} seconds, evaluations not counted"
     device = trainer.args.device
     hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
     processes = f"{trainer.args.world_size} processes, each on " if trainer.args.world_size > 1 else ""
-    return f"{text}, on {processes}{hardware}."
+    memory = f"{trainer.costs()['peak_memory_bytes'] / 2**30:.2f} GiB of memory at the peak"
+    return f"{text}, on {processes}{hardware}, with {memory}."
 
 
 def _own_optimizer(trainer: "GRMixin") -> list[str]:

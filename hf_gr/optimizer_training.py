@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import TrainingArguments
 
+from .compatibility import refuse_unsupported_optimizer
 from .config import BASE_BATCH_SIZE, TIME_VARYING, GRArguments
 from .ire import IRE
 from .layer_statistics import LayerStatisticsCallback
@@ -46,6 +47,7 @@ class OptimizerMixin:
         self._tvlars: TVLARS | None = None
         self._tvlars_settings: list[dict[str, Any]] = []
         super().__init__(*args, **kwargs)
+        refuse_unsupported_optimizer(self)
         if self.gr_args.layer_statistics_steps:
             self.add_callback(LayerStatisticsCallback(self.gr_args.layer_statistics_steps))
 

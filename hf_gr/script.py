@@ -7,6 +7,8 @@ from typing import Any
 import yaml
 from transformers import HfArgumentParser
 
+from .checkpoints import last_complete_checkpoint
+from .config import GRConfig
 from .trainer import GRTrainer
 
 
@@ -35,6 +37,16 @@ def parse_args(
             raise ValueError(f"{recipe}: unknown argument {', '.join(unknown)}; see --help for the known ones.")
         parser.set_defaults(**defaults)
     return parser.parse_args_into_dataclasses(argv)
+
+
+def checkpoint_to_resume(args: GRConfig) -> str | None:
+    """What `resume_from_checkpoint` says; for "last" the last complete checkpoint in the output folder, or None.
+
+    So the same command can be given again and again, until a run that is killed on the way has ended.
+    """
+    if args.resume_from_checkpoint != "last":
+        return args.resume_from_checkpoint
+    return last_complete_checkpoint(args.output_dir, args.world_size)
 
 
 def save_metrics(trainer: GRTrainer, split: str, metrics: dict[str, float], combined: bool = True) -> None:

@@ -11,7 +11,7 @@ One optimizer step, with gradient accumulation over a window of micro-batches:
 
 import copy
 import math
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from typing import Any
 
 import torch
@@ -19,22 +19,38 @@ from accelerate.logging import get_logger
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import Trainer
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from .checkpoints import check_adapter, check_checkpoint, load_weights, require_same_names
+from .checkpoints import (
+    check_adapter,
+    check_checkpoint,
+    explain_failed_save,
+    last_complete_checkpoint,
+    load_weights,
+    require_same_names,
+)
 from .compatibility import refuse_unsupported
 from .config import GRArguments
+from .costs import CostMixin
 from .gr_warmup import GRStrength
-from .gradient_regularization import Perturbation, add_gradients_, gradient_norm, scale_gradients_
+from .gradient_regularization import (
+    HALF_PRECISION,
+    Perturbation,
+    add_gradients_,
+    gradient_norm,
+    in_float32,
+    scale_gradients_,
+)
 from .ire_training import IREMixin
 from .model_card import write_model_card
+from .nonfinite import NonFiniteGuard
 from .optimizer_training import OptimizerMixin
 from .replay import MicroBatch, RNGState, preserve_buffers
 
 logger = get_logger(__name__)  # speaks once, not once per process
 
 
-class GRMixin(IREMixin, OptimizerMixin):
+class GRMixin(CostMixin, IREMixin, OptimizerMixin):
     """Gradient regularization, IRE and the optimizers of hf_gr for any `Trainer`:
     `class MyTrainer(GRMixin, Seq2SeqTrainer)`.
 
@@ -55,8 +71,15 @@ class GRMixin(IREMixin, OptimizerMixin):
         self._gr_perturbation: Perturbation | None = None
         self._gr_norms: list[float] = []
         self._gr_logs: dict[str, float] = {}
+        self.nonfinite_guard = NonFiniteGuard(self)
+        self.add_callback(self.nonfinite_guard)
         if self.gr_args.gr_degree != 0:
             refuse_unsupported(self, "gr_lambda")
+        if self.gr_args.gr_half_precision_weights and (
+            self.gr_args.gr_degree == 0
+            or not any(p.requires_grad and p.dtype in HALF_PRECISION for p in self.model.parameters())
+        ):
+            logger.warning("gr_half_precision_weights: no effect without GR, or without such weights to train.")
 
     @property
     def gr_args(self) -> GRArguments:
@@ -160,7 +183,8 @@ class GRMixin(IREMixin, OptimizerMixin):
             loss = super().training_step(model, inputs, num_items_in_batch)
 
         if ends_window or scope == "micro":
-            self._gr_second_pass(model, params, earlier_grads, gr, ends_window)
+            with in_float32(params):
+                self._gr_second_pass(model, params, earlier_grads, gr, ends_window)
             self._gr_window.clear()
         return loss
 
@@ -187,8 +211,6 @@ class GRMixin(IREMixin, OptimizerMixin):
             try:
                 if has_direction:
                     perturbation.apply(gr.r_t, norm, grad_scale=ratio)
-                else:
-                    scale_gradients_(params, ratio)
                 if earlier_grads is not None:
                     add_gradients_(params, earlier_grads)
                 self._gr_replay(model)
@@ -241,16 +263,38 @@ class GRMixin(IREMixin, OptimizerMixin):
     # ---- Around the step ----
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
-        """As in `Trainer`. A checkpoint to resume from is checked first: one that is cut short changes nothing."""
-        folder = resume_from_checkpoint
-        if folder is True:
-            folder = get_last_checkpoint(self.args.output_dir)
-        if folder and not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
-            check_checkpoint(folder)
+        """As in `Trainer`. A checkpoint to resume from is checked first: one that is cut short changes nothing.
+
+        With `True` it is the last complete one in `output_dir`; later ones that are not complete are named.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir, self.args.world_size) or True
+        elif resume_from_checkpoint and not self.is_deepspeed_enabled:
+            check_checkpoint(resume_from_checkpoint)
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             self._gr_reset()
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As in `Trainer`: the weights, and not the perturbed ones, even for a signal handler amid a second pass.
+
+        Under FSDP they are gathered into one model that `from_pretrained` loads, whatever parts checkpoints are made
+        of; `Trainer` would write nothing.
+        """
+        with ExitStack() as stack:
+            if self._gr_perturbation is not None:
+                stack.enter_context(self._gr_perturbation.suspended())
+            if self.is_fsdp_enabled and not _internal_call:
+                plugin = self.accelerator.state.fsdp_plugin
+                stack.callback(plugin.set_state_dict_type, plugin.state_dict_type)
+                plugin.set_state_dict_type("FULL_STATE_DICT")
+            super().save_model(output_dir, _internal_call)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        folder = f"{self._get_output_dir(trial=trial)}/{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        with explain_failed_save(folder):
+            super()._save_checkpoint(model, trial)
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         """As in `Trainer`, with the values of gradient regularization beside the training loss."""

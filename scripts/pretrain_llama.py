@@ -134,7 +134,7 @@ def main(argv: list[str] | None = None) -> None:
         processing_class=tokenizer,
         data_collator=default_data_collator,  # blocks of one length need no padding
     )
-    result = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    result = trainer.train(resume_from_checkpoint=script.checkpoint_to_resume(args))
     trainer.save_model()
     script.save_metrics(trainer, "train", {**result.metrics, **trainer.costs()})
     metrics = trainer.evaluate()

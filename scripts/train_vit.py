@@ -179,9 +179,9 @@ def main(argv: list[str] | None = None) -> None:
         preprocess_logits_for_metrics=rank_classes,
     )
 
-    result = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    result = trainer.train(resume_from_checkpoint=script.checkpoint_to_resume(args))
     trainer.save_model()
-    script.save_metrics(trainer, "train", result.metrics)
+    script.save_metrics(trainer, "train", {**result.metrics, **trainer.costs()})
     metrics = trainer.evaluate()
     script.save_metrics(trainer, "eval", metrics)
     trainer.save_state()

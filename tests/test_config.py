@@ -18,6 +18,8 @@ def test_contract_defaults():
         "gr_warmup_steps": None,
         "gr_scope": "global",
         "gr_interval": 1,
+        "gr_on_nonfinite": "stop",
+        "gr_half_precision_weights": False,
         "ire_kappa": 0.0,
         "ire_gamma": 0.6,
         "ire_interval": 10,

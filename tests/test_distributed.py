@@ -1,14 +1,24 @@
-"""Two real processes under DDP (gloo): every scope against its own reference, and the ranks against each other."""
+"""Two and four real processes (gloo): DDP and FSDP2 against references, and the ranks against each other."""
 
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import LlamaForCausalLM
 
 import toys
-from distributed_worker import CASES, IRE_CASES, LEARNING_RATE, OPTIMIZER_CASES, STEPS
+from distributed_worker import (
+    CASES,
+    EXAMPLES,
+    FSDP_CASES,
+    IRE_CASES,
+    LEARNING_RATE,
+    OPTIMIZER_CASES,
+    STEPS,
+)
 from hf_gr import GRConfig, GRTrainer
 from reference import flat_masks, regularized_gradient, sampled_label_gradient
 from test_trainer import relative_error_of_path, sum_of_token_losses
@@ -16,17 +26,19 @@ from test_trainer import relative_error_of_path, sum_of_token_losses
 pytestmark = pytest.mark.distributed
 TESTS = Path(__file__).parent
 RANKS, BATCH, RADIUS = 2, 2, 0.1
+#: float32: sums in another order; the scopes themselves differ by more than 1e-3. bf16: 8 bits, in another order.
+TOLERANCE = {"float32": 1e-5, "scaled": 1e-5, "bf16": 2e-2}
 
 
-def reference_path(scope: str, accumulation: int, degree: float) -> list[torch.Tensor]:
+def reference_path(scope: str, accumulation: int, degree: float, precision: str, ranks: int) -> list[torch.Tensor]:
     """SGD on the gradient that the scope defines: which micro-batches share a direction, and how they are averaged."""
-    model, data = toys.llama(), toys.text(24)
+    model, data = toys.llama(), toys.text(EXAMPLES)
     batches = [data[k * BATCH : (k + 1) * BATCH] for k in range(len(data) // BATCH)]
     path = [toys.weights(model)]
     for step in range(STEPS):
         # accelerate deals batches to the ranks in turn, as cards.
-        first = step * accumulation * RANKS
-        window = [[batches[first + k * RANKS + rank] for k in range(accumulation)] for rank in range(RANKS)]
+        first = step * accumulation * ranks
+        window = [[batches[first + k * ranks + rank] for k in range(accumulation)] for rank in range(ranks)]
         count = sum(int((e["labels"][1:] != -100).sum()) for rank in window for batch in rank for e in batch)
         shards = {
             "global": [[batch for rank in window for batch in rank]],
@@ -35,7 +47,11 @@ def reference_path(scope: str, accumulation: int, degree: float) -> list[torch.T
         }[scope]
 
         def loss_of(shard, count=count):
-            return lambda model: sum(sum_of_token_losses(model, batch) for batch in shard) / count
+            def loss(model):
+                with torch.autocast("cpu", torch.bfloat16) if precision == "bf16" else nullcontext():
+                    return sum(sum_of_token_losses(model, batch) for batch in shard) / count
+
+            return loss
 
         # The loss of the step is the sum of the shards' losses, each a share of the same token count.
         g = sum(regularized_gradient(model, loss_of(shard), degree * RADIUS, RADIUS) for shard in shards)
@@ -45,41 +61,69 @@ def reference_path(scope: str, accumulation: int, degree: float) -> list[torch.T
     return path
 
 
-@pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("distributed")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0",
-               "--standalone", str(TESTS / "distributed_worker.py"), str(folder)]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+def launch(folder: Path, processes: int, *suites: str) -> dict:
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--master_port=0",
+               "--standalone", str(TESTS / "distributed_worker.py"), str(folder), *suites]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr[-5000:]
     return torch.load(folder / "results.pt")
 
 
 @pytest.fixture(scope="module")
-def paths(results):
-    return results["paths"]
+def results(tmp_path_factory):
+    return launch(tmp_path_factory.mktemp("two"), 2, "scopes", "ire", "optimizers", "overflow")
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("fsdp")
+    return {**launch(folder, 2, "fsdp")["fsdp"], "folder": folder}
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
-def test_scope_equals_its_reference(case, paths):
-    # float32, sums in another order; the scopes themselves differ by more than 1e-2.
-    assert relative_error_of_path(paths[case], reference_path(*case)) <= 1e-5
+def test_scope_equals_its_reference(case, results):
+    assert relative_error_of_path(results["scopes"][case], reference_path(*case, RANKS)) <= TOLERANCE[case[-1]]
 
 
-def test_scopes_are_different_algorithms(paths):
+def test_four_processes(tmp_path):
+    for case, path in launch(tmp_path, 4, "float32")["float32"].items():
+        assert relative_error_of_path(path, reference_path(*case, 4)) <= TOLERANCE["float32"], case
+
+
+def test_scopes_are_different_algorithms(results):
+    paths = results["scopes"]
     for a, b in (("global", "local"), ("local", "micro")):
-        assert relative_error_of_path(paths[a, 2, 1.0], paths[b, 2, 1.0]) > 1e-3
+        assert relative_error_of_path(paths[a, 3, 1.0, "float32"], paths[b, 3, 1.0, "float32"]) > 1e-3
+
+
+@pytest.mark.parametrize("case", FSDP_CASES, ids=lambda case: "-".join(map(str, case)))
+def test_fsdp2_equals_the_reference(case, sharded):
+    """The worker has checked that the parameters are sharded (DTensor)."""
+    assert relative_error_of_path(sharded[case], reference_path("global", *case, RANKS)) <= TOLERANCE[case[-1]]
+
+
+def test_fsdp2_resumes_bit_identically(sharded):
+    assert len(sharded["whole"]) == 5 and len(sharded["resumed"]) == 3
+    for whole, resumed in zip(sharded["whole"][3:], sharded["resumed"][1:], strict=True):
+        assert torch.equal(whole, resumed)
+
+
+def test_fsdp2_saves_one_model(sharded):
+    """Checkpoints are in parts; what `save_model` writes is not."""
+    assert (sharded["folder"] / "checkpoint-2" / "pytorch_model_fsdp_0" / ".metadata").exists()
+    model = LlamaForCausalLM.from_pretrained(sharded["folder"] / "final")
+    assert torch.equal(toys.weights(model), sharded["whole"][-1])
 
 
 @pytest.mark.parametrize("case", IRE_CASES, ids=lambda case: f"accumulation {case[0]}, lambda {case[1]}")
 def test_estimate_of_ire_is_that_of_all_processes(case, results):
     """The worker has compared the ranks; here what they agree on is compared with the reference."""
-    accumulation, data = case[0], toys.text(24)
+    accumulation, data = case[0], toys.text(EXAMPLES)
     batches = [
         {key: torch.stack([e[key] for e in data[k * BATCH : (k + 1) * BATCH]]) for key in data[0]}
         for k in range(len(data) // BATCH)
     ]
-    kept = results["estimates"][case]
+    kept = results["ire"][case]
     assert [update["step"] for update in kept] == [0, 2]
     for update in kept:
         model = toys.llama()
@@ -106,6 +150,6 @@ def test_optimizers_step_as_in_one_process(case, results, tmp_path):
     flags["gradient_accumulation_steps"] *= RANKS
     recorder = toys.PathRecorder()
     args = GRConfig(**toys.arguments(tmp_path, **flags))
-    GRTrainer(toys.llama(), args, train_dataset=toys.text(24), callbacks=[recorder]).train()
+    GRTrainer(toys.llama(), args, train_dataset=toys.text(EXAMPLES), callbacks=[recorder]).train()
     # float32; LAMB divides by the root of second moments that are nearly 0 in places.
     assert relative_error_of_path(results["optimizers"][case], recorder.path) <= (1e-3 if case[0] == "lamb" else 1e-5)

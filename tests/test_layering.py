@@ -38,6 +38,8 @@ def test_maths_is_pure_torch(module):
         "replay",
         "checkpoints",
         "compatibility",
+        "costs",
+        "nonfinite",
     ],
 )
 def test_training_does_not_depend_on_the_data(module):

@@ -135,6 +135,18 @@ def test_lora_trains_the_adapters_alone(pretrained, adapters):
             assert torch.equal(merged[name], weight)
 
 
+def test_lora_on_two_processes(data, pretrained, tmp_path):
+    launch("--model_name_or_path", pretrained[0], "--dataset_name", data["instructions"], "--output_dir", tmp_path,
+           "--max_steps", 3, "--eval_examples", 8, "--generate_samples", 2, "--max_new_tokens", 3,
+           "--gr_warmup", "none", "--per_device_train_batch_size", 2, "--gradient_accumulation_steps", 2,
+           "--ire_kappa", 1, "--ire_start_step", 0, "--logging_steps", 1, "--use_cpu", "--ddp_backend", "gloo",
+           processes=2, script=SCRIPTS / "finetune_llama_lora.py")  # fmt: skip
+    log = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]
+    steps = [entry for entry in log if "loss" in entry]
+    assert len(steps) == 3 and all(e["gr_lambda"] > 0 and e["ire_flat_fraction"] > 0.5 for e in steps)
+    assert "batch of 8 examples" in (tmp_path / "README.md").read_text()
+
+
 @pytest.mark.parametrize("merged", [False, True])
 def test_the_result_answers_in_a_pipeline(adapters, merged):
     folder = adapters[0] / "merged" if merged else adapters[0]

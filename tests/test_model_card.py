@@ -80,10 +80,22 @@ def test_every_number_of_the_card_is_in_the_run(run):
     text = re.sub(r"\(Zhao.*?\)\.", "", text)  # the citation
     text = re.sub(r"\b(g1|g2|\(1 - lambda)", "", text)
     evaluation = trainer.state.log_history[-1]
-    seconds = next(e["train_runtime"] for e in trainer.state.log_history if "train_runtime" in e)
-    known = {0.07, 0.05, 2, 0.013, 6, 4, 10, 24, trainer.args.seed, round(seconds), trainer.args.learning_rate}
+    costs = trainer.costs()
+    known = {
+        0.07,
+        0.05,
+        2,
+        0.013,
+        6,
+        4,
+        10,
+        24,
+        trainer.args.seed,
+        round(costs["train_seconds"]),
+        trainer.args.learning_rate,
+    }
     known |= {sum(p.numel() for p in trainer.model.parameters()), trainer.gr_args.gr_interval}
-    known |= {trainer.args.num_train_epochs}
+    known |= {trainer.args.num_train_epochs, float(f"{costs['peak_memory_bytes'] / 2**30:.2f}")}
     known |= {float(f"{evaluation[f'eval_{name}']:.4g}") for name in ("loss", "accuracy", "error")}
     known |= {float(v) for v in trainer.optimizer.param_groups[0].values() if isinstance(v, int | float)}
     found = {float(n.replace(",", "")) for n in re.findall(r"(?<![\w.])\d[\d,]*(?:\.\d+)?(?:e-?\d+)?(?![\w])", text)}
@@ -174,14 +186,19 @@ def test_arguments_of_the_script_are_listed(tmp_path):
     assert "crop_padding" not in text and "image_size" not in text and "/some/folder" not in text
 
 
-def test_seconds_of_a_resumed_run_are_not_passed_off_as_those_of_all_steps(tmp_path):
-    trained(tmp_path, save_strategy="steps", save_steps=4, gr_warmup="none")
-    trainer = GRTrainer(
-        model=toys.vit(), args=GRConfig(**toys.arguments(tmp_path, gr_warmup="none")), train_dataset=toys.images()
-    )
+@pytest.mark.parametrize("logging_strategy", ["steps", "no"])
+def test_seconds_of_a_resumed_run_are_not_passed_off_as_those_of_all_steps(logging_strategy, tmp_path):
+    """With a log they are those of all steps; without one nobody knows what the first ones took."""
+    flags = {"gr_warmup": "none", "logging_strategy": logging_strategy}
+    trained(tmp_path, save_strategy="steps", save_steps=4, **flags)
+    args = GRConfig(**toys.arguments(tmp_path, **flags))
+    trainer = GRTrainer(model=toys.vit(), args=args, train_dataset=toys.images())
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
     trainer.create_model_card()
-    assert ", steps 5 to 6 in 0 seconds, on CPU" in ModelCard.load(tmp_path / "README.md").text
+    which = "in" if logging_strategy == "steps" else "steps 5 to 6 in"
+    assert (
+        f"examples, {which} 0 seconds, evaluations not counted, on CPU" in ModelCard.load(tmp_path / "README.md").text
+    )
 
 
 @pytest.mark.parametrize(

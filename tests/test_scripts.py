@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from datasets import Dataset, DatasetDict, Features, Image, Value
 from PIL import Image as PILImage
 from transformers import AutoModelForImageClassification, pipeline
@@ -20,10 +23,10 @@ SCRIPT = ROOT / "scripts" / "train_vit.py"
 
 
 def launch(*arguments, processes=1, script=SCRIPT):
-    """`accelerate launch`; for several processes on a CPU torch's launcher, where accelerate would want MPI."""
-    command = ["accelerate.commands.launch", "--num_processes", "1", "--cpu"]
-    if processes > 1:
-        command = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    """`accelerate launch` with a shipped configuration, on any free port."""
+    config = ROOT / "scripts" / "accelerate" / ("cpu.yaml" if processes == 1 else "cpu_ddp.yaml")
+    command = ["accelerate.commands.launch", "--config_file", str(config), "--num_processes", str(processes),
+               "--main_process_port", "0"]  # fmt: skip
     done = subprocess.run(
         [sys.executable, "-m", *command, str(script), *map(str, arguments)],
         capture_output=True,
@@ -85,8 +88,14 @@ def test_pipeline_without_torchvision(finished):
 
 
 def test_resume_is_bit_identical(finished, tmp_path):
+    """From the last complete checkpoint: the one after it was being written when the run was killed."""
     folder, _ = finished
-    launch("--output_dir", tmp_path, "--num_train_epochs", 2, "--resume_from_checkpoint", folder / "checkpoint-23")
+    for step in (23, 46):
+        shutil.copytree(folder / f"checkpoint-{step}", tmp_path / f"checkpoint-{step}")
+    (tmp_path / "checkpoint-46" / "trainer_state.json").unlink()
+    launch("--output_dir", tmp_path, "--num_train_epochs", 2, "--resume_from_checkpoint", "last")
+    log = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]
+    assert any("train_runtime" in entry for entry in log)
     assert (tmp_path / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
 
 
@@ -294,3 +303,24 @@ def test_push_to_hub_uploads_the_finished_card(main, monkeypatch, tmp_path):
         and "name: digits" in card
         and "type: scikit-learn-digits" in card
     )
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "scripts" / "accelerate").glob("*.yaml")), ids=lambda path: path.stem)
+def test_accelerate_configurations_say_only_what_accelerate_knows(path):
+    """And start what they say. The two for a CPU are those that `launch` uses."""
+    config = load_config_from_file(str(path))
+    known = vars(launch_command_parser().parse_args(["script.py"]))
+    assert set(config.fsdp_config) <= set(known)
+    assert config.distributed_type.value == {"cpu": "NO", "fsdp2": "FSDP"}.get(path.stem, "MULTI_GPU")
+    assert config.use_cpu == path.stem.startswith("cpu")
+    if path.stem == "fsdp2":
+        args = launch_command_parser().parse_args(["--config_file", str(path), "script.py"])
+        args, *_ = _validate_launch_command(args)
+        assert args.use_fsdp and str(args.fsdp_version) == "2" and args.mixed_precision == "bf16"
+
+
+def test_fsdp_on_a_cpu_is_refused(main, tmp_path, monkeypatch):
+    """accelerate would start two processes and train them under DDP."""
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match="FSDP here: accelerate shards on accelerators alone"):
+        main(["--use_cpu", "--output_dir", str(tmp_path), "--report_to", "none"])

@@ -1,11 +1,15 @@
 """`GRTrainer` against an independent loop, against `Trainer` where they must be equal, and with Trainer's options."""
 
 import copy
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
 from torch import nn
+from torch.distributed.fsdp import CPUOffloadPolicy
 from torch.nn import functional as F
 from transformers import (
     SchedulerType,
@@ -21,6 +25,7 @@ from transformers import (
 
 import toys
 from hf_gr import GRArguments, GRConfig, GRMixin, GRTrainer
+from reference import flat_gradient
 from reference import train as reference_train
 
 
@@ -643,40 +648,85 @@ def test_bf16_autocast_follows_float32(tmp_path):
     assert relative_error_of_path(paths["plain"], paths["float32"]) > 0.2
 
 
-@pytest.mark.parametrize("second", [False, True])
-def test_gradient_scaler_skips_the_step_on_overflow_in_either_pass(second, recorder, tmp_path):
-    class Scaled(GRTrainer):
-        def create_accelerator_and_postprocess(self):
-            # accelerate gives a CPU no scaler: put in the one a GPU would have.
-            super().create_accelerator_and_postprocess()
-            self.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+@pytest.mark.parametrize("accumulation", [1, 3])
+@pytest.mark.parametrize("scope", ["global", "micro"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_weights_are_perturbed_in_float32(dtype, scope, accumulation, tmp_path):
+    """The gradient is that at theta + r g1/||g1|| in float32, and the perturbation has its full length."""
+    r, kept, distances = 0.05, [], []
 
+    class Watched(GRTrainer):
+        def compute_loss(self, model, *args, **kwargs):
+            if self.gr_second_pass:
+                assert {p.dtype for p in model.parameters()} == {torch.float32}
+                distances.append((toys.weights(model) - kept[0]).norm().item())
+            else:
+                assert {p.dtype for p in model.parameters()} == {dtype}
+            return super().compute_loss(model, *args, **kwargs)
+
+    class Keep(TrainerCallback):
+        def on_train_begin(self, args, state, control, model=None, **kwargs):
+            kept.append(toys.weights(model).float())
+
+        def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+            assert {p.grad.dtype for p in model.parameters()} == {dtype}
+            kept.append(torch.cat([p.grad.reshape(-1) for p in model.parameters()]).float())
+
+    flags = {"max_steps": 1, "gr_warmup": "none", "gr_r": r, "gr_scope": scope, "gr_lambda": 0.04, "max_grad_norm": 0.0,
+             "gradient_accumulation_steps": accumulation, "gr_half_precision_weights": True}  # fmt: skip
+    model = toys.llama().to(dtype)
+    storage = [p.data_ptr() for p in model.parameters()]
+    run(model, toys.text(), tmp_path, cls=Watched, callbacks=[Keep()], **flags)
+    assert [p.data_ptr() for p in model.parameters()] == storage and {p.dtype for p in model.parameters()} == {dtype}
+    assert distances == pytest.approx([r] * accumulation, rel=1e-3)
+
+    # g1 comes from a pass in half precision, g2 from one in float32 along g1.
+    model = toys.llama().to(dtype)
+    data = toys.text()[: 2 * accumulation]
+    count = sum(int((e["labels"][1:] != -100).sum()) for e in data)
+    parts = [data] if scope == "global" else [data[2 * k : 2 * k + 2] for k in range(accumulation)]
+    expected = 0
+    for part in parts:
+        g1 = flat_gradient(
+            model, sum(sum_of_token_losses(model, part[k : k + 2]) for k in range(0, len(part), 2)) / count
+        )
+        perturbed = copy.deepcopy(model).float()
+        offset = r * g1.float() / g1.float().norm()
+        torch.nn.utils.vector_to_parameters(toys.weights(perturbed) + offset, perturbed.parameters())
+        g2 = flat_gradient(perturbed, sum_of_token_losses(perturbed, part) / count)
+        expected = expected + 0.2 * g1.float() + 0.8 * g2
+    # The first pass has the precision of its type, 2^-8 and 2^-11; so has the sum.
+    tolerance = 3e-2 if dtype == torch.bfloat16 else 3e-3
+    assert (kept[1] - expected).norm() / expected.norm() < tolerance
+
+
+def test_half_precision_flag_without_such_weights_is_named(tmp_path, caplog):
+    create(tmp_path, gr_half_precision_weights=True)
+    assert "gr_half_precision_weights: no effect" in caplog.text
+
+
+@pytest.fixture
+def accelerator_state():
+    """What a trainer changes in the state that all accelerators share is undone."""
+    yield
+    AcceleratorState._reset_state()
+
+
+@pytest.mark.parametrize("second", [False, True])
+def test_gradient_scaler_skips_the_step_on_overflow_in_either_pass(second, recorder, accelerator_state, tmp_path):
+    class Overflows(toys.ScaledTrainer):
         def compute_loss(self, model, inputs, *args, **kwargs):
             loss = super().compute_loss(model, inputs, *args, **kwargs)
             overflow = self.state.global_step == 1 and self.gr_second_pass == second
             return loss * float("inf") if overflow else loss
 
-        def training_step(self, *args, **kwargs):
-            self.accelerator.native_amp = True
-            return super().training_step(*args, **kwargs)
-
     run(toys.vit(), toys.images(), tmp_path, cls=GRTrainer, callbacks=[recorder], gr_warmup="none", optim="sgd")
-    scaled = copy.deepcopy(recorder)
-    scaled.path = []
-    trainer = Scaled(
-        model=toys.vit(),
-        args=GRConfig(**toys.arguments(tmp_path, gr_warmup="none", max_steps=3, optim="sgd")),
-        train_dataset=toys.images(),
-        callbacks=[scaled],
-    )
-    trainer.accelerator.state._mixed_precision = "fp16"
-    try:
-        trainer.train()
-    finally:
-        trainer.accelerator.state._reset_state(reset_partial_state=True)
+    scaled = toys.PathRecorder()
+    flags = {"gr_warmup": "none", "optim": "sgd", "max_steps": 3}
+    trainer = run(toys.vit(), toys.images(), tmp_path, cls=Overflows, callbacks=[scaled], **flags)
     torch.testing.assert_close(scaled.path[1], recorder.path[1], rtol=1e-5, atol=1e-7)
     assert torch.equal(scaled.path[2], scaled.path[1]) and not torch.equal(scaled.path[3], scaled.path[2])
-    assert trainer.accelerator.scaler.get_scale() == 512.0
+    assert trainer.accelerator.scaler.get_scale() == toys.ScaledTrainer.SCALE / 2
 
 
 # ---- Refusals and warnings ----
@@ -692,7 +742,12 @@ def create(tmp_path, model=None, **kwargs):
     ("model", "flags", "message"),
     [
         (lambda: toys.vit().bfloat16(), {}, "trainable weights in bfloat16"),
-        (lambda: toys.vit().half(), {}, "trainable weights in float16"),
+        (lambda: toys.vit().half(), {}, "trainable weights in float16.*or set gr_half_precision_weights"),
+        (
+            lambda: toys.vit().bfloat16(),
+            {"bf16": True, "gr_half_precision_weights": True},
+            "under gr_half_precision_weights with --bf16, --fp16 or several processes: the second pass could not",
+        ),
         (toys.vit, {"optim": "lomo"}, "optim=lomo: it updates the weights during the backward pass"),
         (toys.vit, {"optim": "galore_adamw_layerwise"}, "optim=galore_adamw_layerwise"),
     ],
@@ -714,37 +769,79 @@ def test_refuses_sparse_gradients(tmp_path):
         create(tmp_path, Sparse())
 
 
+def deepspeed(trainer):
+    trainer.is_deepspeed_enabled = True
+
+
+def distributed(kind):
+    def pretend(trainer):
+        trainer.accelerator.state.distributed_type = kind
+
+    return pretend
+
+
+def fsdp(version=2, cpu_offload=None):
+    def pretend(trainer):
+        trainer.accelerator.state.distributed_type = DistributedType.FSDP
+        trainer.accelerator.state.fsdp_plugin = SimpleNamespace(fsdp_version=version, cpu_offload=cpu_offload)
+        trainer.is_fsdp_enabled = True
+
+    return pretend
+
+
+def parallel(kind):
+    def pretend(trainer):
+        trainer.accelerator.state.parallelism_config = SimpleNamespace(
+            **{"sp_enabled": False, "sp_backend": "", f"{kind}_enabled": True}
+        )
+
+    return pretend
+
+
+def data_parallel(trainer):
+    trainer.args._n_gpu = 2
+
+
+def fsdp_on_a_cpu(trainer):
+    trainer.is_fsdp_enabled = True
+
+
 @pytest.mark.parametrize(
-    ("attribute", "message"),
-    [("is_deepspeed_enabled", "DeepSpeed"), ("is_fsdp_enabled", "FSDP")],
+    ("pretend", "flags", "message"),
+    [
+        (deepspeed, {}, "DeepSpeed, whatever the ZeRO stage: .* Use DDP, or FSDP2 .*or set gr_lambda=0"),
+        (deepspeed, {"optim": "lars"}, "optim=lars cannot be used with FSDP or DeepSpeed"),
+        (distributed(DistributedType.MEGATRON_LM), {}, "MEGATRON_LM: not tested. Use DDP"),
+        (distributed(DistributedType.XLA), {}, "XLA: not tested. Use DDP"),
+        (fsdp(), {"gr_scope": "local"}, "gr_scope='local' and FSDP: a process has no gradient .* Set gr_scope=global"),
+        (fsdp(), {"gr_scope": "micro"}, "gr_scope='micro' and FSDP"),
+        (fsdp(version=1), {}, "FSDP version 1: not tested. Set fsdp_version: 2"),
+        (fsdp(cpu_offload=CPUOffloadPolicy()), {}, "the CPU offload of FSDP: not tested"),
+        (fsdp(), {"gr_lambda": 0, "ire_kappa": 1.0}, "IRE cannot be used with FSDP: it compares all coordinates"),
+        (fsdp(), {"optim": "tvlars", "lr_scheduler_type": "constant"}, "optim=tvlars cannot be used with FSDP"),
+        (fsdp_on_a_cpu, {}, "FSDP here: accelerate shards on accelerators alone"),
+        (parallel("tp"), {}, "tensor, context or sequence parallelism: the inputs of a step cannot be replayed"),
+        (parallel("cp"), {}, "tensor, context or sequence parallelism"),
+        (parallel("sp"), {}, "tensor, context or sequence parallelism"),
+        (data_parallel, {}, r"nn\.DataParallel over 2 GPUs.*accelerate launch.*or set gr_lambda=0"),
+    ],
 )
-def test_refuses_what_hides_the_gradients(attribute, message, tmp_path, monkeypatch):
+def test_refuses_what_would_train_something_else(pretend, flags, message, accelerator_state, monkeypatch, tmp_path):
     original = GRTrainer.create_accelerator_and_postprocess
 
-    def pretend(self):
+    def create_accelerator(self):
         original(self)
-        setattr(self, attribute, True)
+        pretend(self)
 
-    monkeypatch.setattr(GRTrainer, "create_accelerator_and_postprocess", pretend)
+    monkeypatch.setattr(GRTrainer, "create_accelerator_and_postprocess", create_accelerator)
     with pytest.raises(ValueError, match=message):
+        create(tmp_path, **flags)
+
+
+def test_refuses_sagemaker(tmp_path, monkeypatch):
+    monkeypatch.setattr("hf_gr.compatibility.is_sagemaker_mp_enabled", lambda: True)
+    with pytest.raises(ValueError, match="SageMaker model parallelism: it runs forward and backward itself"):
         create(tmp_path)
-
-
-def test_refuses_data_parallel_and_parallel_inputs(tmp_path):
-    from types import SimpleNamespace
-
-    from hf_gr.compatibility import refuse_unsupported
-
-    trainer = create(tmp_path)
-    trainer.args._n_gpu = 2
-    with pytest.raises(ValueError, match=r"nn\.DataParallel over 2 GPUs.*accelerate launch.*or set gr_lambda=0"):
-        refuse_unsupported(trainer, "gr_lambda")
-    trainer.args._n_gpu = 0
-    trainer.accelerator = SimpleNamespace(
-        distributed_type="NO", parallelism_config=SimpleNamespace(cp_enabled=True), gradient_state=None
-    )
-    with pytest.raises(ValueError, match="tensor, context or sequence parallelism"):
-        refuse_unsupported(trainer, "gr_lambda")
 
 
 @pytest.mark.parametrize("steps", [6, 10])

@@ -13,6 +13,8 @@ from transformers import (
     set_seed,
 )
 
+from hf_gr import GRTrainer
+
 VOCABULARY = 50
 
 
@@ -117,3 +119,19 @@ class PathRecorder(TrainerCallback):
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         self._record(model)
+
+
+class ScaledTrainer(GRTrainer):
+    """With the gradient scaler that fp16 has on a GPU, and that accelerate does not give a CPU."""
+
+    SCALE = 1024.0
+
+    def create_accelerator_and_postprocess(self):
+        super().create_accelerator_and_postprocess()
+        self.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=self.SCALE)
+
+    def training_step(self, *args, **kwargs):
+        # After the model is prepared: the passes themselves stay float32.
+        self.accelerator.native_amp = True
+        self.accelerator.state._mixed_precision = "fp16"
+        return super().training_step(*args, **kwargs)
