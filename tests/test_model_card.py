@@ -196,9 +196,8 @@ def test_seconds_of_a_resumed_run_are_not_passed_off_as_those_of_all_steps(loggi
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
     trainer.create_model_card()
     which = "in" if logging_strategy == "steps" else "steps 5 to 6 in"
-    assert (
-        f"examples, {which} 0 seconds, evaluations not counted, on CPU" in ModelCard.load(tmp_path / "README.md").text
-    )
+    text = ModelCard.load(tmp_path / "README.md").text
+    assert re.search(rf"examples, {which} \d+ seconds, evaluations not counted, on CPU", text)
 
 
 @pytest.mark.parametrize(
