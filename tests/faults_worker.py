@@ -12,7 +12,7 @@ import toys
 from hf_gr import GRConfig, GRTrainer
 from hf_gr.checkpoints import last_complete_checkpoint
 
-STEPS = 40
+STEPS = 240
 SAVE_STEPS = 2
 
 
