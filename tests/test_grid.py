@@ -1,0 +1,220 @@
+"""Grids of runs: what is run, what is not run again, and what the tables say."""
+
+import csv
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from PIL import Image
+
+from hf_gr.grid import Grid, Run, expand, load_grid, run_grid
+from hf_gr.grid_report import markdown_table, plot_arms, plot_heat_map, write_results
+
+SCRIPTS = Path(__file__).parent.parent / "scripts"
+ARMS = {"off": {"gr_lambda": 0}, "on": {"gr_lambda": 0.1}}
+
+#: Stands for a training: writes down that it ran, takes its time, and leaves the files of one.
+TRAINING = """
+import json, pathlib, sys, time
+flags = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+folder = pathlib.Path(flags["--output_dir"])
+with open(folder.parent / "started.txt", "a") as log:
+    log.write(folder.name + "\\n")
+time.sleep(float(flags.get("--sleep", 0)))
+if flags.get("--gr_lambda") == flags.get("--fails_at"):
+    sys.exit("no luck")
+degree = float(flags["--gr_lambda"])
+loss = degree * (1 + int(flags["--seed"]) / 10) + int(flags["--seed"]) * 0.01
+history = [{"step": s, "eval_loss": loss + 1 - s / 10, "grad_norm": 1.0, "train_seconds": s * (1 + degree)}
+           for s in range(1, 11)]
+results = {"eval_loss": loss, "train_seconds": history[-1]["train_seconds"], "train_passes": 10}
+for name, content in (("all_results", results), ("eval_results", results), ("trainer_state", {"log_history": history})):
+    (folder / f"{name}.json").write_text(json.dumps(content))
+"""
+
+
+@pytest.fixture
+def training(tmp_path) -> Path:
+    script = tmp_path / "training.py"
+    script.write_text(TRAINING)
+    return script
+
+
+def started(folder: Path) -> list[str]:
+    return (folder / "started.txt").read_text().split()
+
+
+def storage(folder: Path) -> str:
+    return f"sqlite:///{folder}/runs.db"
+
+
+def test_every_combination_is_expanded_once(tmp_path):
+    grid = Grid("x.py", ARMS, "off", recipe="r.yaml", flags={"a": 1}, axes={"model": ["m/s", "l"]}, seeds=[0, 1])
+    runs = expand(grid, tmp_path, Path("recipes"), ["--b", "2"])
+    assert [run.name for run in runs[:4]] == ["s_off_0", "s_on_0", "l_off_0", "l_on_0"] and len(runs) == 8
+    assert runs[1].arguments == ["recipes/r.yaml", "--a", "1", "--b", "2", "--model", "m/s", "--gr_lambda", "0.1",
+                                 "--seed", "0", "--output_dir", str(tmp_path / "s_on_0")]  # fmt: skip
+    assert runs[1].point == {"model": "m/s", "arm": "on", "seed": 0}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"baseline": "none"}, "baseline='none': choose one of the arms, off, on"),
+        ({"seeds": [0, 0]}, r"seeds=\[0, 0\]: list each value once"),
+        ({"axes": {"gr_r": []}}, r"gr_r=\[\]: list each value once, and at least one"),
+        ({"arm": {}}, "grid.yaml: unknown key arm"),
+    ],
+)
+def test_mistakes_in_a_grid_are_named(changes, message, tmp_path):
+    content = {"script": "x.py", "arms": ARMS, "baseline": "off", **changes}
+    (tmp_path / "grid.yaml").write_text(yaml.safe_dump(content))
+    with pytest.raises(ValueError, match=message):
+        load_grid(tmp_path / "grid.yaml")
+
+
+def test_a_grid_that_is_not_there_and_a_scale_that_is_not_there():
+    with pytest.raises(ValueError, match=r"Give a file, or one of gr_table2"):
+        load_grid(SCRIPTS / "grids" / "nothing.yaml")
+    with pytest.raises(ValueError, match="scale='huge': gr_table2 has smoke, cpu, paper"):
+        load_grid(SCRIPTS / "grids" / "gr_table2.yaml", "huge")
+
+
+@pytest.mark.parametrize("path", sorted((SCRIPTS / "grids").glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_grids_make_command_lines_that_their_scripts_take(path, tmp_path):
+    for scale in yaml.safe_load(path.read_text())["scales"]:
+        grid = load_grid(path, scale)
+        spec = importlib.util.spec_from_file_location(Path(grid.script).stem, SCRIPTS / grid.script)
+        script = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = script  # dataclasses look their module up
+        spec.loader.exec_module(script)
+        for run in expand(grid, tmp_path, SCRIPTS / "recipes", ["--use_cpu", "True", "--bf16", "False"]):
+            *_, args = script.parse_args(run.arguments)
+            assert args.output_dir == str(run.folder) and args.seed == run.point["seed"]
+
+
+def test_what_is_finished_is_not_run_again(training, tmp_path):
+    grid = Grid(training.name, ARMS, "off", seeds=[0, 1])
+    ended = []
+    for _ in range(2):
+        runs = expand(grid, tmp_path, tmp_path)
+        run_grid(training, runs, storage(tmp_path), 2, lambda run, well: ended.append((run.name, well)))
+        assert all(run.is_finished for run in runs)
+    assert sorted(started(tmp_path)) == sorted(run.name for run in runs) and len(ended) == 4
+    grid.seeds = [0, 1, 2]  # more of them later
+    run_grid(training, expand(grid, tmp_path, tmp_path), storage(tmp_path))
+    assert sorted(started(tmp_path)[4:]) == ["off_2", "on_2"]
+
+
+def test_what_fails_is_said_and_run_again_the_next_time(training, tmp_path):
+    grid = Grid(training.name, ARMS, "off")
+    ended = []
+    failing = expand(grid, tmp_path, tmp_path, ["--fails_at", "0.1"])
+    run_grid(training, failing, storage(tmp_path), on_end=lambda run, well: ended.append((run.name, well)))
+    assert ended == [("off_0", True), ("on_0", False)]
+    assert "no luck" in (tmp_path / "on_0" / "log.txt").read_text()
+    run_grid(training, expand(grid, tmp_path, tmp_path), storage(tmp_path))
+    assert started(tmp_path) == ["off_0", "on_0", "on_0"]
+
+
+def test_killed_in_the_middle_only_the_unfinished_are_run(training, tmp_path):
+    """What the killed worker had taken is run again."""
+    code = (
+        "import sys; from pathlib import Path; import hf_gr.grid as g\n"
+        f"folder = Path({str(tmp_path)!r}); grid = g.Grid('x', {ARMS!r}, 'off', seeds=[0, 1])\n"
+        "runs = g.expand(grid, folder, folder, ['--sleep', '1'])\n"
+        f"g.run_grid(Path({str(training)!r}), runs, {storage(tmp_path)!r})"
+    )
+    worker = subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
+    until = time.monotonic() + 60
+    while time.monotonic() < until and not (tmp_path / "on_0" / "log.txt").exists():
+        time.sleep(0.05)
+    os.killpg(worker.pid, signal.SIGKILL)
+    worker.wait()
+    runs = expand(Grid("x", ARMS, "off", seeds=[0, 1]), tmp_path, tmp_path)
+    assert [run.is_finished for run in runs] == [True, False, False, False]
+    run_grid(training, runs, storage(tmp_path))
+    assert all(run.is_finished for run in runs)
+    assert [started(tmp_path).count(run.name) for run in runs] in ([1, 2, 1, 1], [1, 1, 1, 1])
+
+
+# ---- Reports ----
+
+
+@pytest.fixture
+def finished(training, tmp_path) -> tuple[Grid, list[Run]]:
+    grid = Grid(training.name, ARMS, "off", axes={"gr_r": [0.1, 0.2]}, seeds=[0, 1, 2])
+    runs = expand(grid, tmp_path, tmp_path)
+    run_grid(training, runs, storage(tmp_path), 2)
+    return grid, runs
+
+
+def test_the_tables_say_what_the_runs_have(finished, tmp_path):
+    grid, runs = finished
+    write_results(runs, tmp_path / "results.csv")
+    with (tmp_path / "results.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 12 and rows[0] == {
+        "gr_r": "0.1", "arm": "off", "seed": "0", "eval_loss": "0.0", "train_seconds": "10.0", "train_passes": "10",
+    }  # fmt: skip
+    lines = markdown_table(grid, runs).splitlines()
+    assert lines[0].startswith("| gr_r |  | loss, mean ± std | each seed | against off | p |")
+    # `off` takes 10 s; of `on`, which takes 11, that leaves step 9, at a loss of 0.12 + 0.1 on average
+    assert lines[2] == "| 0.1 | off | 0.01 ± 0.01 | 0, 0.01, 0.02 |  |  | 0.01 | 10 | 10 |"
+    assert lines[3] == "| 0.1 | on | 0.12 ± 0.02 | 0.1, 0.12, 0.14 | +0.11 | 0.0027 | 0.22 | 11 | 10 |"
+    grid.percent = True
+    assert markdown_table(grid, runs).splitlines()[2].startswith("| 0.1 | off | 1 ± 1 | 0, 1, 2 |")
+
+
+def test_published_numbers_are_beside_ours_and_marked(finished, tmp_path):
+    grid, runs = finished
+    (tmp_path / "p.csv").write_text(
+        "table,model,dataset,optimizer,method,mean,std\n"
+        "Table 2,ViT,cifar,Adam,gr,13.61,0.2\nTable 2,ViT,cifar,Adam,no,1,2\n"
+    )
+    grid.published = {"arms": {"on": "gr"}, "names": {"vit": "ViT", "c": "cifar", "adam": "Adam"}}
+    lines = markdown_table(grid, runs, tmp_path / "p.csv").splitlines()
+    assert lines[0].endswith("| published, **not ours** |") and lines[3].endswith("|  |")
+    grid.published_like = {"model": "vit", "dataset_name": "c", "optim": "adam"}
+    lines = markdown_table(grid, runs, tmp_path / "p.csv").splitlines()
+    assert lines[2].endswith("|  |") and lines[3].endswith("| 13.61 ± 0.2 |")
+
+
+def test_an_unfinished_grid_has_a_table_too(finished):
+    grid, runs = finished
+    table = markdown_table(grid, [runs[0], *runs[6:]])
+    assert "| 0.1 | off |" in table and "| 0.1 | on |" in table
+    alone = markdown_table(grid, [run for run in runs if run.point["arm"] == "on"])
+    assert "against off" in alone and "nan" not in alone
+
+
+def test_pictures(finished, tmp_path):
+    grid, runs = finished
+    plot_arms(grid, runs, tmp_path / "curves.png")
+    grid.axes["seed"] = [0, 1, 2]
+    plot_heat_map(grid, runs, tmp_path / "map.png")
+    for name in ("curves.png", "map.png"):
+        with Image.open(tmp_path / name) as picture:
+            assert picture.size[0] > 900
+
+
+def test_the_script_runs_real_trainings(tmp_path):
+    content = {"script": "train_vit.py", "metric": "eval_error", "percent": True, "arms": ARMS, "baseline": "off"}
+    (tmp_path / "grid.yaml").write_text(yaml.safe_dump(content))
+    command = [sys.executable, str(SCRIPTS / "compare.py"), "--grid", str(tmp_path / "grid.yaml"), "--output_dir",
+               str(tmp_path / "out"), "--workers", "2", "--max_steps", "2", "--max_eval_samples", "50", "--use_cpu",
+               "--report_to", "none", "--seeds", "3"]  # fmt: skip
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=200)
+    assert done.returncode == 0, done.stderr[-3000:]
+    results = json.loads((tmp_path / "out" / "on_3" / "all_results.json").read_text())
+    table = (tmp_path / "out" / "table.md").read_text()
+    assert f"| on | {100 * results['eval_error']:.4g} |" in table and "--max_steps 2" in table
+    assert (tmp_path / "out" / "curves.png").exists() and "2 runs, 0 of them finished" in done.stdout
