@@ -164,7 +164,7 @@ def run_grid(
     is killed; so its run is taken up again.
 
     Args:
-        storage: URL of the database in which workers, here and elsewhere, see what is left to do.
+        storage: a file, or the URL of a database, in which workers, here and elsewhere, see what is left to do.
         workers: runs at a time in this process.
         on_end: called with each run that ends, and whether it went well.
         launcher: what to start the script with.
@@ -172,6 +172,8 @@ def run_grid(
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
+    if "://" not in storage:
+        storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(storage))
     study = optuna.create_study(study_name="runs", storage=storage, load_if_exists=True)
     by_name = {run.name: run for run in runs}
     tried: set[str] = set()

@@ -6,7 +6,7 @@
 A grid (scripts/grids, or a file of your own) has arms, which are compared with each other, axes, seeds and scales. Any
 other flag is passed on to the script; `--axis FLAG=VALUE,VALUE` makes an axis of one. Give the same command again to go
 on after an interruption: what is finished is not run again. Workers on other machines that see the same folder join in
-by the same command with `--storage`, the URL of a database.
+by the same command.
 
 Written to the output folder: results.csv (a row per run), table.md, curves.png, and heat_map.png if there are two axes.
 """
@@ -36,7 +36,7 @@ def parse_args(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--seeds", type=int, nargs="+", help="instead of the grid's")
     parser.add_argument("--axis", action="append", default=[], metavar="FLAG=VALUE,VALUE")
     parser.add_argument("--workers", type=int, default=1, help="runs at a time, with one CPU thread each")
-    parser.add_argument("--storage", help="URL of a database that several machines share; default: a file")
+    parser.add_argument("--storage", help="URL of a database; default: a file in the output folder")
     return parser.parse_known_args(argv)
 
 
@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None) -> None:
             if not went_well:
                 progress.write(f"{run.name} failed: {run.folder / 'log.txt'}")
 
-        storage = options.storage or f"sqlite:///{folder.resolve()}/runs.db"
+        storage = options.storage or str(folder / "runs.log")
         run_grid(SCRIPTS / grid.script, runs, storage, options.workers, on_end)
 
     finished = [run for run in runs if run.is_finished]
