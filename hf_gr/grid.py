@@ -99,8 +99,9 @@ class Run:
     @contextmanager
     def lock(self) -> Iterator[bool]:
         """Whether this process is the one to run it."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(f"{self.folder}.lock", blocking=False)
+        locks = self.folder.parent / "locks"
+        locks.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(locks / self.name, blocking=False)
         try:
             lock.acquire()
         except Timeout:

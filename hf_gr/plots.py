@@ -1,5 +1,10 @@
-"""Pictures of a run, drawn from its `log_history` alone."""
+"""Pictures of a run, drawn from its `log_history` alone.
 
+python -m hf_gr.plots FOLDER    # draws curves.png of a finished run, or of its last checkpoint, anew
+"""
+
+import argparse
+import json
 from pathlib import Path
 
 from matplotlib import colormaps
@@ -126,3 +131,21 @@ def _line(axis: Axes, log_history: list[dict], key: str, label: str, color: str,
     if points:
         axis.plot(*zip(*points, strict=True), label=label, color=color, marker="o" if len(points) == 1 else "", **style)
     return bool(points)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m hf_gr.plots", description="Draw the curves of a run anew.")
+    parser.add_argument("folder", type=Path, help="the output folder of a run, or one of its checkpoints")
+    parser.add_argument("--picture", type=Path, help="default: curves.png in the folder")
+    options = parser.parse_args(argv)
+    states = [options.folder / "trainer_state.json"]
+    states += sorted(options.folder.glob("checkpoint-*/trainer_state.json"), key=lambda p: -int(p.parent.name[11:]))
+    state = next((path for path in states if path.is_file()), None)
+    if state is None:
+        raise ValueError(f"{options.folder}: there is no trainer_state.json. Give the output folder of a run.")
+    history = json.loads(state.read_text(encoding="utf-8"))["log_history"]
+    plot_curves(history, options.picture or options.folder / "curves.png")
+
+
+if __name__ == "__main__":
+    main()

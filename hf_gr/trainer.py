@@ -268,7 +268,12 @@ class GRMixin(CostMixin, IREMixin, OptimizerMixin):
         With `True` it is the last complete one in `output_dir`; later ones that are not complete are named.
         """
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir, self.args.world_size) or True
+            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir, self.args.world_size)
+            if resume_from_checkpoint is None:
+                raise ValueError(
+                    f"resume_from_checkpoint=True: there is no complete checkpoint in {self.args.output_dir!r}. Start "
+                    "without it, or give the folder of one."
+                )
         elif resume_from_checkpoint and not self.is_deepspeed_enabled:
             check_checkpoint(resume_from_checkpoint)
         try:

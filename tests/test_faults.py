@@ -117,6 +117,10 @@ def test_the_last_complete_checkpoint(tmp_path, caplog):
     resumed = GRTrainer(toys.llama(), trainer.args, train_dataset=toys.text())
     resumed.train(resume_from_checkpoint=True)
     assert torch.equal(toys.weights(resumed.model), toys.weights(trainer.model))
+    for checkpoint in checkpoints:
+        (checkpoint / "scheduler.pt").unlink()
+    with pytest.raises(ValueError, match="resume_from_checkpoint=True: there is no complete checkpoint in"):
+        resumed.train(resume_from_checkpoint=True)
 
 
 # ---- Signals in the second pass ----

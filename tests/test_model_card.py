@@ -8,6 +8,7 @@ from PIL import Image as PILImage
 
 import toys
 from hf_gr import GRConfig, GRTrainer
+from hf_gr.plots import main as plots_main
 from hf_gr.plots import plot_curves
 
 
@@ -144,6 +145,20 @@ def test_picture(run, tmp_path):
     plot_curves(plain, tmp_path / "plain.png")
     with PILImage.open(tmp_path / "plain.png") as picture:
         assert picture.size[0] > 1000
+
+
+def test_the_picture_is_drawn_from_the_state_alone(run, tmp_path):
+    trainer, _, folder = run
+    trainer.state.save_to_json(str(tmp_path / "trainer_state.json"))
+    plots_main([str(tmp_path)])
+    with PILImage.open(tmp_path / "curves.png") as again, PILImage.open(folder / "curves.png") as first:
+        assert again.tobytes() == first.tobytes()
+    (tmp_path / "checkpoint-12").mkdir()
+    (tmp_path / "trainer_state.json").rename(tmp_path / "checkpoint-12" / "trainer_state.json")
+    plots_main([str(tmp_path), "--picture", str(tmp_path / "again.png")])
+    assert (tmp_path / "again.png").read_bytes() == (tmp_path / "curves.png").read_bytes()
+    with pytest.raises(ValueError, match=r"there is no trainer_state\.json"):
+        plots_main([str(tmp_path / "checkpoint-1")])
 
 
 def test_an_evaluation_in_the_middle_is_not_passed_off_as_the_last(tmp_path):
