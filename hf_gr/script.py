@@ -1,5 +1,6 @@
 """What the training scripts share: arguments from a recipe and flags, and where the results go."""
 
+import logging
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ from transformers import HfArgumentParser
 from .checkpoints import last_complete_checkpoint
 from .config import GRConfig
 from .trainer import GRTrainer
+
+logger = logging.getLogger(__name__)
 
 
 def parse_args(
@@ -49,6 +52,11 @@ def checkpoint_to_resume(args: GRConfig) -> str | None:
     return last_complete_checkpoint(args.output_dir, args.world_size)
 
 
+def save_model(trainer: GRTrainer) -> None:
+    """Into the output folder. `publish` uploads it, once, with everything else."""
+    trainer.save_model(_internal_call=True)
+
+
 def save_metrics(trainer: GRTrainer, split: str, metrics: dict[str, float], combined: bool = True) -> None:
     """Print them, and write them into the output folder."""
     trainer.log_metrics(split, metrics)
@@ -65,8 +73,22 @@ def publish(trainer: GRTrainer, dataset_name: str, embedded: dict[str, str] | No
     name = (embedded or {}).get(dataset_name, dataset_name)
     is_on_hub = name == dataset_name and not Path(dataset_name).exists()
     card |= {"dataset": name if is_on_hub else Path(name).name, "dataset_tags": name if is_on_hub else None}
+    trainer.create_model_card(**card)
     if trainer.args.push_to_hub:
-        trainer.push_to_hub(**card)
-    else:
-        trainer.create_model_card(**card)
+        _upload(trainer, card)
     return Path(trainer.args.output_dir).resolve()
+
+
+def _upload(trainer: GRTrainer, card: dict[str, Any]) -> None:
+    """Push the output folder. The client tries again if the connection breaks; what fails for good is named."""
+    for job in getattr(getattr(trainer, "push_in_progress", None), "jobs", []):
+        if (error := job.exception()) is not None:
+            logger.warning(f"An upload during training failed ({error}). The last one has everything.")
+    try:
+        trainer.push_to_hub(**card)
+    except Exception as error:  # whatever it is, the files are there
+        folder = Path(trainer.args.output_dir).resolve()
+        raise RuntimeError(
+            f"The upload to {trainer.hub_model_id} failed ({error}). Nothing is lost: model, card and pictures are in "
+            f"{folder}; upload them with: hf upload {trainer.hub_model_id} {folder}"
+        ) from error

@@ -12,6 +12,7 @@ One optimizer step, with gradient accumulation over a window of micro-batches:
 import copy
 import math
 from contextlib import ExitStack, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -287,10 +288,11 @@ class GRMixin(CostMixin, IREMixin, OptimizerMixin):
         Under FSDP they are gathered into one model that `from_pretrained` loads, whatever parts checkpoints are made
         of; `Trainer` would write nothing.
         """
+        is_checkpoint = _internal_call and output_dir is not None
         with ExitStack() as stack:
             if self._gr_perturbation is not None:
                 stack.enter_context(self._gr_perturbation.suspended())
-            if self.is_fsdp_enabled and not _internal_call:
+            if self.is_fsdp_enabled and not is_checkpoint:
                 plugin = self.accelerator.state.fsdp_plugin
                 stack.callback(plugin.set_state_dict_type, plugin.state_dict_type)
                 plugin.set_state_dict_type("FULL_STATE_DICT")
@@ -337,6 +339,17 @@ class GRMixin(CostMixin, IREMixin, OptimizerMixin):
         ignored = getattr(self.model, "_keys_to_ignore_on_save", None) or ()
         require_same_names("the checkpoint", set(load_result.missing_keys) - set(ignored), load_result.unexpected_keys)
         super()._issue_warnings_after_load(load_result)
+
+    def init_hf_repo(self, *args, **kwargs) -> None:
+        """As in `Trainer`; what keeps the repository from being made is said before the training, not after."""
+        try:
+            super().init_hf_repo(*args, **kwargs)
+        except Exception as error:
+            name = self.args.hub_model_id or Path(self.args.output_dir).resolve().name
+            raise ValueError(
+                f"push_to_hub=True: the repository {name!r} can be neither found nor made on the Hub ({error}). Log in "
+                "with `hf auth login`, or give hub_token, a token that may write; hub_model_id is the name."
+            ) from error
 
     def create_model_card(self, *args, **kwargs) -> None:
         """Write `README.md` into the output folder: what this run did. Takes the arguments of `Trainer`'s."""

@@ -163,7 +163,7 @@ def main(argv: list[str] | None = None) -> None:
     before = {**trainer.evaluate(), **written()}
     script.save_metrics(trainer, "before", before, combined=False)
     result = trainer.train(resume_from_checkpoint=script.checkpoint_to_resume(args))
-    trainer.save_model()
+    script.save_model(trainer)
     script.save_metrics(trainer, "train", {**result.metrics, **trainer.costs()})
     metrics, answers = trainer.evaluate(), written()
     trainer.add_to_last_evaluation(answers)

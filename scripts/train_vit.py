@@ -180,7 +180,7 @@ def main(argv: list[str] | None = None) -> None:
     )
 
     result = trainer.train(resume_from_checkpoint=script.checkpoint_to_resume(args))
-    trainer.save_model()
+    script.save_model(trainer)
     script.save_metrics(trainer, "train", {**result.metrics, **trainer.costs()})
     metrics = trainer.evaluate()
     script.save_metrics(trainer, "eval", metrics)

@@ -24,7 +24,7 @@ from transformers import (
 )
 
 import toys
-from hf_gr import GRArguments, GRConfig, GRMixin, GRTrainer
+from hf_gr import GRArguments, GRConfig, GRMixin, GRTrainer, search_spaces
 from reference import flat_gradient
 from reference import train as reference_train
 
@@ -567,6 +567,42 @@ def test_hyperparameter_search_with_optuna(tmp_path):
     )
     assert best.hyperparameters.keys() == {"gr_r"}
     assert trainer.state.log_history[0]["gr_r"] in (1e-3, 5.0)
+
+
+def test_search_spaces_set_the_flags_and_trials_are_pruned(tmp_path):
+    optuna = pytest.importorskip("optuna")
+    seen, storage = [], f"sqlite:///{tmp_path}/sweep.db"
+
+    class Watched(GRTrainer):
+        def create_scheduler(self, *args, **kwargs):
+            flags = ("gr_r", "gr_lambda", "gr_warmup_steps", "ire_kappa", "ire_gamma")
+            seen.append({flag: getattr(self.args, flag) for flag in flags})
+            return super().create_scheduler(*args, **kwargs)
+
+    class AllButTheFirst(optuna.pruners.BasePruner):
+        def prune(self, study, trial):
+            return trial.number > 0
+
+    trainer = Watched(
+        model_init=lambda trial: toys.vit(),
+        args=GRConfig(**toys.arguments(tmp_path, max_steps=4, eval_strategy="steps", eval_steps=1)),
+        train_dataset=toys.images(),
+        eval_dataset=toys.images(),
+    )
+    trainer.hyperparameter_search(
+        hp_space=lambda trial: {**search_spaces.gr(trial), **search_spaces.ire(trial)},
+        backend="optuna",
+        n_trials=3,
+        sampler=optuna.samplers.RandomSampler(seed=0),
+        pruner=AllButTheFirst(),
+        storage=storage,
+        study_name="gr",
+    )
+    study = optuna.load_study(study_name="gr", storage=storage)
+    assert [trial.state.name for trial in study.trials] == ["COMPLETE", "PRUNED", "PRUNED"]
+    for trial, flags in zip(study.trials, seen, strict=True):
+        assert flags["gr_lambda"] == pytest.approx(trial.params["gr_r"] * trial.params["lambda_over_r"])
+        assert all(flags[name] == trial.params[name] for name in set(flags) - {"gr_lambda"})
 
 
 def test_hyperparameter_search_refuses_a_radius_that_makes_no_sense(tmp_path):

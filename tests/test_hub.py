@@ -1,0 +1,93 @@
+"""Pushing to the Hub, by the real client, to a server of our own: what is uploaded, and what happens when it is not."""
+
+import huggingface_hub
+import pytest
+import transformers.utils.hub
+from huggingface_hub import ModelCard
+
+import toys
+from hf_gr import GRConfig, GRTrainer, script
+from hub_server import TOKEN, Hub
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    server = Hub()
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", server.url)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(transformers.utils.hub, "_hf_api", None)  # made anew, with that address
+    monkeypatch.setattr(huggingface_hub.utils._http.time, "sleep", lambda seconds: None)  # between its attempts
+    huggingface_hub.close_session()
+    yield server
+    huggingface_hub.close_session()
+    server.close()
+
+
+def trained(folder, **flags) -> GRTrainer:
+    settings = {"push_to_hub": True, "hub_token": TOKEN, "gr_warmup": "none", "max_steps": 4, **flags}
+    args = GRConfig(**toys.arguments(folder, **settings))
+    trainer = GRTrainer(toys.vit(), args, train_dataset=toys.images())
+    trainer.train()
+    script.save_model(trainer)
+    return trainer
+
+
+@pytest.mark.parametrize("private", [False, True])
+def test_everything_is_uploaded_during_and_after_training(hub, private, tmp_path):
+    folder = tmp_path / "model"
+    trainer = trained(folder, save_strategy="steps", save_steps=2, hub_private_repo=private, hub_always_push=True)
+    script.publish(trainer, "digits", embedded={"digits": "scikit-learn digits"}, tasks="image-classification")
+    files = hub.repositories["somebody/model"]
+    assert {"model.safetensors", "config.json", "README.md", "curves.png", "training_args.bin"} <= set(files)
+    assert not any(name.startswith("checkpoint-") for name in files)
+    for name in ("model.safetensors", "README.md", "curves.png"):
+        assert files[name] == (folder / name).read_bytes()
+    card = ModelCard(files["README.md"].decode())
+    assert "with gradient regularization" in card.text and "on scikit-learn digits" in card.text
+    assert hub.commits[-1] == "End of training" and "Training in progress, step 2" in hub.commits
+    assert hub.private["somebody/model"] == private
+
+
+def test_a_name_that_is_there_already_and_ours_is_used(hub, tmp_path):
+    hub.repositories["somebody/mine"], hub.private["somebody/mine"] = {"old.txt": b""}, False
+    script.publish(trained(tmp_path, hub_model_id="mine"), "digits")
+    assert {"old.txt", "model.safetensors"} <= set(hub.repositories["somebody/mine"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"hub_token": "hf_may_read"}, "push_to_hub=True: the repository 'model' can be neither found nor made"),
+        ({"hub_model_id": "theirs"}, "(?s)push_to_hub=True: the repository 'theirs' .*rights to create a model"),
+        ({"hub_token": None}, "(?s)push_to_hub=True: .* Log in with `hf auth login`, or give hub_token"),
+    ],
+)
+def test_without_permission_training_does_not_start(hub, flags, message, tmp_path):
+    hub.taken = {"theirs"}
+    with pytest.raises(ValueError, match=message):
+        trained(tmp_path / "model", **flags)
+    assert not hub.commits
+
+
+@pytest.mark.parametrize("drops", [1, 99])
+def test_a_connection_that_breaks_in_training_does_not_stop_it(hub, drops, tmp_path, caplog):
+    """One break the client gets over by itself; if the Hub is away for longer, the last upload has everything."""
+    hub.drop_commits = drops
+    trainer = trained(tmp_path / "model", save_strategy="steps", save_steps=4, hub_always_push=True)
+    assert trainer.state.global_step == 4
+    trainer.push_in_progress.wait_until_done()
+    hub.drop_commits = 0
+    script.publish(trainer, "digits")
+    assert (
+        hub.repositories["somebody/model"]["model.safetensors"] == (tmp_path / "model/model.safetensors").read_bytes()
+    )
+    assert ("An upload during training failed" in caplog.text) == (drops == 99)
+
+
+def test_an_upload_that_fails_for_good_loses_nothing_and_says_what_to_do(hub, tmp_path):
+    folder = tmp_path / "model"
+    trainer = trained(folder)
+    hub.drop_commits = 99
+    with pytest.raises(RuntimeError, match=f"failed .* Nothing is lost: .*hf upload somebody/model {folder}"):
+        script.publish(trainer, "digits")
+    assert {"model.safetensors", "README.md", "curves.png"} <= {path.name for path in folder.iterdir()}
