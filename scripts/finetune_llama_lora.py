@@ -51,6 +51,9 @@ class ModelArguments:
     merge_and_save: bool = field(
         default=False, metadata={"help": "Save the base model with the adapters merged into it, too, in merged/."}
     )
+    license: str | None = field(
+        default=None, metadata={"help": "Licence of the trained model, for its card, as the Hub writes it: apache-2.0."}
+    )
 
     def __post_init__(self):
         if self.adapter_name_or_path is None:
@@ -178,6 +181,7 @@ def main(argv: list[str] | None = None) -> None:
         dataset_args=eval_split,
         finetuned_from=model_args.model_name_or_path,
         script_args=(model_args, data_args),
+        license=model_args.license,
         sample=(prompt, generate_text(model, tokenizer, prompt, data_args.max_new_tokens)),
     )
     if trainer.is_world_process_zero():

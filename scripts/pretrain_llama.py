@@ -41,6 +41,9 @@ class ModelArguments:
     block_size: int | None = field(
         default=None, metadata={"help": "Tokens per example. Default: the context of the architecture."}
     )
+    license: str | None = field(
+        default=None, metadata={"help": "Licence of the trained model, for its card, as the Hub writes it: apache-2.0."}
+    )
 
     def __post_init__(self):
         if self.tokenizer_name is not None and self.vocab_size is not None:
@@ -148,6 +151,7 @@ def main(argv: list[str] | None = None) -> None:
         tasks="text-generation",
         dataset_args=eval_split,
         script_args=(model_args, data_args),
+        license=model_args.license,
         sample=(data_args.sample_prompt, sample),
     )
     if trainer.is_world_process_zero():

@@ -82,6 +82,9 @@ class ModelArguments:
         default=None, metadata={"help": "Subtracted from each channel, scaled to [0, 1]. Default: 0.5 0.5 0.5."}
     )
     image_std: list[float] | None = field(default=None, metadata={"help": "Then divided by. Default: 0.5 0.5 0.5."})
+    license: str | None = field(
+        default=None, metadata={"help": "Licence of the trained model, for its card, as the Hub writes it: apache-2.0."}
+    )
 
     def __post_init__(self):
         if self.model_name_or_path is not None:
@@ -193,6 +196,7 @@ def main(argv: list[str] | None = None) -> None:
         dataset_args=eval_split,
         finetuned_from=model_args.model_name_or_path,
         script_args=(model_args, data_args),
+        license=model_args.license,
     )
     if trainer.is_world_process_zero():
         print(f"Test error {100 * metrics['eval_error']:.2f} % on {len(evaluation)} images.")

@@ -51,7 +51,8 @@ def main():
 def finished(tmp_path_factory):
     """The default job, cut to two epochs."""
     folder = tmp_path_factory.mktemp("vit") / "digits"
-    printed = launch("--output_dir", folder, "--num_train_epochs", 2, "--save_strategy", "epoch")
+    printed = launch("--output_dir", folder, "--num_train_epochs", 2, "--save_strategy", "epoch",
+                     "--license", "apache-2.0")  # fmt: skip
     return folder, printed
 
 
@@ -73,10 +74,8 @@ def test_output_folder(finished):
     for name in ("Model", "Card", "Picture"):
         assert Path(re.search(rf"{name}\s+(\S+)", printed).group(1)).exists()
     card = (folder / "README.md").read_text()
-    assert (
-        "trained from scratch on scikit-learn digits (1,437 training examples)" in card
-        and "| `gr_warmup` |  | zero |" in card
-    )
+    assert "trained from scratch on scikit-learn digits (1,437 training examples)" in card
+    assert "| `gr_warmup` |  | zero |" in card and "license: apache-2.0" in card and "`license`" not in card
 
 
 def test_pipeline_without_torchvision(finished):
