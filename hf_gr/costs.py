@@ -20,6 +20,8 @@ class CostMixin:
         super().__init__(*args, **kwargs)
         self._train_seconds = 0.0
         self._running_since: float | None = None
+        #: The first steps of a run that was resumed without a log of them: nobody knows what they took.
+        self.untimed_steps = 0
         self.add_callback(_SecondsBeforeResume(self))
 
     def train(self, *args, **kwargs):
@@ -88,6 +90,7 @@ class _SecondsBeforeResume(TrainerCallback):
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
         logged = [entry["train_seconds"] for entry in state.log_history if "train_seconds" in entry]
         self._trainer._train_seconds += logged[-1] if logged else 0.0
+        self._trainer.untimed_steps = 0 if logged else state.global_step
 
 
 def peak_memory(device: torch.device) -> int:

@@ -318,9 +318,7 @@ def _cost(trainer: "GRMixin") -> str:
     if ire is not None and ire.needs_estimate:
         share = trainer.gr_args.ire_probe_fraction
         text += f" and {ire.updates:,} over {'it' if share == 1 else f'{share:g} of it'} for IRE"
-    since = getattr(trainer, "_initial_global_step", 0)
-    if any("train_seconds" in entry and entry["step"] <= since for entry in trainer.state.log_history):
-        since = 0
+    since = trainer.untimed_steps
     which = f"steps {since + 1:,} to {steps:,} in" if since else "in"
     text += f", {which} {trainer.train_seconds:,.0f} seconds, evaluations not counted"
     device = trainer.args.device
