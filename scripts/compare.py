@@ -36,6 +36,7 @@ def parse_args(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--seeds", type=int, nargs="+", help="instead of the grid's")
     parser.add_argument("--axis", action="append", default=[], metavar="FLAG=VALUE,VALUE")
     parser.add_argument("--workers", type=int, default=1, help="runs at a time, with one CPU thread each")
+    parser.add_argument("--launcher", default=sys.executable, help="e.g. 'accelerate launch --num_processes 8'")
     parser.add_argument("--storage", help="URL of a database; default: a file in the output folder")
     return parser.parse_known_args(argv)
 
@@ -65,7 +66,7 @@ def main(argv: list[str] | None = None) -> None:
                 progress.write(f"{run.name} failed: {run.folder / 'log.txt'}")
 
         storage = options.storage or str(folder / "runs.log")
-        run_grid(SCRIPTS / grid.script, runs, storage, options.workers, on_end)
+        run_grid(SCRIPTS / grid.script, runs, storage, options.workers, on_end, shlex.split(options.launcher))
 
     finished = [run for run in runs if run.is_finished]
     if not finished:

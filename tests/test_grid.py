@@ -210,7 +210,7 @@ def test_the_script_runs_real_trainings(tmp_path):
     (tmp_path / "grid.yaml").write_text(yaml.safe_dump(content))
     command = [sys.executable, str(SCRIPTS / "compare.py"), "--grid", str(tmp_path / "grid.yaml"), "--output_dir",
                str(tmp_path / "out"), "--workers", "2", "--max_steps", "2", "--max_eval_samples", "50", "--use_cpu",
-               "--report_to", "none", "--seeds", "3"]  # fmt: skip
+               "--report_to", "none", "--seeds", "3", "--launcher", f"{sys.executable} -W ignore"]  # fmt: skip
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
