@@ -121,7 +121,7 @@ def _published_key(grid: Grid, at: dict[str, Any], arm: str) -> tuple[str, str, 
 
 
 def plot_arms(grid: Grid, runs: Sequence[Run], path: Path) -> None:
-    """The metric against steps and seconds, and the gradient norm, of each arm: means over seeds, and their range."""
+    """The metric against steps and seconds, with its range over the seeds, and the gradient norm; means of each arm."""
     scale = 100 if grid.percent else 1
     label = grid.metric.removeprefix("eval_") + (" (%)" if grid.percent else "")
     panels = [
@@ -138,11 +138,11 @@ def plot_arms(grid: Grid, runs: Sequence[Run], path: Path) -> None:
             fallback = "grad_norm" if key == "gr_grad_norm" else key  # without GR there is one gradient
             x, y = _mean_curve([run.history() for run in members], key, fallback, against)
             if len(x):
-                axis.plot(x, factor * y.mean(axis=0), color=color, label=arm)
-                axis.fill_between(x, factor * y.min(axis=0), factor * y.max(axis=0), color=color, alpha=0.12)
-        axis.set(xlabel=xlabel, ylabel=label if key == grid.metric else r"$\|g_1\|$")
-        if key != grid.metric:
-            axis.set_yscale("log")
+                axis.plot(x, factor * y.mean(axis=0), color=color, label=arm, linewidth=1.2)
+                if key == grid.metric:
+                    axis.fill_between(x, factor * y.min(axis=0), factor * y.max(axis=0), color=color, alpha=0.08)
+        # The end of the curves is what matters, and is the smallest part of a linear axis.
+        axis.set(xlabel=xlabel, ylabel=label if key == grid.metric else r"$\|g_1\|$", yscale="log")
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].legend(frameon=False)
