@@ -55,7 +55,13 @@ PAPERS = {
     "LAMB": '"Large Batch Optimization for Deep Learning: Training BERT in 76 Minutes" (You et al., ICLR 2020, '
     "[arXiv:1904.00962](https://arxiv.org/abs/1904.00962))",
 }
-SPEED_METRICS = ("runtime", "samples_per_second", "steps_per_second", "jit_compilation_time")
+SPEED_METRICS = (
+    "runtime",
+    "samples_per_second",
+    "steps_per_second",
+    "jit_compilation_time",
+    "model_preparation_time",
+)
 
 
 def write_model_card(
@@ -123,7 +129,7 @@ def write_model_card(
         ire_summary=_ire_summary(trainer, ire) if ire is not None else None,
         ire_table=_ire_table(trainer, ire) if ire is not None else None,
         sample=_quoted("".join(sample)) if sample is not None else None,
-        usage=_usage(trainer, task, model_name),
+        usage=_usage(trainer, task, model_name, base_model),
         cost=_cost(trainer),
         optimizer=_optimizer(trainer),
         hyperparameters=_hyperparameters([*script_args, trainer.args]),
@@ -208,6 +214,7 @@ def _summary(trainer: "GRMixin", origin: str, dataset: str) -> str:
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     name = type(model.get_base_model() if isinstance(model, PeftModel) else model).__name__
     size = f"{count:,} parameters" if trainable == count else f"{count:,} parameters, {trainable:,} of them trained"
+    size += _adapter(model)
     data = f" on {dataset}" if dataset else ""
     examples = getattr(trainer.train_dataset, "__len__", lambda: None)()
     seen = f" ({examples:,} training examples)" if examples else ""
@@ -216,6 +223,18 @@ def _summary(trainer: "GRMixin", origin: str, dataset: str) -> str:
     methods += _own_optimizer(trainer)
     how = f"with {' and '.join(methods)}" if methods else "without gradient regularization"
     return f"`{name}` with {size}, {origin}{data}{seen} {how}, using the library `hf_gr`."
+
+
+def _adapter(model: torch.nn.Module) -> str:
+    """What the adapter is, for LoRA and its like."""
+    if not isinstance(model, PeftModel):
+        return ""
+    config = model.active_peft_config
+    if not hasattr(config, "lora_alpha"):
+        return f" ({config.peft_type.value})"
+    layers = config.target_modules
+    on = layers if isinstance(layers, str) else ", ".join(sorted(layers))
+    return f" (LoRA of rank {config.r}, alpha {config.lora_alpha}, on {on})"
 
 
 def _evaluated(trainer: "GRMixin", dataset_names: list[str], split: str) -> str:
@@ -293,8 +312,10 @@ def _quoted(text: str) -> str:
     return text.replace("```", "` ` `")
 
 
-def _usage(trainer: "GRMixin", task: str | None, model_name: str) -> str | None:
-    if task is None or isinstance(trainer.model, PeftModel):
+def _usage(trainer: "GRMixin", task: str | None, model_name: str, base_model: str | None) -> str | None:
+    if isinstance(trainer.model, PeftModel):
+        return _adapter_usage(trainer, task, model_name) if base_model else None
+    if task is None:
         return None
     example = {"image-classification": '"image.png"'}.get(task, '"Some text"')
     where = trainer.hub_model_id or model_name
@@ -303,6 +324,19 @@ def _usage(trainer: "GRMixin", task: str | None, model_name: str) -> str | None:
     return (
         f'from transformers import pipeline\n\nmodel = pipeline("{task}", model="{where}"{own_code})\n'
         f"print(model({example}))"
+    )
+
+
+def _adapter_usage(trainer: "GRMixin", task: str | None, model_name: str) -> str | None:
+    """The base model is found by the name that the adapter's configuration has."""
+    if task != "text-generation":
+        return None
+    where = trainer.hub_model_id or model_name
+    return (
+        "from peft import AutoPeftModelForCausalLM\nfrom transformers import AutoTokenizer, pipeline\n\n"
+        f'model = AutoPeftModelForCausalLM.from_pretrained("{where}")\n'
+        f'tokenizer = AutoTokenizer.from_pretrained("{where}")\n'
+        'print(pipeline("text-generation", model=model, tokenizer=tokenizer)("Some text"))'
     )
 
 

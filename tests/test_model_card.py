@@ -134,7 +134,28 @@ def test_card_of_an_adapter(tmp_path):
     trainer.create_model_card(model_name="adapter")
     card = ModelCard.load(tmp_path / "README.md")
     assert card.data.library_name == "peft" and card.data.pipeline_tag == "text-generation"
-    assert "`LlamaForCausalLM` with" in card.text and "256 of them trained" in card.text
+    assert "`LlamaForCausalLM` with" in card.text
+    assert "256 of them trained (LoRA of rank 2, alpha 8, on q_proj), trained" in card.text
+    assert "How to use" not in card.text  # nobody else has the base
+    trainer.create_model_card(model_name="adapter", finetuned_from="somebody/base")
+    card = ModelCard.load(tmp_path / "README.md")
+    assert 'AutoPeftModelForCausalLM.from_pretrained("adapter")' in card.text
+    compile(card.text.split("```python\n")[1].split("```")[0], "card", "exec")
+
+
+def test_the_time_to_prepare_is_no_result(tmp_path):
+    trainer = GRTrainer(
+        model=toys.vit(),
+        args=GRConfig(**toys.arguments(tmp_path, gr_warmup="none", max_steps=1)),
+        train_dataset=toys.images(),
+        eval_dataset=toys.images(4),
+    )
+    trainer.evaluate()  # before the training, when Trainer reports that time
+    trainer.train()
+    trainer.evaluate()
+    trainer.create_model_card(**CARD)
+    card = ModelCard.load(tmp_path / "README.md")
+    assert "preparation" not in card.content and [r.metric_type for r in card.data.eval_results] == ["loss"]
 
 
 def test_picture(run, tmp_path):
