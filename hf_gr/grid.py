@@ -128,8 +128,12 @@ def expand(grid: Grid, folder: Path, recipes: Path, extra: Iterable[str] = ()) -
 
     Args:
         folder: each run gets a folder in it, named after its coordinates.
-        extra: further arguments of all runs; they overrule the grid's flags, and the arms and axes overrule them.
+        extra: further arguments of all runs; they overrule the grid's flags.
+
+    Raises:
+        ValueError: a flag is both an axis and of an arm, or given to all runs and one of those.
     """
+    _refuse_flags_without_effect(grid, extra := list(extra))
     base = [str(recipes / grid.recipe)] if grid.recipe else []
     base += [*_as_arguments(grid.flags), *extra]
     runs = []
@@ -141,6 +145,19 @@ def expand(grid: Grid, folder: Path, recipes: Path, extra: Iterable[str] = ()) -
             arguments = [*base, *_as_arguments({**at, **flags, "seed": seed, "output_dir": where})]
             runs.append(Run(point, arguments, where))
     return runs
+
+
+def _refuse_flags_without_effect(grid: Grid, extra: list[str]) -> None:
+    in_arms = {flag for flags in grid.arms.values() for flag in flags}
+    if both := sorted(in_arms & set(grid.axes)):
+        raise ValueError(
+            f"{', '.join(both)}: an axis has no effect on a flag that the arms set. Leave one of them out."
+        )
+    given = {argument[2:].split("=")[0] for argument in extra if argument.startswith("--")}
+    if idle := sorted(given & (in_arms | set(grid.axes) | {"seed", "output_dir"})):
+        raise ValueError(
+            f"--{', --'.join(idle)}: no effect, the grid sets it for each run. Use an axis, or another grid."
+        )
 
 
 def _as_arguments(flags: Mapping[str, Any]) -> list[str]:

@@ -80,6 +80,19 @@ def test_mistakes_in_a_grid_are_named(changes, message, tmp_path):
         load_grid(tmp_path / "grid.yaml")
 
 
+@pytest.mark.parametrize(
+    ("axes", "extra", "message"),
+    [
+        ({"gr_lambda": [0.1, 0.2]}, [], "gr_lambda: an axis has no effect on a flag that the arms set"),
+        ({}, ["--gr_lambda", "0.3"], "--gr_lambda: no effect, the grid sets it for each run"),
+        ({"gr_r": [0.1]}, ["--gr_r=0.2", "--seed", "1"], "--gr_r, --seed: no effect"),
+    ],
+)
+def test_flags_without_effect_are_refused(axes, extra, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        expand(Grid("x.py", ARMS, "off", axes=axes), tmp_path, tmp_path, extra)
+
+
 def test_a_grid_that_is_not_there_and_a_scale_that_is_not_there():
     with pytest.raises(ValueError, match=r"Give a file, or one of gr_table2"):
         load_grid(SCRIPTS / "grids" / "nothing.yaml")
