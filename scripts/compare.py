@@ -1,7 +1,7 @@
 """Compare ways of training: run a grid of one of the training scripts, and write what it says.
 
-    python scripts/compare.py --grid gr_table2 --scale cpu --workers 2
-    python scripts/compare.py --grid gr_table2 --scale cpu --dataset_name FOLDER --model vit-micro --axis gr_r=0.02,0.05
+    python scripts/compare.py --preset gr-table2 --scale cpu --workers 2
+    python scripts/compare.py --preset gr-table2 --scale cpu --dataset_name FOLDER --model vit-micro --axis gr_r=0.02,0.05
 
 A grid (scripts/grids, or a file of your own) has arms, which are compared with each other, axes, seeds and scales. Any
 other flag is passed on to the script; `--axis FLAG=VALUE,VALUE` makes an axis of one. Give the same command again to go
@@ -30,7 +30,7 @@ def parse_args(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--grid", required=True, help="a YAML file, or the name of one in scripts/grids")
+    parser.add_argument("--preset", required=True, help="a YAML file, or the name of one in scripts/grids")
     parser.add_argument("--scale", help="one of the grid's scales, e.g. smoke, cpu, paper")
     parser.add_argument("--output_dir", type=Path, help="default: outputs/GRID-SCALE")
     parser.add_argument("--seeds", type=int, nargs="+", help="instead of the grid's")
@@ -43,8 +43,8 @@ def parse_args(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 def main(argv: list[str] | None = None) -> None:
     options, extra = parse_args(sys.argv[1:] if argv is None else argv)
-    path = Path(options.grid)
-    path = path if path.suffix in (".yaml", ".yml") else SCRIPTS / "grids" / f"{options.grid}.yaml"
+    path = Path(options.preset)
+    path = path if path.suffix in (".yaml", ".yml") else SCRIPTS / "grids" / f"{options.preset}.yaml"
     grid = load_grid(path, options.scale)
     grid.seeds = options.seeds or grid.seeds
     for axis in options.axis:

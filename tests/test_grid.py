@@ -94,10 +94,10 @@ def test_flags_without_effect_are_refused(axes, extra, message, tmp_path):
 
 
 def test_a_grid_that_is_not_there_and_a_scale_that_is_not_there():
-    with pytest.raises(ValueError, match=r"Give a file, or one of gr_table2"):
+    with pytest.raises(ValueError, match=r"Give a file, or one of gr-table2"):
         load_grid(SCRIPTS / "grids" / "nothing.yaml")
-    with pytest.raises(ValueError, match="scale='huge': gr_table2 has smoke, cpu, paper"):
-        load_grid(SCRIPTS / "grids" / "gr_table2.yaml", "huge")
+    with pytest.raises(ValueError, match="scale='huge': gr-table2 has smoke, cpu, paper"):
+        load_grid(SCRIPTS / "grids" / "gr-table2.yaml", "huge")
 
 
 @pytest.mark.parametrize("path", sorted((SCRIPTS / "grids").glob("*.yaml")), ids=lambda path: path.stem)
@@ -221,7 +221,7 @@ def test_pictures(finished, tmp_path):
 def test_the_script_runs_real_trainings(tmp_path):
     content = {"script": "train_vit.py", "metric": "eval_error", "percent": True, "arms": ARMS, "baseline": "off"}
     (tmp_path / "grid.yaml").write_text(yaml.safe_dump(content))
-    command = [sys.executable, str(SCRIPTS / "compare.py"), "--grid", str(tmp_path / "grid.yaml"), "--output_dir",
+    command = [sys.executable, str(SCRIPTS / "compare.py"), "--preset", str(tmp_path / "grid.yaml"), "--output_dir",
                str(tmp_path / "out"), "--workers", "2", "--max_steps", "2", "--max_eval_samples", "50", "--use_cpu",
                "--report_to", "none", "--seeds", "3", "--launcher", f"{sys.executable} -W ignore"]  # fmt: skip
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
