@@ -1,6 +1,9 @@
 """What the training scripts share: arguments from a recipe and flags, and where the results go."""
 
 import logging
+import os
+import re
+import shlex
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -40,6 +43,26 @@ def parse_args(
             raise ValueError(f"{recipe}: unknown argument {', '.join(unknown)}; see --help for the known ones.")
         parser.set_defaults(**defaults)
     return parser.parse_args_into_dataclasses(argv)
+
+
+def command_line(script: str, argv: list[str], world_size: int = 1) -> str:
+    """What the run was started with, to be read by others: without tokens and without folders of this machine.
+
+    Args:
+        script: its file.
+        argv: its arguments.
+        world_size: number of processes. How they were started is not known in them; a single one needs no launcher.
+    """
+    launcher = f"accelerate launch --num_processes {world_size}" if world_size > 1 else "python"
+    words = [_without_folders(os.path.relpath(script)), *map(_without_folders, argv)]
+    return re.sub(r"(--\w*token[= ])\S+", r"\1...", f"{launcher} {shlex.join(words)}")
+
+
+def _without_folders(argument: str) -> str:
+    """A path that leads out of the working folder is its last part."""
+    flag, equals, value = argument.rpartition("=")
+    leads_out = os.path.isabs(value) or value.startswith("..")
+    return flag + equals + (os.path.basename(value.rstrip("/")) if leads_out else value)
 
 
 def checkpoint_to_resume(args: GRConfig) -> str | None:

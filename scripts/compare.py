@@ -1,7 +1,7 @@
 """Compare ways of training: run a grid of one of the training scripts, and write what it says.
 
     python scripts/compare.py --preset gr-table2 --scale cpu --workers 2
-    python scripts/compare.py --preset gr-table2 --scale cpu --dataset_name FOLDER --model vit-micro --axis gr_r=0.02,0.05
+    python scripts/compare.py --preset gr-table2 --scale cpu --dataset_name FOLDER --axis gr_r=0.02,0.05
 
 A grid (scripts/grids, or a file of your own) has arms, which are compared with each other, axes, seeds and scales. Any
 other flag is passed on to the script; `--axis FLAG=VALUE,VALUE` makes an axis of one. Give the same command again to go

@@ -123,7 +123,8 @@ def add_adapters(model: PreTrainedModel, args: ModelArguments) -> PeftModel:
 
 
 def main(argv: list[str] | None = None) -> None:
-    model_args, data_args, args = parse_args(sys.argv[1:] if argv is None else argv)
+    argv = sys.argv[1:] if argv is None else argv
+    model_args, data_args, args = parse_args(argv)
     args.include_num_input_tokens_seen = "all"
     set_seed(args.seed)
     require_writable(args.output_dir)
@@ -179,9 +180,11 @@ def main(argv: list[str] | None = None) -> None:
         data_args.dataset_name,
         tasks="text-generation",
         dataset_args=eval_split,
+        dataset_config=data_args.dataset_config_name,
         finetuned_from=model_args.model_name_or_path,
         script_args=(model_args, data_args),
         license=model_args.license,
+        command=script.command_line(__file__, argv, args.world_size),
         sample=(prompt, generate_text(model, tokenizer, prompt, data_args.max_new_tokens)),
     )
     if trainer.is_world_process_zero():

@@ -98,7 +98,8 @@ def create_tokenizer(args: ModelArguments, documents, text_column: str, context:
 
 
 def main(argv: list[str] | None = None) -> None:
-    model_args, data_args, args = parse_args(sys.argv[1:] if argv is None else argv)
+    argv = sys.argv[1:] if argv is None else argv
+    model_args, data_args, args = parse_args(argv)
     args.include_num_input_tokens_seen = "all"  # for the tokens, and tokens per second, in the log
     set_seed(args.seed)
     require_writable(args.output_dir)
@@ -150,8 +151,10 @@ def main(argv: list[str] | None = None) -> None:
         embedded={"python": "the source of Python's standard library"},
         tasks="text-generation",
         dataset_args=eval_split,
+        dataset_config=data_args.dataset_config_name,
         script_args=(model_args, data_args),
         license=model_args.license,
+        command=script.command_line(__file__, argv, args.world_size),
         sample=(data_args.sample_prompt, sample),
     )
     if trainer.is_world_process_zero():

@@ -155,7 +155,8 @@ def create_model(args: ModelArguments, label_names: list[str]) -> tuple[PreTrain
 
 
 def main(argv: list[str] | None = None) -> None:
-    model_args, data_args, args = parse_args(sys.argv[1:] if argv is None else argv)
+    argv = sys.argv[1:] if argv is None else argv
+    model_args, data_args, args = parse_args(argv)
     args.remove_unused_columns = False  # the image column is read when an example is asked for
     args.label_names = ["labels"]
     set_seed(args.seed)
@@ -194,9 +195,11 @@ def main(argv: list[str] | None = None) -> None:
         embedded={"digits": "scikit-learn digits"},
         tasks="image-classification",
         dataset_args=eval_split,
+        dataset_config=data_args.dataset_config_name,
         finetuned_from=model_args.model_name_or_path,
         script_args=(model_args, data_args),
         license=model_args.license,
+        command=script.command_line(__file__, argv, args.world_size),
     )
     if trainer.is_world_process_zero():
         print(f"Test error {100 * metrics['eval_error']:.2f} % on {len(evaluation)} images.")

@@ -11,6 +11,7 @@ from datasets import Dataset
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
+from hf_gr import model_card_text
 from test_scripts import launch
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
@@ -154,6 +155,16 @@ def test_the_result_answers_in_a_pipeline(adapters, merged):
     answer = pipeline("text-generation", model=model, tokenizer=AutoTokenizer.from_pretrained(folder))
     written = answer("### Instruction:\nHow many dogs?\n\n### Response:\n", max_new_tokens=4, do_sample=False)
     assert written[0]["generated_text"].startswith("### Instruction:")
+
+
+def test_the_code_on_the_cards_runs(pretrained, adapters, tmp_path, monkeypatch, capsys):
+    """The card of these adapters has none, because their base is a folder; what it would have is run all the same."""
+    monkeypatch.chdir(tmp_path)
+    Path(pretrained[0].name).symlink_to(pretrained[0])
+    exec((pretrained[0] / "README.md").read_text().split("```python\n")[1].split("```")[0], {})
+    assert "```python" not in (adapters[0] / "README.md").read_text()
+    exec(model_card_text.adapter_usage(None, "text-generation", str(adapters[0])), {})
+    assert capsys.readouterr().out.count("'generated_text': 'Some text") == 2
 
 
 def test_multiple_choice(data, pretrained, capsys):

@@ -1,8 +1,11 @@
 """The card and the picture say what the run did, and nothing else."""
 
+import dataclasses
 import re
 
 import pytest
+import torch
+import yaml
 from huggingface_hub import ModelCard
 from PIL import Image as PILImage
 
@@ -57,7 +60,7 @@ def test_metadata(run):
 def test_text_follows_the_run(run):
     _, card, folder = run
     assert "with gradient regularization" in card.text
-    assert "It did so in 4 of 6 steps" in card.text
+    assert "So it was in 4 of 6 steps" in card.text
     assert "SAM" not in card.text  # lambda is not r
     assert "`RMSprop` (" in card.text and "AdamW" not in card.text
     for row in (
@@ -75,32 +78,178 @@ def test_text_follows_the_run(run):
     assert "Evaluated on random pixels, split `test` (10 examples), after step 6 of 6:" in card.text
 
 
-def test_every_number_of_the_card_is_in_the_run(run):
-    trainer, card, _ = run
+# ---- Every number, for every kind of card ----
+
+KINDS = {
+    "gr": {"gr_r": 0.07, "gr_lambda": 0.05, "gr_warmup_steps": 2, "weight_decay": 0.013, "optim": "rmsprop"},
+    "r-warmup": {"gr_warmup": "r", "gr_warmup_steps": 3, "gr_interval": 2, "gr_scope": "global"},
+    "ire": {"gr_lambda": 0, "ire_kappa": 3.0, "ire_gamma": 0.7, "ire_interval": 2, "ire_probe_fraction": 0.5},
+    "tvlars": {"gr_lambda": 0, "optim": "tvlars", "optim_args": "tv_lambda=0.9,delay_steps=4", "lr_scaling": "linear",
+               "lr_scheduler_type": "constant"},
+    "lamb and all": {"optim": "lamb", "ire_kappa": 2.0, "gr_warmup": "none", "gr_r": 0.03},
+    "lars": {"optim": "lars", "gr_lambda": 0, "weight_decay": 0.017},
+    "lora": {"gr_r": 0.06, "gr_warmup": "lambda", "gr_warmup_steps": 4, "ire_kappa": 1.5, "warmup_steps": 2},
+    "nothing": {"gr_lambda": 0},
+}  # fmt: skip
+
+
+def run_of(kind: str, folder) -> tuple[GRTrainer, dict[str, int]]:
+    """A finished run, and how many passes with a gradient it took, counted by the model itself."""
+    from peft import LoraConfig, get_peft_model
+
+    passes = {"train": 0, "estimate": 0}
+    model = toys.vit()
+    data, evaluation = toys.images(), {"near": toys.images(6), "far": toys.images(10)}
+    if kind == "lora":
+        model = get_peft_model(toys.llama(), LoraConfig(r=3, lora_alpha=11, target_modules=["q_proj", "v_proj"]))
+        data, evaluation = toys.text(), {"near": toys.text(6), "far": toys.text(10)}
+
+    def count(module, inputs, output):
+        if torch.is_grad_enabled():
+            passes["train" if module.training else "estimate"] += 1
+
+    model.register_forward_hook(count)
+    args = GRConfig(**toys.arguments(folder, **KINDS[kind]))
+    trainer = GRTrainer(model, args, train_dataset=data, eval_dataset=evaluation)
+    trainer.train()
+    trainer.evaluate()
+    return trainer, passes
+
+
+def numbers(text: str) -> set[float]:
+    found = re.findall(r"(?<![\w.])-?\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?(?!\w|\.\d)", text)
+    return {float(number.strip(",").replace(",", "")) for number in found}
+
+
+def prose(card: ModelCard) -> str:
+    """The card without code, equations, citations and versions, and without the numbers that are parts of words."""
     text = card.text.split("## Versions")[0]
-    text = re.sub(r"\(Zhao.*?\)\.", "", text)  # the citation
-    text = re.sub(r"\b(g1|g2|\(1 - lambda)", "", text)
-    evaluation = trainer.state.log_history[-1]
-    costs = trainer.costs()
-    known = {
-        0.07,
-        0.05,
-        2,
-        0.013,
-        6,
-        4,
-        10,
-        24,
-        trainer.args.seed,
-        round(costs["train_seconds"]),
-        trainer.args.learning_rate,
-    }
-    known |= {sum(p.numel() for p in trainer.model.parameters()), trainer.gr_args.gr_interval}
-    known |= {trainer.args.num_train_epochs, float(f"{costs['peak_memory_bytes'] / 2**30:.2f}")}
-    known |= {float(f"{evaluation[f'eval_{name}']:.4g}") for name in ("loss", "accuracy", "error")}
-    known |= {float(v) for v in trainer.optimizer.param_groups[0].values() if isinstance(v, int | float)}
-    found = {float(n.replace(",", "")) for n in re.findall(r"(?<![\w.])\d[\d,]*(?:\.\d+)?(?:e-?\d+)?(?![\w])", text)}
+    text = re.sub(r"```.*?```|\$\$.*?\$\$", "", text, flags=re.DOTALL)
+    return re.sub(r"\b[gn] ?1\b|\bg2\b|\(1 \+ kappa\)|1 at those coordinates and 0 at the others|\*\*|`\w+`", "", text)
+
+
+def numbers_of(value) -> set[float]:
+    """All numbers in a value of any kind, as they are and as a card rounds them."""
+    if isinstance(value, dict):
+        return set().union(*map(numbers_of, value.values()))
+    if isinstance(value, list | tuple):
+        return set().union(*map(numbers_of, value))
+    if isinstance(value, str):
+        return numbers(value.replace("=", " "))
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return set()
+    return {float(value), float(f"{value:.4g}"), float(f"{value:.2f}")}
+
+
+def recorded(trainer: GRTrainer, passes: dict[str, int]) -> set[float]:
+    """Every number that the run has: nothing here is taken from the code that writes cards."""
+    args, model = trainer.args, trainer.model
+    flags = {f.name: getattr(args, f.name) for f in dataclasses.fields(args) if f.name.startswith(("gr_", "ire_"))}
+    last_losses = [entry for entry in trainer.state.log_history if "loss" in entry][-1]
+    evaluations = [e for e in trainer.state.log_history if any(k.startswith("eval_") for k in e)][-2:]
+    groups = [{k: v for k, v in g.items() if k != "params"} for g in trainer.optimizer.param_groups]
+    phis = [entry["tvlars_phi"] for entry in trainer.state.log_history if "tvlars_phi" in entry]
+    everything = [
+        {k: v for k, v in args.to_dict().items() if k != "output_dir"}, flags, last_losses, evaluations, groups[0],
+        phis[:1] + phis[-1:], sum(p.numel() for p in model.parameters()),
+        sum(p.numel() for p in model.parameters() if p.requires_grad), len(trainer.train_dataset),
+        passes["train"], passes["estimate"], trainer.state.global_step, passes["train"] - trainer.state.global_step,
+        args.per_device_train_batch_size, args.per_device_train_batch_size / 256, round(trainer.train_seconds),
+        args.warmup_steps + 1,
+    ]  # fmt: skip
+    if hasattr(model, "active_peft_config"):
+        everything += [model.active_peft_config.r, model.active_peft_config.lora_alpha]
+    return numbers_of(everything) | {256.0}
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def any_run(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("kind")
+    trainer, passes = run_of(request.param, folder)
+    trainer.create_model_card(dataset_tags="somebody/data", dataset_args="test", dataset_config="plain", license="mit")
+    return request.param, trainer, passes, ModelCard.load(folder / "README.md"), folder
+
+
+def test_every_number_of_the_card_is_in_the_run(any_run):
+    _, trainer, passes, card, _ = any_run
+    memory = float(re.search(r"with ([\d.]+) GiB of memory at the peak", card.text).group(1))
+    assert 0.1 < memory <= trainer.costs()["peak_memory_bytes"] / 2**30 + 0.005  # which may have grown since
+    known, found = recorded(trainer, passes) | {memory}, numbers(prose(card))
     assert found <= known, found - known
+    assert trainer.state.global_step in found and len(found) > 12
+    # and a number that is not of the run is found out
+    loss = trainer.state.log_history[-1]["eval_far_loss"]
+    forged = card.text.replace(f"| {loss:.4g} |", "| 0.1234 |")
+    assert numbers(prose(ModelCard(f"---\n---\n{forged}"))) - known == {0.1234}
+
+
+def test_the_methods_of_the_card_are_those_of_the_run(any_run):
+    kind, trainer, _, card, _ = any_run
+    gr, ire = trainer.gr_args.gr_degree != 0, trainer.gr_args.ire_kappa != 0
+    own = trainer.args.optim if trainer.args.optim in ("lars", "tvlars", "lamb") else None
+    tags = {tag for tag, used in (("gradient-regularization", gr), ("ire", ire), (own, own)) if used}
+    assert set(card.data.tags) == tags | {"hf_gr", "generated_from_trainer"}
+    equations = {"gr": r"\lambda_t}{r_t}", "ire": r"(1 + \kappa", "lars": r"\mu \leftarrow", "phi": r"\phi_t",
+                 "lamb": r"\sqrt{\hat v}"}  # fmt: skip
+    shown = {name for name, part in equations.items() if part in card.text}
+    used = {name for name, on in (("gr", gr), ("ire", ire)) if on}
+    assert shown == used | {"lars": {"lars"}, "tvlars": {"lars", "phi"}, "lamb": {"lamb"}, None: set()}[own]
+    papers = {"2406.09723": gr, "2405.20763": ire, "2010.01412": gr and trainer.gr_args.gr_lambda is None,
+              "1708.03888": own in ("lars", "tvlars"), "2309.14053": own == "tvlars", "1904.00962": own == "lamb",
+              "2106.09685": kind == "lora"}  # fmt: skip
+    assert {paper for paper in papers if f"arxiv.org/abs/{paper}" in card.text} == {p for p, on in papers.items() if on}
+    assert ("## Citation" in card.text) == any(papers.values())
+
+
+def test_the_hub_reads_the_metadata(any_run):
+    """What huggingface_hub checks and reads back, and the tasks that the Hub knows."""
+    from evaluate.config import HF_HUB_ALLOWED_TASKS
+    from huggingface_hub import metadata_load
+    from huggingface_hub.repocard_data import model_index_to_eval_results
+    from huggingface_hub.utils import validate_repo_id
+
+    kind, trainer, _, _, folder = any_run
+    metadata = metadata_load(folder / "README.md")
+    assert metadata["pipeline_tag"] in HF_HUB_ALLOWED_TASKS
+    assert metadata["library_name"] == ("peft" if kind == "lora" else "transformers")
+    for name in metadata["datasets"]:
+        validate_repo_id(name)
+    _, results = model_index_to_eval_results(metadata["model-index"])
+    evaluations = {k: v for e in trainer.state.log_history[-2:] for k, v in e.items() if k.endswith("_loss")}
+    assert {f"eval_{r.metric_type}": r.metric_value for r in results} == evaluations and len(results) == 2
+    for result in results:
+        assert (result.dataset_type, result.dataset_config, result.dataset_split) == ("somebody/data", "plain", "test")
+    assert not (folder / ".eval_results").exists()  # of two sets neither is the one
+
+
+@pytest.mark.parametrize(
+    ("card", "expected"),
+    [
+        ({"dataset_tags": "somebody/data", "dataset_config": "plain"}, ("somebody/data", "plain", "accuracy")),
+        (
+            {"dataset_tags": "somebody/data", "dataset_args": "test"},
+            ("somebody/data", "default", "accuracy, split test"),
+        ),
+        ({"dataset": "a folder"}, None),
+    ],
+)
+def test_the_file_of_results_that_leaderboards_read(card, expected, run):
+    from huggingface_hub._eval_results import parse_eval_result_entries
+
+    trainer, _, folder = run
+    trainer.create_model_card(**card)
+    path = folder / ".eval_results" / "hf_gr.yaml"
+    assert path.exists() == (expected is not None)
+    if expected is not None:
+        (entry,) = parse_eval_result_entries(yaml.safe_load(path.read_text()))
+        assert (entry.dataset_id, entry.task_id, entry.notes) == expected
+        assert entry.value == trainer.state.log_history[-1]["eval_accuracy"]
+
+
+def test_the_command_is_on_the_card(run, tmp_path):
+    trainer, _, folder = run
+    trainer.create_model_card(**CARD, command="python scripts/train_vit.py --gr_r 0.07")
+    assert "```bash\npython scripts/train_vit.py --gr_r 0.07\n```" in ModelCard.load(folder / "README.md").text
 
 
 def test_without_gradient_regularization(tmp_path):

@@ -107,7 +107,7 @@ def test_lr_scaling_is_said_and_on_the_card(tmp_path, caplog):
     assert any("scaled by 0.0078125 (the total batch of 2 / 256)" in r.getMessage() for r in caplog.records)
     trainer.create_model_card()
     card = (tmp_path / "README.md").read_text()
-    assert "Optimizer: `LARS` (momentum=0.9, trust_coefficient=0.001" in card
+    assert "Optimizer: `LARS` (see above)" in card and "| `trust_coefficient` | eta | 0.001 |" in card
     assert "with `learning_rate` times 0.0078125 (the total batch of 2 / 256)" in card
     assert "| `optim` | lars |" in card
 

@@ -18,6 +18,8 @@ from datasets import Dataset, DatasetDict, Features, Image, Value
 from PIL import Image as PILImage
 from transformers import AutoModelForImageClassification, pipeline
 
+from hf_gr import script
+
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "scripts" / "train_vit.py"
 
@@ -86,6 +88,40 @@ def test_pipeline_without_torchvision(finished):
     assert classify(PILImage.new("L", (20, 20)))[0]["label"] in set("0123456789")
 
 
+def test_the_code_on_the_card_runs(finished, tmp_path, monkeypatch, capsys):
+    folder, _ = finished
+    if importlib.util.find_spec("torchvision") is not None:
+        pytest.skip("torchvision is installed")
+    (tmp_path / folder.name).symlink_to(folder)
+    PILImage.new("L", (20, 20)).save(tmp_path / "image.png")
+    monkeypatch.chdir(tmp_path)
+    code = (folder / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    exec(code, {})
+    assert "'score':" in capsys.readouterr().out
+
+
+def test_the_command_on_the_card_is_the_one_that_was_given(finished):
+    folder, _ = finished
+    (command,) = re.findall(r"```bash\n(.*?)\n```", (folder / "README.md").read_text(), flags=re.DOTALL)
+    assert command.startswith("python scripts/train_vit.py --output_dir ") and command.endswith("--license apache-2.0")
+    assert f"--output_dir {folder.name} " in command and str(folder) not in command
+
+
+@pytest.mark.parametrize(
+    ("argv", "world_size", "expected"),
+    [
+        (["--hub_token", "hf_secret", "--gr_r=0.1"], 1, "python train.py --hub_token ... --gr_r=0.1"),
+        (["--hub_token=hf_secret"], 4, "accelerate launch --num_processes 4 train.py --hub_token=..."),
+        (["--dataset_name", "/home/me/data/"], 1, "python train.py --dataset_name data"),
+        (["r.yaml", "--dataset_name=../../data.parquet"], 1, "python train.py r.yaml --dataset_name=data.parquet"),
+        (["--sample_prompt", "It's a"], 1, "python train.py --sample_prompt 'It'\"'\"'s a'"),
+    ],
+)
+def test_a_published_command_gives_away_neither_tokens_nor_folders(argv, world_size, expected, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert script.command_line(str(tmp_path / "train.py"), argv, world_size) == expected
+
+
 def test_resume_is_bit_identical(finished, tmp_path):
     """From the last complete checkpoint: the one after it was being written when the run was killed."""
     folder, _ = finished
@@ -116,7 +152,8 @@ def test_resnet_with_tvlars_by_flags(tmp_path):
            "--per_device_train_batch_size", 16, "--lr_scheduler_type", "constant", "--learning_rate", 1.0,
            "--lr_scaling", "linear", "--gr_lambda", 0, "--layer_statistics_steps", 2)  # fmt: skip
     card = (tmp_path / "README.md").read_text()
-    assert "Optimizer: `TVLARS` (" in card and "tv_lambda=1.25, delay_steps=4.0" in card
+    assert "Optimizer: `TVLARS` (see above)" in card
+    assert "| `tv_lambda` | lambda | 1.25 |" in card and "| `delay_steps` | d_e | 4.0 |" in card
     assert "with `learning_rate` times 0.0625 (the total batch of 16 / 256)" in card
     assert "| `stem` | cifar |" in card and "| `weight_init` | kaiming_uniform |" in card
     assert "trust ratio of each layer](layer_statistics.png)" in card
