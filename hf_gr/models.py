@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 from transformers import (
@@ -10,10 +11,13 @@ from transformers import (
     PreTrainedModel,
     ResNetConfig,
     ResNetForImageClassification,
+    SwinConfig,
+    SwinForImageClassification,
     ViTConfig,
     ViTForImageClassification,
 )
 
+from .cait import CaitConfig, CaitForImageClassification
 from .cifar_resnet import CifarResNetConfig, CifarResNetForImageClassification
 
 #: The ViTs of the GR paper: patches of 4 on images of 32 pixels, and `vit-micro`, small enough for 8-pixel images and
@@ -43,9 +47,31 @@ VIT_PRESETS: dict[str, dict[str, int]] = {
     },
 }
 
+#: The Swins of the GR paper: on images of 32 pixels, and the first also on ImageNet's 224.
+_SWIN_32 = {"image_size": 32, "patch_size": 2, "window_size": 4}
+_SWIN_TINY = {"embed_dim": 96, "depths": [2, 2, 6, 2], "num_heads": [3, 6, 12, 24]}
+SWIN_PRESETS: dict[str, dict[str, Any]] = {
+    "swin-tiny": {**_SWIN_TINY, **_SWIN_32},
+    "swin-small": {**_SWIN_TINY, **_SWIN_32, "depths": [2, 2, 18, 2]},
+    "swin-base": {"embed_dim": 128, "depths": [2, 2, 18, 2], "num_heads": [4, 8, 16, 32], **_SWIN_32},
+    "swin-tiny-224": {**_SWIN_TINY, "image_size": 224, "patch_size": 4, "window_size": 7},
+}
+
+#: The CaiTs of the GR paper.
+_CAIT_32 = {"image_size": 32, "patch_size": 4}
+CAIT_PRESETS: dict[str, dict[str, int]] = {
+    "cait-xxs12": {"hidden_size": 192, "num_hidden_layers": 12, "num_attention_heads": 4, **_CAIT_32},
+    "cait-xxs24": {"hidden_size": 192, "num_hidden_layers": 24, "num_attention_heads": 4, **_CAIT_32},
+    "cait-xs12": {"hidden_size": 288, "num_hidden_layers": 12, "num_attention_heads": 6, **_CAIT_32},
+    "cait-s12": {"hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 8, **_CAIT_32},
+}
+
 #: ResNets of basic blocks, 64 to 512 channels wide: blocks per stage.
 RESNET_PRESETS: dict[str, list[int]] = {"resnet-18": [2, 2, 2, 2], "resnet-34": [3, 4, 6, 3]}
 RESNET_STEMS = ("imagenet", "cifar")
+
+#: All that images can be classified with.
+IMAGE_PRESETS = (*VIT_PRESETS, *SWIN_PRESETS, *CAIT_PRESETS, *RESNET_PRESETS)
 
 WEIGHT_INITS: dict[str, Callable] = {
     "xavier_uniform": nn.init.xavier_uniform_,
@@ -53,6 +79,49 @@ WEIGHT_INITS: dict[str, Callable] = {
     "kaiming_uniform": nn.init.kaiming_uniform_,
     "kaiming_normal": nn.init.kaiming_normal_,
 }
+
+
+def create_image_model(
+    preset: str,
+    label_names: list[str],
+    image_size: int | None = None,
+    dropout: float | None = None,
+    stem: str | None = None,
+) -> PreTrainedModel:
+    """A freshly initialized image classifier.
+
+    Args:
+        preset: one of `IMAGE_PRESETS`.
+        label_names: the classes, in the order of their ids.
+        image_size: pixels per side if not the preset's; of no matter to a ResNet.
+        dropout: probability if not that of the code released with GR; not for a ResNet. See the functions below.
+        stem: of a ResNet.
+    """
+    if preset in RESNET_PRESETS:
+        return create_resnet(preset, label_names, stem or "imagenet")
+    for presets, create in ((VIT_PRESETS, create_vit), (SWIN_PRESETS, create_swin), (CAIT_PRESETS, create_cait)):
+        if preset in presets:
+            chosen = {} if dropout is None else {"dropout": dropout}
+            return create(preset, label_names, image_size, **chosen)
+    raise ValueError(f"model={preset!r}: choose one of {', '.join(IMAGE_PRESETS)}.")
+
+
+def _labels(names: list[str]) -> dict[str, dict]:
+    return {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
+
+
+def _shape(presets: dict[str, dict[str, Any]], preset: str, image_size: int | None) -> dict[str, Any]:
+    """The preset's arguments of a configuration, on images of `image_size`."""
+    if preset not in presets:
+        raise ValueError(f"model={preset!r}: choose one of {', '.join(presets)}.")
+    shape = dict(presets[preset])
+    shape["image_size"] = image_size or shape["image_size"]
+    if shape["image_size"] % shape["patch_size"]:
+        raise ValueError(
+            f"image_size={image_size}: {preset} cuts images into patches of {shape['patch_size']} pixels; choose a "
+            "multiple of that."
+        )
+    return shape
 
 
 def create_vit(
@@ -70,22 +139,13 @@ def create_vit(
         image_size: pixels per side if not the preset's; a multiple of the patch size.
         dropout: probability for hidden states and attention weights.
     """
-    if preset not in VIT_PRESETS:
-        raise ValueError(f"model={preset!r}: choose one of {', '.join(VIT_PRESETS)}.")
-    shape = VIT_PRESETS[preset]
-    image_size = image_size or shape["image_size"]
-    if image_size % shape["patch_size"]:
-        raise ValueError(
-            f"image_size={image_size}: {preset} cuts images into patches of {shape['patch_size']} pixels; choose a "
-            "multiple of that."
-        )
+    shape = _shape(VIT_PRESETS, preset, image_size)
     config = ViTConfig(
-        **{**shape, "image_size": image_size},
+        **shape,
         intermediate_size=4 * shape["hidden_size"],
         hidden_dropout_prob=dropout,
         attention_probs_dropout_prob=dropout,
-        id2label=dict(enumerate(label_names)),
-        label2id={name: i for i, name in enumerate(label_names)},
+        **_labels(label_names),
     )
     model = ViTForImageClassification(config)
     for module in model.modules():
@@ -95,6 +155,36 @@ def create_vit(
     nn.init.zeros_(model.classifier.weight)
     nn.init.zeros_(model.vit.embeddings.cls_token)
     return model
+
+
+def create_swin(
+    preset: str, label_names: list[str], image_size: int | None = None, dropout: float = 0.1
+) -> SwinForImageClassification:
+    """A freshly initialized Swin, as transformers draws it, without stochastic depth.
+
+    The code released with GR shrinks the window to 2 in the last stage, where 2 x 2 patches are left; here it keeps its
+    size and is padded, with 1,920 (Base: 2,560) more position biases.
+
+    Args:
+        preset: a key of `SWIN_PRESETS`.
+        dropout: probability for the attention weights alone, as in the released code.
+    """
+    shape = _shape(SWIN_PRESETS, preset, image_size)
+    config = SwinConfig(**shape, attention_probs_dropout_prob=dropout, drop_path_rate=0.0, **_labels(label_names))
+    return SwinForImageClassification(config)
+
+
+def create_cait(
+    preset: str, label_names: list[str], image_size: int | None = None, dropout: float = 0.0
+) -> CaitForImageClassification:
+    """A freshly initialized CaiT; see `hf_gr.cait`.
+
+    Args:
+        preset: a key of `CAIT_PRESETS`.
+        dropout: probability for hidden states and attention weights.
+    """
+    shape = _shape(CAIT_PRESETS, preset, image_size)
+    return CaitForImageClassification(CaitConfig(**shape, dropout=dropout, **_labels(label_names)))
 
 
 def create_resnet(preset: str, label_names: list[str], stem: str = "imagenet") -> ResNetForImageClassification:
@@ -119,8 +209,7 @@ def create_resnet(preset: str, label_names: list[str], stem: str = "imagenet") -
         hidden_sizes=[64, 128, 256, 512],
         depths=RESNET_PRESETS[preset],
         layer_type="basic",
-        id2label=dict(enumerate(label_names)),
-        label2id={name: i for i, name in enumerate(label_names)},
+        **_labels(label_names),
     )
     return model_class(config)
 

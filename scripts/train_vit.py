@@ -35,12 +35,11 @@ from hf_gr.data import (
 )
 from hf_gr.metrics import classification_metrics, rank_classes
 from hf_gr.models import (
+    IMAGE_PRESETS,
     RESNET_PRESETS,
     RESNET_STEMS,
-    VIT_PRESETS,
     WEIGHT_INITS,
-    create_resnet,
-    create_vit,
+    create_image_model,
     initialize_weights,
 )
 
@@ -53,14 +52,17 @@ class ModelArguments:
         default=None,
         metadata={
             "help": "Architecture to train from scratch. Default: vit-ti.",
-            "choices": [*VIT_PRESETS, *RESNET_PRESETS],
+            "choices": list(IMAGE_PRESETS),
         },
     )
     model_name_or_path: str | None = field(
         default=None, metadata={"help": "Pretrained checkpoint to start from, on the Hub or in a folder."}
     )
     # A checkpoint brings its own values of these; they describe a model that is trained from scratch.
-    dropout: float | None = field(default=None, metadata={"help": "Dropout, on attention weights too. Default: 0.1."})
+    dropout: float | None = field(
+        default=None,
+        metadata={"help": "Dropout, on attention weights too (Swin: there alone). Default: 0.1; 0 for CaiT."},
+    )
     stem: str | None = field(
         default=None,
         metadata={
@@ -137,13 +139,8 @@ def create_model(args: ModelArguments, label_names: list[str]) -> tuple[PreTrain
             ignore_mismatched_sizes=True,  # the head, where the number of classes is another
         )
         return model, AutoImageProcessor.from_pretrained(args.model_name_or_path)
-    if args.model in RESNET_PRESETS:
-        model = create_resnet(args.model, label_names, args.stem or "imagenet")
-        image_size = args.image_size or 32
-    else:
-        dropout = 0.1 if args.dropout is None else args.dropout
-        model = create_vit(args.model or "vit-ti", label_names, args.image_size, dropout)
-        image_size = model.config.image_size
+    model = create_image_model(args.model or "vit-ti", label_names, args.image_size, args.dropout, args.stem)
+    image_size = args.image_size or getattr(model.config, "image_size", 32)
     if args.weight_init is not None:
         initialize_weights(model, args.weight_init)
     image_processor = ViTImageProcessorPil(

@@ -5,17 +5,108 @@ import pytest
 import torch
 from transformers import AutoModelForImageClassification, EvalPrediction
 
+from hf_gr.cait import CaitBlock, ClassAttention, TalkingHeadsAttention
 from hf_gr.metrics import classification_metrics, rank_classes
-from hf_gr.models import RESNET_STEMS, WEIGHT_INITS, create_resnet, create_vit, initialize_weights
-
-
-@pytest.mark.parametrize(
-    ("preset", "parameters"), [("vit-ti", 5_362_762), ("vit-s", 21_342_346), ("vit-b", 85_152_010)]
+from hf_gr.models import (
+    RESNET_STEMS,
+    WEIGHT_INITS,
+    create_cait,
+    create_image_model,
+    create_resnet,
+    create_swin,
+    create_vit,
+    initialize_weights,
 )
+
+SIZES = {
+    "vit-ti": 5_362_762, "vit-s": 21_342_346, "vit-b": 85_152_010, "swin-tiny": 27_507_028, "swin-small": 48_807_652,
+    "swin-base": 86_703_746, "cait-xxs12": 6_258_154, "cait-xxs24": 11_601_610, "cait-xs12": 14_032_378,
+    "cait-s12": 24_903_370,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("preset", "parameters"), SIZES.items())
 def test_presets_have_the_size_of_the_paper(preset, parameters):
     with torch.device("meta"):
-        model = create_vit(preset, [str(i) for i in range(10)])
+        model = create_image_model(preset, [str(i) for i in range(10)])
     assert sum(p.numel() for p in model.parameters()) == parameters
+    assert model.config.image_size == 32
+
+
+def test_swin_for_imagenet_is_the_one_everybody_has():
+    with torch.device("meta"):
+        model = create_image_model("swin-tiny-224", [str(i) for i in range(1000)])
+    assert sum(p.numel() for p in model.parameters()) == 28_288_354 and model.config.image_size == 224
+
+
+def test_dropout_is_that_of_the_released_code_unless_it_is_given():
+    names = ["a", "b"]
+    assert create_image_model("vit-micro", names).config.hidden_dropout_prob == 0.1
+    with torch.device("meta"):
+        swin, cait = create_image_model("swin-tiny", names).config, create_image_model("cait-xxs12", names).config
+        assert (swin.attention_probs_dropout_prob, swin.hidden_dropout_prob, swin.drop_path_rate) == (0.1, 0.0, 0.0)
+        assert cait.dropout == 0.0 and create_image_model("cait-xxs12", names, dropout=0.2).config.dropout == 0.2
+        assert create_image_model("swin-tiny", names, 64, 0.3).config.attention_probs_dropout_prob == 0.3
+    with pytest.raises(ValueError, match=r"model='vit-xl': choose one of vit-micro, .*swin-tiny, .*cait-s12, .*resnet"):
+        create_image_model("vit-xl", names)
+    with pytest.raises(ValueError, match="image_size=33: swin-tiny cuts images into patches of 2 pixels"):
+        create_swin("swin-tiny", names, 33)
+
+
+# ---- CaiT ----
+
+
+def test_talking_heads_that_do_not_talk_are_plain_attention():
+    torch.manual_seed(0)
+    layer = TalkingHeadsAttention(create_cait("cait-xxs12", ["a", "b"]).config)
+    x = torch.randn(2, 5, 192)
+    for mix in (layer.mix_scores, layer.mix_weights):
+        torch.nn.init.eye_(mix.weight)
+        torch.nn.init.zeros_(mix.bias)
+    reference = torch.nn.MultiheadAttention(192, 4, batch_first=True)
+    reference.in_proj_weight.data, reference.in_proj_bias.data = layer.qkv.weight.data, layer.qkv.bias.data
+    reference.out_proj.weight.data, reference.out_proj.bias.data = layer.out.weight.data, layer.out.bias.data
+    torch.testing.assert_close(layer(x), reference(x, x, x)[0])
+    # Heads in another order, their mixing with them: the same.
+    order = torch.tensor([2, 0, 3, 1])
+    torch.nn.init.normal_(layer.mix_scores.weight)
+    torch.nn.init.normal_(layer.mix_weights.weight)
+    before = layer(x)
+    rows = (order[:, None] * 48 + torch.arange(48)).flatten()
+    layer.qkv.weight.data = layer.qkv.weight.data.view(3, 192, 192)[:, rows].reshape(576, 192)
+    layer.qkv.bias.data = layer.qkv.bias.data.view(3, 192)[:, rows].reshape(576)
+    layer.out.weight.data = layer.out.weight.data[:, rows]
+    for mix in (layer.mix_scores, layer.mix_weights):
+        mix.weight.data = mix.weight.data[order][:, order]
+    torch.testing.assert_close(layer(x), before, rtol=1e-4, atol=1e-5)
+
+
+def test_class_attention_reads_all_tokens_and_changes_the_first():
+    torch.manual_seed(0)
+    config = create_cait("cait-xxs12", ["a", "b"]).config
+    layer, x = ClassAttention(config), torch.randn(2, 5, 192)
+    reference = torch.nn.MultiheadAttention(192, 4, batch_first=True)
+    reference.in_proj_weight.data = torch.cat([layer.q.weight, layer.k.weight, layer.v.weight]).data
+    reference.in_proj_bias.data = torch.cat([layer.q.bias, layer.k.bias, layer.v.bias]).data
+    reference.out_proj.weight.data, reference.out_proj.bias.data = layer.out.weight.data, layer.out.bias.data
+    torch.testing.assert_close(layer(x), reference(x[:, :1], x, x)[0])
+
+
+def test_cait_starts_as_the_paper_has_it_and_loads_without_hf_gr(tmp_path):
+    torch.manual_seed(0)
+    model = create_cait("cait-xxs12", ["a", "b", "c"]).eval()
+    blocks = [module for module in model.modules() if isinstance(module, CaitBlock)]
+    assert len(blocks) == 14 and all((block.gamma1 == 1e-5).all() and (block.gamma2 == 1e-5).all() for block in blocks)
+    for weight in (model.positions, model.layers[3].mlp[0].weight):
+        assert weight.std().item() == pytest.approx(0.02, rel=0.05)
+    assert not model.classifier.bias.any()
+    images, labels = torch.randn(2, 3, 32, 32), torch.tensor([0, 2])
+    loss = model(images, labels=labels).loss
+    torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(model(images).logits, labels))
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "cait.py").exists()
+    loaded = AutoModelForImageClassification.from_pretrained(tmp_path, trust_remote_code=True).eval()
+    assert torch.equal(loaded(images).logits, model(images).logits) and loaded.config.id2label[2] == "c"
 
 
 def test_paper_preset():
