@@ -53,6 +53,13 @@ class OptimizerArguments:
             "choices": list(LR_SCALINGS),
         },
     )
+    decay_norms_and_biases: bool = field(
+        default=False,
+        metadata={
+            "help": "Apply weight_decay to norms and biases, too, as the code released with the GR paper does; Trainer "
+            "spares them."
+        },
+    )
     layer_statistics_steps: int = field(
         default=0,
         metadata={

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy import stats
 
+from .comparison import first_reached
 from .grid import Grid, Run
 from .plots import COLORS
 
@@ -57,10 +59,30 @@ def markdown_table(grid: Grid, runs: Sequence[Run], published: Path | None = Non
     return "\n".join(lines) + "\n"
 
 
+def table_like_the_papers(grid: Grid, runs: Sequence[Run], published: Path | None = None) -> str:
+    """The same numbers as a paper prints them: models (the first axis) and arms down, the other axes across."""
+    first, *others = grid.axes
+    known = _published(published) if published is not None and grid.published else {}
+    columns = [at for at, _ in _by(runs, others)]
+    lines = [
+        f"| {first} |  | {' | '.join(', '.join(map(str, at)) for at in columns)} |",
+        "|---" * (2 + len(columns)) + "|",
+    ]
+    for (value, arm), group in _by(runs, [first, "arm"]):
+        cells = dict(_by(group, others))
+        row = []
+        for at in columns:
+            cell = _mean_and_std([_metric(grid, run) for run in cells[at]]) if at in cells else ""
+            beside = known.get(_published_key(grid, {first: value, **dict(zip(others, at, strict=True))}, arm))
+            row.append(f"{cell}<br>published: {beside}" if beside else cell)
+        lines.append(f"| {value} | {arm} | {' | '.join(row)} |")
+    return "\n".join(lines) + "\n"
+
+
 def _cells(grid: Grid, members: Sequence[Run], baseline: Sequence[Run], limit: float) -> list[str]:
     scale = 100 if grid.percent else 1
-    values = {run.point["seed"]: scale * run.results()[grid.metric] for run in members}
-    reference = {run.point["seed"]: scale * run.results()[grid.metric] for run in baseline}
+    values = {run.point["seed"]: _metric(grid, run) for run in members}
+    reference = {run.point["seed"]: _metric(grid, run) for run in baseline}
     common = [] if members is baseline else sorted(set(values) & set(reference))
     differences = [values[seed] - reference[seed] for seed in common]
     p = ""
@@ -105,7 +127,9 @@ def _at_seconds(run: Run, metric: str, limit: float) -> float | None:
 def _published(path: Path) -> dict[tuple[str, str, str, str], str]:
     with path.open(newline="", encoding="utf-8") as file:
         return {
-            (row["model"], row["dataset"], row["optimizer"], row["method"]): f"{row['mean']} ± {row['std']}"
+            (row["model"], row["dataset"], row["optimizer"], row["method"]): (
+                f"{row['mean']} ± {row['std']} ({row['model']}, {row['dataset']}, {row['optimizer']})"
+            )
             for row in csv.DictReader(file)
         }
 
@@ -121,46 +145,147 @@ def _published_key(grid: Grid, at: dict[str, Any], arm: str) -> tuple[str, str, 
 
 
 def plot_arms(grid: Grid, runs: Sequence[Run], path: Path) -> None:
-    """The metric against steps and seconds, with its range over the seeds, and the gradient norm; means of each arm."""
-    scale = 100 if grid.percent else 1
-    label = grid.metric.removeprefix("eval_") + (" (%)" if grid.percent else "")
-    panels = [
-        (grid.metric, "step", "optimizer step", scale),
-        (grid.metric, "train_seconds", "seconds of training", scale),
-        ("gr_grad_norm", "step", "optimizer step", 1),
-    ]
-    if not any("gr_grad_norm" in entry for run in runs for entry in run.history()):
-        panels[2] = ("grad_norm", "step", "optimizer step", 1)
-    figure = Figure(figsize=(15, 4.5), layout="constrained")
-    axes = figure.subplots(1, len(panels))
-    for axis, (key, against, xlabel, factor) in zip(axes, panels, strict=True):
-        for ((arm,), members), color in zip(_by(runs, ["arm"]), COLORS * 3, strict=False):
-            fallback = "grad_norm" if key == "gr_grad_norm" else key  # without GR there is one gradient
-            x, y = _mean_curve([run.history() for run in members], key, fallback, against)
-            if len(x):
-                axis.plot(x, factor * y.mean(axis=0), color=color, label=arm, linewidth=1.2)
-                if key == grid.metric:
-                    axis.fill_between(x, factor * y.min(axis=0), factor * y.max(axis=0), color=color, alpha=0.08)
-        # The end of the curves is what matters, and is the smallest part of a linear axis.
-        axis.set(xlabel=xlabel, ylabel=label if key == grid.metric else r"$\|g_1\|$", yscale="log")
-        axis.grid(alpha=0.3)
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[0].legend(frameon=False)
+    """A row of panels for each combination of the axes, with the mean of each arm over its seeds: the metric against
+    steps and against seconds, with its range; ||g1||, with GR and without; and the warmups, where there are any.
+
+    A dotted line is what the baseline ends with, and beside it stands how much sooner the quickest other arm is there.
+    """
+    groups = _by(runs, grid.axes)
+    has_gr = any("gr_lambda" in entry for run in runs for entry in run.history())
+    columns = 4 if has_gr else 3
+    figure = Figure(figsize=(4.6 * columns, 4.2 * len(groups)), layout="constrained")
+    panels = figure.subplots(len(groups), columns, squeeze=False)
+    for row, (at, members) in zip(panels, groups, strict=True):
+        arms = {arm: [run.history() for run in of_arm] for (arm,), of_arm in _by(members, ["arm"])}
+        colors = dict(zip(arms, COLORS * (1 + len(arms) // len(COLORS)), strict=False))
+        _plot_metric(row[0], grid, arms, colors, "step", "optimizer step")
+        _plot_metric(row[1], grid, arms, colors, "train_seconds", "seconds of training")
+        _plot_norms(row[2], arms, colors)
+        if has_gr:
+            _plot_warmups(row[3], arms, colors)
+        for axis in row:
+            axis.grid(alpha=0.3)
+            axis.spines[["top", "right"]].set_visible(False)
+        row[0].legend(frameon=False)
+        row[0].set_title(", ".join(map(str, at)), loc="left")
     figure.savefig(path, dpi=120)
 
 
-def _mean_curve(
-    histories: Sequence[Sequence[dict[str, float]]], key: str, fallback: str, against: str
-) -> tuple[np.ndarray, np.ndarray]:
+Histories = dict[str, list[list[dict[str, float]]]]
+
+
+def _plot_metric(axis: Axes, grid: Grid, arms: Histories, colors: dict[str, str], against: str, xlabel: str) -> None:
+    scale = 100 if grid.percent else 1
+    curves = {}
+    for arm, histories in arms.items():
+        x, y = _curves(histories, grid.metric, against)
+        if len(x):
+            y = scale * y
+            curves[arm] = x, y.mean(axis=0)
+            axis.plot(*curves[arm], color=colors[arm], label=arm, linewidth=1.2)
+            axis.fill_between(x, y.min(axis=0), y.max(axis=0), color=colors[arm], alpha=0.08)
+    # The end of the curves is what matters, and is the smallest part of a linear axis.
+    axis.set(xlabel=xlabel, ylabel=_label(grid), yscale="log")
+    if grid.baseline in curves:
+        _plot_speedup(axis, curves, colors, grid.baseline)
+
+
+def _plot_speedup(
+    axis: Axes, curves: dict[str, tuple[np.ndarray, np.ndarray]], colors: dict[str, str], baseline: str
+) -> None:
+    target = float(curves[baseline][1][-1])
+    axis.axhline(target, color="gray", linestyle=":", linewidth=0.8)
+    reached = {arm: first_reached(x, y, target) for arm, (x, y) in curves.items()}
+    own = reached.pop(baseline)
+    best = min(reached, key=reached.__getitem__, default=None)
+    if best is None:
+        return
+    if np.isinf(reached[best]):
+        text = f"none reaches the end of {baseline}"
+    else:
+        text = f"{best}: {own / reached[best]:.2f} x the speed of {baseline}"
+        axis.plot([reached[best], own], [target, target], color=colors[best], linewidth=2.5, alpha=0.6)
+    axis.set_title(text, loc="right", fontsize="small", color=colors[best] if np.isfinite(reached[best]) else "gray")
+
+
+def _plot_norms(axis: Axes, arms: Histories, colors: dict[str, str]) -> None:
+    for arm, histories in arms.items():
+        # Without GR there is one gradient, and it is called otherwise.
+        key = "gr_grad_norm" if any("gr_grad_norm" in entry for entry in histories[0]) else "grad_norm"
+        x, y = _curves(histories, key, "step")
+        if len(x):
+            axis.plot(x, y.mean(axis=0), color=colors[arm], label=arm, linewidth=1.2)
+    axis.set(xlabel="optimizer step", ylabel=r"$\|g_1\|$", yscale="log")
+
+
+def _plot_warmups(axis: Axes, arms: Histories, colors: dict[str, str]) -> None:
+    end, width = 0.0, 1.5 + len(arms)
+    for arm, histories in arms.items():
+        width -= 1  # so that curves that coincide can all be seen
+        for key, style in (("gr_lambda", "-"), ("gr_r", ":")):
+            x, y = _curves(histories, key, "step")
+            if len(x):
+                y = y.mean(axis=0)
+                axis.plot(x, y, style, color=colors[arm], drawstyle="steps-pre", linewidth=width)
+                changes = np.flatnonzero(np.diff(y))
+                end = max(end, x[changes[-1] + 1] if len(changes) else 0)
+    axis.set(xlabel="optimizer step", ylabel=r"$\lambda_t$ (lines), $r_t$ (dots)")
+    axis.set_ylim(bottom=0)
+    if 0 < 3 * end < axis.get_xlim()[1]:
+        axis.set_xlim(0, 3 * end)  # nothing happens after that
+
+
+def _label(grid: Grid) -> str:
+    return grid.metric.removeprefix("eval_") + (" (%)" if grid.percent else "")
+
+
+def _curves(histories: Sequence[Sequence[dict[str, float]]], key: str, against: str) -> tuple[np.ndarray, np.ndarray]:
     """x, averaged over the runs, and y of each run; the entries that all runs have."""
     xs, ys = [], []
     for history in histories:
-        name = key if any(key in entry for entry in history) else fallback
-        points = [(entry[against], entry[name]) for entry in history if name in entry and against in entry]
+        points = [(entry[against], entry[key]) for entry in history if key in entry and against in entry]
         xs.append([x for x, _ in points])
         ys.append([y for _, y in points])
     count = min(map(len, xs))
     return np.mean([x[:count] for x in xs], axis=0), np.array([y[:count] for y in ys], dtype=float)
+
+
+def plot_sensitivity(grid: Grid, runs: Sequence[Run], path: Path) -> None:
+    """The metric against the one axis, with its standard deviation over seeds: how much the choice matters."""
+    (name,) = grid.axes
+    values = grid.axes[name]
+    numbers = [_as_number(value) for value in values]
+    positions = list(range(len(values))) if None in numbers else numbers
+    figure = Figure(figsize=(6, 4.2), layout="constrained")
+    axis = figure.subplots()
+    for ((arm,), members), color in zip(_by(runs, ["arm"]), COLORS * 3, strict=False):
+        cells = {value: [_metric(grid, run) for run in cell] for (value,), cell in _by(members, [name])}
+        there = [i for i, value in enumerate(values) if value in cells]
+        means = [_mean(cells[values[i]]) for i in there]
+        spread = [statistics.stdev(cells[values[i]]) if len(cells[values[i]]) > 1 else 0 for i in there]
+        axis.errorbar(
+            [positions[i] for i in there], means, spread, color=color, label=arm, marker="o", capsize=3, linewidth=1.2
+        )
+    axis.set(xlabel=name, ylabel=_label(grid))
+    if None in numbers:
+        axis.set_xticks(positions, [str(value) for value in values])
+    elif min(numbers) > 0 and max(numbers) >= 10 * min(numbers):
+        axis.set_xscale("log")
+    axis.grid(alpha=0.3)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False)
+    figure.savefig(path, dpi=120)
+
+
+def _as_number(value: Any) -> float | None:
+    try:
+        return float(value)
+    except ValueError:
+        return None
+
+
+def _metric(grid: Grid, run: Run) -> float:
+    return run.results()[grid.metric] * (100 if grid.percent else 1)
 
 
 def plot_heat_map(grid: Grid, runs: Sequence[Run], path: Path) -> None:
@@ -172,11 +297,11 @@ def plot_heat_map(grid: Grid, runs: Sequence[Run], path: Path) -> None:
         values = np.full((len(grid.axes[first]), len(grid.axes[second])), np.nan)
         for (a, b), cell in _by(members, [first, second]):
             where = grid.axes[first].index(a), grid.axes[second].index(b)
-            values[where] = _mean(run.results()[grid.metric] for run in cell) * (100 if grid.percent else 1)
+            values[where] = _mean(_metric(grid, run) for run in cell)
             axis.text(where[1], where[0], f"{values[where]:.4g}", ha="center", va="center", color="white")
         image = axis.imshow(values, cmap="viridis")
         axis.set(title=arm, xlabel=second, ylabel=first)
         axis.set_xticks(range(values.shape[1]), [str(value) for value in grid.axes[second]])
         axis.set_yticks(range(values.shape[0]), [str(value) for value in grid.axes[first]])
-        figure.colorbar(image, ax=axis, label=grid.metric.removeprefix("eval_") + (" (%)" if grid.percent else ""))
+        figure.colorbar(image, ax=axis, label=_label(grid))
     figure.savefig(path, dpi=120)

@@ -20,8 +20,9 @@ from transformers import (
 from .cait import CaitConfig, CaitForImageClassification
 from .cifar_resnet import CifarResNetConfig, CifarResNetForImageClassification
 
-#: The ViTs of the GR paper: patches of 4 on images of 32 pixels, and `vit-micro`, small enough for 8-pixel images and
-#: a laptop.
+# A preset called micro is small enough for 8-pixel images and a laptop; all others are published models.
+
+#: The ViTs of the GR paper: patches of 4 on images of 32 pixels.
 VIT_PRESETS: dict[str, dict[str, int]] = {
     "vit-micro": {
         "hidden_size": 64,
@@ -51,6 +52,14 @@ VIT_PRESETS: dict[str, dict[str, int]] = {
 _SWIN_32 = {"image_size": 32, "patch_size": 2, "window_size": 4}
 _SWIN_TINY = {"embed_dim": 96, "depths": [2, 2, 6, 2], "num_heads": [3, 6, 12, 24]}
 SWIN_PRESETS: dict[str, dict[str, Any]] = {
+    "swin-micro": {
+        "embed_dim": 32,
+        "depths": [2, 2],
+        "num_heads": [2, 4],
+        "image_size": 8,
+        "patch_size": 1,
+        "window_size": 4,
+    },
     "swin-tiny": {**_SWIN_TINY, **_SWIN_32},
     "swin-small": {**_SWIN_TINY, **_SWIN_32, "depths": [2, 2, 18, 2]},
     "swin-base": {"embed_dim": 128, "depths": [2, 2, 18, 2], "num_heads": [4, 8, 16, 32], **_SWIN_32},
@@ -60,6 +69,13 @@ SWIN_PRESETS: dict[str, dict[str, Any]] = {
 #: The CaiTs of the GR paper.
 _CAIT_32 = {"image_size": 32, "patch_size": 4}
 CAIT_PRESETS: dict[str, dict[str, int]] = {
+    "cait-micro": {
+        "hidden_size": 64,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "image_size": 8,
+        "patch_size": 2,
+    },
     "cait-xxs12": {"hidden_size": 192, "num_hidden_layers": 12, "num_attention_heads": 4, **_CAIT_32},
     "cait-xxs24": {"hidden_size": 192, "num_hidden_layers": 24, "num_attention_heads": 4, **_CAIT_32},
     "cait-xs12": {"hidden_size": 288, "num_hidden_layers": 12, "num_attention_heads": 6, **_CAIT_32},

@@ -78,12 +78,25 @@ class OptimizerMixin:
             self._lr_factor = factor
             if scaling != "none":
                 logger.info(f"  Learning rate: {inner.defaults['lr']:g}, scaled by {self.describe_lr_scaling()}")
+        elif self.gr_args.decay_norms_and_biases:
+            raise ValueError(
+                "decay_norms_and_biases=True has no effect on an optimizer that was given to the trainer ready-made. "
+                "Set the weight decay of its parameter groups, or leave the flag out."
+            )
         elif scaling != "none":
             raise ValueError(
                 f"lr_scaling={scaling!r} has no effect on an optimizer that was given to the trainer ready-made. Scale "
                 "its learning rate yourself, or leave lr_scaling out."
             )
         return optimizer
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """As in `Trainer`, or all of them with `decay_norms_and_biases`."""
+        if not self.gr_args.decay_norms_and_biases:
+            return super().get_decay_parameter_names(model)
+        if self.args.weight_decay == 0:
+            logger.warning("decay_norms_and_biases=True has no effect with weight_decay=0.")
+        return [name for name, _ in model.named_parameters()]
 
     def describe_lr_scaling(self) -> str:
         batch = self.get_total_train_batch_size(self.args)

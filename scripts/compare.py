@@ -8,7 +8,8 @@ other flag is passed on to the script; `--axis FLAG=VALUE,VALUE` makes an axis o
 on after an interruption: what is finished is not run again. Workers on other machines that see the same folder join in
 by the same command.
 
-Written to the output folder: results.csv (a row per run), table.md, curves.png, and heat_map.png if there are two axes.
+Written to the output folder: results.csv (a row per run), table.md, curves.png, and with one axis sensitivity.png, with
+two heat_map.png.
 """
 
 import argparse
@@ -20,8 +21,15 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from hf_gr.config import require_writable
-from hf_gr.grid import Run, expand, load_grid, run_grid
-from hf_gr.grid_report import markdown_table, plot_arms, plot_heat_map, write_results
+from hf_gr.grid import Grid, Run, expand, load_grid, run_grid
+from hf_gr.grid_report import (
+    markdown_table,
+    plot_arms,
+    plot_heat_map,
+    plot_sensitivity,
+    table_like_the_papers,
+    write_results,
+)
 
 SCRIPTS = Path(__file__).parent
 
@@ -71,17 +79,27 @@ def main(argv: list[str] | None = None) -> None:
     finished = [run for run in runs if run.is_finished]
     if not finished:
         raise RuntimeError(f"No run has finished; their output is in {folder}/*/log.txt.")
-    write_results(finished, folder / "results.csv")
     published = path.parent / grid.published["file"] if grid.published else None
-    table = markdown_table(grid, finished, published)
     command = shlex.join(["python", os.path.relpath(__file__), *(sys.argv[1:] if argv is None else argv)])
-    (folder / "table.md").write_text(f"`{command}`\n\n{table}", encoding="utf-8")
-    plot_arms(grid, finished, folder / "curves.png")
-    if len(grid.axes) == 2:
-        plot_heat_map(grid, finished, folder / "heat_map.png")
+    table = report(grid, finished, folder, published, command)
     print(f"\n{table}")
     if len(finished) < len(runs):
         raise RuntimeError(f"{len(runs) - len(finished)} of {len(runs)} runs failed, see log.txt in their folders.")
+
+
+def report(grid: Grid, runs: list[Run], folder: Path, published: Path | None, command: str) -> str:
+    """Write what the finished runs say, and return the table."""
+    write_results(runs, folder / "results.csv")
+    table = markdown_table(grid, runs, published)
+    if len(grid.axes) > 1:
+        table = f"{table_like_the_papers(grid, runs, published)}\n{table}"
+    (folder / "table.md").write_text(f"`{command}`\n\n{table}", encoding="utf-8")
+    plot_arms(grid, runs, folder / "curves.png")
+    if len(grid.axes) == 1:
+        plot_sensitivity(grid, runs, folder / "sensitivity.png")
+    if len(grid.axes) == 2:
+        plot_heat_map(grid, runs, folder / "heat_map.png")
+    return table
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ def test_contract_defaults():
         "optim": "adamw_torch_fused",
         "lr_scheduler_type": "linear",
         "lr_scaling": "none",
+        "decay_norms_and_biases": False,
         "layer_statistics_steps": 0,
     }
     stock = TrainingArguments(output_dir="x", use_cpu=True).to_dict()

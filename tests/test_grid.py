@@ -12,10 +12,20 @@ from pathlib import Path
 
 import pytest
 import yaml
+from matplotlib.figure import Figure
 from PIL import Image
 
 from hf_gr.grid import Grid, Run, expand, load_grid, run_grid
-from hf_gr.grid_report import markdown_table, plot_arms, plot_heat_map, write_results
+from hf_gr.grid_report import (
+    _plot_metric,
+    _published_key,
+    markdown_table,
+    plot_arms,
+    plot_heat_map,
+    plot_sensitivity,
+    table_like_the_papers,
+    write_results,
+)
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 ARMS = {"off": {"gr_lambda": 0}, "on": {"gr_lambda": 0.1}}
@@ -94,7 +104,7 @@ def test_flags_without_effect_are_refused(axes, extra, message, tmp_path):
 
 
 def test_a_grid_that_is_not_there_and_a_scale_that_is_not_there():
-    with pytest.raises(ValueError, match=r"Give a file, or one of gr-table2"):
+    with pytest.raises(ValueError, match=r"Give a file, or one of gr-table1, gr-table2, gr-table4, gr-table5, ire"):
         load_grid(SCRIPTS / "grids" / "nothing.yaml")
     with pytest.raises(ValueError, match="scale='huge': gr-table2 has smoke, cpu, paper"):
         load_grid(SCRIPTS / "grids" / "gr-table2.yaml", "huge")
@@ -197,7 +207,39 @@ def test_published_numbers_are_beside_ours_and_marked(finished, tmp_path):
     assert lines[0].endswith("| published, **not ours** |") and lines[3].endswith("|  |")
     grid.published_like = {"model": "vit", "dataset_name": "c", "optim": "adam"}
     lines = markdown_table(grid, runs, tmp_path / "p.csv").splitlines()
-    assert lines[2].endswith("|  |") and lines[3].endswith("| 13.61 ± 0.2 |")
+    assert lines[2].endswith("|  |") and lines[3].endswith("| 13.61 ± 0.2 (ViT, cifar, Adam) |")
+
+
+def test_a_table_in_the_shape_of_the_papers(training, tmp_path):
+    axes = {"model": ["vit", "vit2"], "dataset_name": ["c", "d"]}
+    grid = Grid(training.name, ARMS, "off", axes=axes, seeds=[0, 1], published_like={"optim": "adam"})
+    grid.published = {"arms": {"on": "gr"}, "names": {"vit": "ViT", "c": "cifar", "adam": "Adam"}}
+    (tmp_path / "p.csv").write_text(
+        "table,model,dataset,optimizer,method,mean,std\nTable 2,ViT,cifar,Adam,gr,13.61,0.2\n"
+    )
+    runs = expand(grid, tmp_path, tmp_path)
+    run_grid(training, runs, storage(tmp_path), 2)
+    lines = table_like_the_papers(grid, runs[:-1], tmp_path / "p.csv").splitlines()
+    assert lines[0] == "| model |  | c | d |" and len(lines) == 6
+    assert lines[2] == "| vit | off | 0.005 ± 0.0071 | 0.005 ± 0.0071 |"
+    assert lines[3] == ("| vit | on | 0.11 ± 0.014<br>published: 13.61 ± 0.2 (ViT, cifar, Adam) | 0.11 ± 0.014 |")
+    assert lines[5] == "| vit2 | on | 0.11 ± 0.014 | 0.1 |"  # one run is missing
+
+
+@pytest.mark.parametrize("number", [1, 2, 4, 5])
+def test_the_paper_scales_are_the_published_tables(number, tmp_path):
+    """Each point of the grid has a published number beside it, and each number of the table a point."""
+    path = SCRIPTS / "grids" / f"gr-table{number}.yaml"
+    with (path.parent / "published-gr.csv").open() as file:
+        rows = {(row["model"], row["dataset"], row["optimizer"], row["method"]): row for row in csv.DictReader(file)}
+    found = set()
+    for scale in ["paper", "paper_imagenet"] if number == 5 else ["paper"]:
+        grid = load_grid(path, scale)
+        assert grid.seeds == [0, 1, 2, 3, 4]
+        grid.seeds = [0]
+        found |= {_published_key(grid, run.point, run.point["arm"]) for run in expand(grid, tmp_path, tmp_path)}
+    assert found <= set(rows)
+    assert {key for key, row in rows.items() if row["table"] == f"Table {number}"} <= found
 
 
 def test_an_unfinished_grid_has_a_table_too(finished):
@@ -208,9 +250,31 @@ def test_an_unfinished_grid_has_a_table_too(finished):
     assert "against off" in alone and "nan" not in alone
 
 
+@pytest.mark.parametrize(
+    ("factor", "text"), [(0.5, "on: 2.00 x the speed of off"), (2.0, "none reaches the end of off")]
+)
+def test_the_picture_says_how_much_sooner_the_end_of_the_baseline_is_reached(factor, text, training, tmp_path):
+    """Two straight lines: `on` has at every step the loss that `off` has at twice, or at half, that step."""
+    grid = Grid(training.name, ARMS, "off")
+    runs = expand(grid, tmp_path, tmp_path)
+    for run in runs:
+        slope = 1 if run.point["arm"] == "off" else 1 / factor
+        history = [{"step": s, "eval_loss": 20 - slope * s, "train_seconds": s} for s in range(1, 11)]
+        run.folder.mkdir()
+        (run.folder / "trainer_state.json").write_text(json.dumps({"log_history": history}))
+    figure = Figure()
+    arms = {run.point["arm"]: [run.history()] for run in runs}
+    axis = figure.subplots()
+    _plot_metric(axis, grid, arms, {"off": "blue", "on": "red"}, "step", "step")
+    assert axis.get_title(loc="right") == text
+
+
 def test_pictures(finished, tmp_path):
     grid, runs = finished
     plot_arms(grid, runs, tmp_path / "curves.png")
+    plot_sensitivity(grid, runs, tmp_path / "sensitivity.png")
+    with Image.open(tmp_path / "sensitivity.png") as picture:
+        assert picture.size[0] > 600
     grid.axes["seed"] = [0, 1, 2]
     plot_heat_map(grid, runs, tmp_path / "map.png")
     for name in ("curves.png", "map.png"):

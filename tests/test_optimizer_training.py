@@ -129,6 +129,26 @@ def test_lr_scaling_follows_a_batch_that_is_found(tmp_path):
     assert [group["gamma_min"] for group in groups(trainer)] == pytest.approx([1e-3 * batch / 256] * 2)
 
 
+@pytest.mark.parametrize("optim", ["adamw_torch", "lars"])
+def test_norms_and_biases_are_decayed_if_that_is_wanted(optim, tmp_path, caplog):
+    flags = {**PLAIN, "weight_decay": 0.1, "max_steps": 1}
+    for wanted in (False, True):
+        trainer, _ = train(tmp_path, optim=optim, decay_norms_and_biases=wanted, **flags)
+        decayed = {id(p) for group in groups(trainer) if group["weight_decay"] for p in group["params"]}
+        expected = {id(p) for n, p in trainer.model.named_parameters() if wanted or not ("norm" in n or "bias" in n)}
+        assert decayed == expected and len(expected) < len(list(trainer.model.parameters())) + wanted
+    assert "no effect" not in caplog.text
+    train(tmp_path, optim=optim, decay_norms_and_biases=True, **{**flags, "weight_decay": 0.0})
+    assert "decay_norms_and_biases=True has no effect with weight_decay=0" in caplog.text
+
+
+def test_decay_of_a_ready_made_optimizer_is_refused(tmp_path):
+    model = toys.vit()
+    given = {"optimizers": (LARS(model.parameters(), 1.0), None)}
+    with pytest.raises(ValueError, match="decay_norms_and_biases=True has no effect on an optimizer that was given"):
+        train(tmp_path, model=model, optimizers=given, decay_norms_and_biases=True, **PLAIN)
+
+
 def test_lr_scaling_of_a_ready_made_optimizer_is_refused(tmp_path):
     model = toys.vit()
     with pytest.raises(ValueError, match="lr_scaling='linear' has no effect on an optimizer that was given"):
