@@ -73,7 +73,7 @@ def write_model_card(
     history = trainer.state.log_history
     if any("loss" in entry for entry in history):
         plot_curves(history, folder / PICTURE)
-    model_name = model_name or folder.resolve().name
+    model_name = model_name or (trainer.hub_model_id or str(folder.resolve())).rsplit("/", 1)[-1]
     task = _listed(tasks)[0] if tasks else _pipeline_tag(trainer.model)
     base_model = text.hub_base_model(finetuned_from)
     dataset_ids, dataset_names = _listed(dataset_tags), _listed(dataset) or _listed(dataset_tags)

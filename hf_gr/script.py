@@ -4,18 +4,24 @@ import logging
 import os
 import re
 import shlex
+import time
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import yaml
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError
 from transformers import HfArgumentParser
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .checkpoints import last_complete_checkpoint
 from .config import GRConfig
 from .trainer import GRTrainer
 
 logger = logging.getLogger(__name__)
+
+UPLOAD_ATTEMPTS = 4
 
 
 def parse_args(
@@ -97,21 +103,43 @@ def publish(trainer: GRTrainer, dataset_name: str, embedded: dict[str, str] | No
     is_on_hub = name == dataset_name and not Path(dataset_name).exists()
     card |= {"dataset": name if is_on_hub else Path(name).name, "dataset_tags": name if is_on_hub else None}
     trainer.create_model_card(**card)
-    if trainer.args.push_to_hub:
-        _upload(trainer, card)
+    if trainer.args.push_to_hub and trainer.is_world_process_zero():
+        _upload(trainer)
     return Path(trainer.args.output_dir).resolve()
 
 
-def _upload(trainer: GRTrainer, card: dict[str, Any]) -> None:
-    """Push the output folder. The client tries again if the connection breaks; what fails for good is named."""
+def _upload(trainer: GRTrainer) -> None:
+    """Push the output folder: what `trainer.push_to_hub` does, without saving the model and writing the card again.
+
+    A commit whose connection breaks is not tried again by the client, for fear of a second one. What a second one would
+    have is what the first has, and nobody is there to give the command again.
+    """
     for job in getattr(getattr(trainer, "push_in_progress", None), "jobs", []):
         if (error := job.exception()) is not None:
             logger.warning(f"An upload during training failed ({error}). The last one has everything.")
+    folder = Path(trainer.args.output_dir).resolve()
+    attempt = 1
+    while (error := _try_to_upload(trainer, folder)) is not None:
+        if isinstance(error, HfHubHTTPError) or attempt == UPLOAD_ATTEMPTS:
+            raise RuntimeError(
+                f"The upload to {trainer.hub_model_id} failed ({error}). Nothing is lost: model, card and pictures are "
+                f"in {folder}; upload them with: hf upload {trainer.hub_model_id} {folder}"
+            ) from error
+        logger.warning(f"The upload broke off ({error}). Trying again, {attempt} of {UPLOAD_ATTEMPTS - 1}.")
+        time.sleep(2**attempt)
+        attempt += 1
+
+
+def _try_to_upload(trainer: GRTrainer, folder: Path) -> Exception | None:
     try:
-        trainer.push_to_hub(**card)
+        HfApi().upload_folder(
+            repo_id=trainer.hub_model_id,
+            folder_path=folder,
+            commit_message="End of training",
+            token=trainer.args.hub_token,
+            revision=trainer.args.hub_revision,
+            ignore_patterns=["_*", f"{PREFIX_CHECKPOINT_DIR}-*"],
+        )
     except Exception as error:  # whatever it is, the files are there
-        folder = Path(trainer.args.output_dir).resolve()
-        raise RuntimeError(
-            f"The upload to {trainer.hub_model_id} failed ({error}). Nothing is lost: model, card and pictures are in "
-            f"{folder}; upload them with: hf upload {trainer.hub_model_id} {folder}"
-        ) from error
+        return error
+    return None

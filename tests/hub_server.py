@@ -1,11 +1,17 @@
-"""A Hub on the loopback interface: the endpoints that creating a repository and uploading a folder use."""
+"""A Hub on the loopback interface: the endpoints that creating a repository and uploading a folder use.
+
+Weights go the way of git LFS, as on the Hub: announced, put to a URL that the server names, and then committed by hash.
+"""
 
 import base64
+import hashlib
 import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 TOKEN = "hf_may_write"
+#: What the Hub wants by LFS.
+LARGE = (".safetensors", ".bin")
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -14,11 +20,21 @@ class Handler(BaseHTTPRequestHandler):
     def log_message(self, *_):
         pass
 
+    def do_PUT(self):
+        body = self._body()
+        if self.hub.drop_uploads:
+            self.hub.drop_uploads -= 1
+            self._drop()
+            return
+        oid = hashlib.sha256(body).hexdigest()
+        if self.path != f"/lfs/{oid}":
+            self._answer(400, {"error": f"{self.path} is not the hash of what came"})
+            return
+        self.hub.large_objects[oid] = body
+        self._answer(200, {})
+
     def do_POST(self):
-        if self.headers.get("Transfer-Encoding") == "chunked":
-            body = b"".join(iter(self._chunk, b""))
-        else:
-            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        body = self._body()
         if self.headers.get("Authorization") != f"Bearer {TOKEN}":
             self._answer(401, {"error": "Invalid username or password."})
         elif self.path == "/api/repos/create":
@@ -26,9 +42,21 @@ class Handler(BaseHTTPRequestHandler):
         elif self.path == "/api/validate-yaml":
             self._answer(200, {"errors": [], "warnings": []})
         elif "/preupload/" in self.path:
-            names = [file["path"] for file in json.loads(body)["files"]]
-            files = [{"path": name, "uploadMode": "regular", "shouldIgnore": False} for name in names]
+            files = [
+                {
+                    "path": f["path"],
+                    "uploadMode": "lfs" if f["path"].endswith(LARGE) else "regular",
+                    "shouldIgnore": False,
+                }
+                for f in json.loads(body)["files"]
+            ]
             self._answer(200, {"files": files})
+        elif self.path.endswith(".git/info/lfs/objects/batch"):
+            objects = [
+                {**obj, "actions": {"upload": {"href": f"{self.hub.url}/lfs/{obj['oid']}"}}}
+                for obj in json.loads(body)["objects"]
+            ]
+            self._answer(200, {"transfer": "basic", "objects": objects})
         elif "/commit/" in self.path:
             self._commit(self.path.removeprefix("/api/models/").split("/commit/")[0], body)
         else:
@@ -40,6 +68,15 @@ class Handler(BaseHTTPRequestHandler):
             self._answer(200, {"id": name, "siblings": [], "private": self.hub.private[name]})
         else:
             self._answer(404, {"error": "Repository not found"})
+
+    def _body(self) -> bytes:
+        if self.headers.get("Transfer-Encoding") == "chunked":
+            return b"".join(iter(self._chunk, b""))
+        return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+
+    def _drop(self) -> None:
+        self.close_connection = True
+        self.connection.close()
 
     def _chunk(self) -> bytes:
         data = self.rfile.read(int(self.rfile.readline(), 16))
@@ -59,8 +96,7 @@ class Handler(BaseHTTPRequestHandler):
     def _commit(self, name: str, body: bytes) -> None:
         if self.hub.drop_commits:
             self.hub.drop_commits -= 1
-            self.close_connection = True
-            self.connection.close()
+            self._drop()
             return
         for line in map(json.loads, body.decode().splitlines()):
             value = line["value"]
@@ -68,6 +104,8 @@ class Handler(BaseHTTPRequestHandler):
                 self.hub.commits.append(value["summary"])
             elif line["key"] == "file":
                 self.hub.repositories[name][value["path"]] = base64.b64decode(value["content"])
+            elif line["key"] == "lfsFile":
+                self.hub.repositories[name][value["path"]] = self.hub.large_objects[value["oid"]]
         oid = f"{len(self.hub.commits):040x}"
         self._answer(200, {"commitUrl": f"{self.hub.url}/{name}/commit/{oid}", "commitOid": oid})
 
@@ -83,15 +121,17 @@ class Handler(BaseHTTPRequestHandler):
 class Hub:
     """`repositories[id]` has the files of a repository, `commits` what was committed, in order.
 
-    Set `drop_commits` to let the connection break in so many of the next commits, and `taken` to names that belong to
-    somebody else.
+    Set `drop_commits` and `drop_uploads` to let the connection break in so many of the next commits and uploads of
+    large files, and `taken` to names that belong to somebody else.
     """
 
     def __init__(self):
         self.repositories: dict[str, dict[str, bytes]] = {}
         self.private: dict[str, bool] = {}
         self.commits: list[str] = []
+        self.large_objects: dict[str, bytes] = {}
         self.drop_commits = 0
+        self.drop_uploads = 0
         self.taken: set[str] = set()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("HubHandler", (Handler,), {"hub": self}))
         self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)

@@ -15,8 +15,10 @@ def hub(monkeypatch):
     server = Hub()
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", server.url)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    # The other protocol for large files is in a binary of its own, with servers of its own.
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr(transformers.utils.hub, "_hf_api", None)  # made anew, with that address
-    monkeypatch.setattr(huggingface_hub.utils._http.time, "sleep", lambda seconds: None)  # between its attempts
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # between its attempts, and ours
     huggingface_hub.close_session()
     yield server
     huggingface_hub.close_session()
@@ -35,13 +37,19 @@ def trained(folder, **flags) -> GRTrainer:
 @pytest.mark.parametrize("private", [False, True])
 def test_everything_is_uploaded_during_and_after_training(hub, private, tmp_path):
     folder = tmp_path / "model"
-    trainer = trained(folder, save_strategy="steps", save_steps=2, hub_private_repo=private, hub_always_push=True)
-    script.publish(trainer, "digits", embedded={"digits": "scikit-learn digits"}, tasks="image-classification")
+    trainer = trained(folder, save_strategy="steps", save_steps=2, hub_private_repo=private, hub_always_push=True,
+                      report_to="tensorboard")  # fmt: skip
+    command = script.command_line("train.py", ["--gr_warmup", "none"])
+    script.publish(trainer, "digits", embedded={"digits": "scikit-learn digits"}, tasks="image-classification",
+                   command=command)  # fmt: skip
     files = hub.repositories["somebody/model"]
     assert {"model.safetensors", "config.json", "README.md", "curves.png", "training_args.bin"} <= set(files)
     assert not any(name.startswith("checkpoint-") for name in files)
-    for name in ("model.safetensors", "README.md", "curves.png"):
+    (events,) = (name for name in files if name.startswith("runs/"))
+    for name in ("model.safetensors", "README.md", "curves.png", events):
         assert files[name] == (folder / name).read_bytes()
+    assert f"```bash\n{command}\n```" in files["README.md"].decode()
+    assert len(hub.large_objects) >= 2  # the weights and training_args.bin
     card = ModelCard(files["README.md"].decode())
     assert "with gradient regularization" in card.text and "on scikit-learn digits" in card.text
     assert hub.commits[-1] == "End of training" and "Training in progress, step 2" in hub.commits
@@ -69,19 +77,37 @@ def test_without_permission_training_does_not_start(hub, flags, message, tmp_pat
     assert not hub.commits
 
 
-@pytest.mark.parametrize("drops", [1, 99])
-def test_a_connection_that_breaks_in_training_does_not_stop_it(hub, drops, tmp_path, caplog):
-    """One break the client gets over by itself; if the Hub is away for longer, the last upload has everything."""
-    hub.drop_commits = drops
+def test_a_connection_that_breaks_in_training_does_not_stop_it(hub, tmp_path, caplog):
+    """The last upload has everything."""
+    hub.drop_commits = 99
     trainer = trained(tmp_path / "model", save_strategy="steps", save_steps=4, hub_always_push=True)
     assert trainer.state.global_step == 4
     trainer.push_in_progress.wait_until_done()
     hub.drop_commits = 0
     script.publish(trainer, "digits")
-    assert (
-        hub.repositories["somebody/model"]["model.safetensors"] == (tmp_path / "model/model.safetensors").read_bytes()
-    )
-    assert ("An upload during training failed" in caplog.text) == (drops == 99)
+    weights = hub.repositories["somebody/model"]["model.safetensors"]
+    assert weights == (tmp_path / "model" / "model.safetensors").read_bytes()
+    assert "An upload during training failed" in caplog.text
+
+
+@pytest.mark.parametrize("what", ["drop_commits", "drop_uploads"])
+def test_a_connection_that_breaks_in_the_last_upload_is_got_over(what, hub, tmp_path):
+    trainer = trained(tmp_path / "model")
+    setattr(hub, what, 2)
+    script.publish(trainer, "digits")
+    assert getattr(hub, what) == 0 and "End of training" in hub.commits
+    weights = hub.repositories["somebody/model"]["model.safetensors"]
+    assert weights == (tmp_path / "model" / "model.safetensors").read_bytes()
+
+
+def test_results_on_data_of_the_hub_are_uploaded_for_its_leaderboard(hub, tmp_path):
+    args = GRConfig(**toys.arguments(tmp_path / "model", push_to_hub=True, hub_token=TOKEN, gr_lambda=0, max_steps=1))
+    trainer = GRTrainer(toys.vit(), args, train_dataset=toys.images(), eval_dataset=toys.images(4))
+    trainer.train()
+    trainer.evaluate()
+    script.publish(trainer, "somebody/pixels", tasks="image-classification")
+    results = hub.repositories["somebody/model"][".eval_results/hf_gr.yaml"].decode()
+    assert "id: somebody/pixels" in results and f"value: {trainer.state.log_history[-1]['eval_loss']}" in results
 
 
 def test_an_upload_that_fails_for_good_loses_nothing_and_says_what_to_do(hub, tmp_path):

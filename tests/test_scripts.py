@@ -317,15 +317,13 @@ def test_push_to_hub_uploads_the_finished_card(main, monkeypatch, tmp_path):
     """The client is replaced; what it is asked to upload is real."""
     uploads = []
 
-    class Client:
-        def create_repo(self, name, **kwargs):
-            return type("Url", (), {"repo_id": f"somebody/{name}"})
+    def upload_folder(self, repo_id, folder_path, **kwargs):
+        folder = Path(folder_path)
+        uploads.append((repo_id, {p.name for p in folder.iterdir()}, (folder / "README.md").read_text()))
 
-        def upload_folder(self, repo_id, folder_path, **kwargs):
-            folder = Path(folder_path)
-            uploads.append((repo_id, {p.name for p in folder.iterdir()}, (folder / "README.md").read_text()))
-
-    monkeypatch.setattr("transformers.trainer.hf_api", Client)
+    repository = type("Url", (), {"repo_id": "somebody/digits"})
+    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", lambda self, name, **kwargs: repository)
+    monkeypatch.setattr("huggingface_hub.HfApi.upload_folder", upload_folder)
     main(
         f"--output_dir {tmp_path}/vit --push_to_hub --hub_model_id digits --num_train_epochs 0.1 --use_cpu "
         "--max_train_samples 128 --eval_strategy no".split()
