@@ -128,7 +128,9 @@ def _published(path: Path) -> dict[tuple[str, str, str, str], str]:
     with path.open(newline="", encoding="utf-8") as file:
         return {
             (row["model"], row["dataset"], row["optimizer"], row["method"]): (
-                f"{row['mean']} ± {row['std']} ({row['model']}, {row['dataset']}, {row['optimizer']})"
+                row["mean"]
+                + (f" ± {row['std']}" if row["std"] else "")
+                + f" ({row['model']}, {row['dataset']}, {row['optimizer']})"
             )
             for row in csv.DictReader(file)
         }

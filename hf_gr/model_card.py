@@ -78,7 +78,7 @@ def write_model_card(
     base_model = text.hub_base_model(finetuned_from)
     dataset_ids, dataset_names = _listed(dataset_tags), _listed(dataset) or _listed(dataset_tags)
     split = ", ".join(_listed(dataset_args))
-    results = _final_metrics(history)
+    results = _final_metrics(trainer)
     _write_eval_results(folder, results, dataset_ids, dataset_config, split)
     methods = text.methods_used(trainer)
     ire = trainer.ire_optimizer
@@ -141,17 +141,16 @@ def _pipeline_tag(model: torch.nn.Module) -> str | None:
     return next((tag for suffix, tag in PIPELINE_TAGS.items() if type(inner).__name__.endswith(suffix)), None)
 
 
-def _final_metrics(history: list[dict[str, float]]) -> dict[str, float]:
-    """The last evaluation in the log: name without `eval_` -> value. Each of several sets has an entry of its own."""
-    last = text.last_entry(history, "eval_")
-    first = last
-    while first > 0 and any(key.startswith("eval_") for key in history[first - 1]):
-        first -= 1
+def _final_metrics(trainer: "GRMixin") -> dict[str, float]:
+    """The last evaluation in the log: name without `eval_` -> value. Of several sets each has an entry of its own."""
+    entries = [entry for entry in trainer.state.log_history if any(key.startswith("eval_") for key in entry)]
+    data = trainer.eval_dataset if trainer.evaluated_dataset is None else trainer.evaluated_dataset
+    count = len(data) if isinstance(data, dict) else 1
     return {
         key.removeprefix("eval_"): value
-        for entry in (history[first : last + 1] if last >= 0 else ())
+        for entry in entries[-count:]
         for key, value in entry.items()
-        if key.startswith("eval_") and not key.endswith(SPEED_METRICS) and entry["step"] == history[last]["step"]
+        if key.startswith("eval_") and not key.endswith(SPEED_METRICS)
     }
 
 

@@ -97,7 +97,7 @@ def summary(trainer: "GRMixin", finetuned_from: str | None, dataset: str) -> str
     size = f"{count:,} parameters" if trainable == count else f"{count:,} parameters, {trainable:,} of them trained"
     size += _adapter(model)
     data = f" on {dataset}" if dataset else ""
-    examples = getattr(trainer.train_dataset, "__len__", lambda: None)()
+    examples = _length(trainer.train_dataset)
     seen = f" ({examples:,} training examples)" if examples else ""
     methods = list(methods_used(trainer).values())
     how = f"with {' and '.join(methods)}" if methods else "without gradient regularization"
@@ -130,14 +130,27 @@ def _adapter(model: torch.nn.Module) -> str:
 def evaluated_on(trainer: "GRMixin", dataset_names: list[str], split: str) -> str:
     """On what and when the last evaluation was: after a step of training, or of the best checkpoint, loaded again."""
     data = " and ".join(dataset_names) or "the evaluation set"
-    several = isinstance(trainer.eval_dataset, dict)
-    examples = None if several else getattr(trainer.eval_dataset, "__len__", lambda: None)()
-    where = data + (f", split `{split}`" if split else "") + (f" ({examples:,} examples)" if examples else "")
+    where = data + (f", split `{split}`" if split else "") + _examples(trainer)
     history, best = trainer.state.log_history, trainer.state.best_model_checkpoint
     index = last_entry(history, "eval_")
     if trainer.args.load_best_model_at_end and best and index > last_entry(history, "train_runtime"):
         return f"{where}, with the weights of the best checkpoint ({Path(best).name})"
     return f"{where}, after step {history[index]['step']:,} of {trainer.state.max_steps:,}" if index >= 0 else where
+
+
+def _examples(trainer: "GRMixin") -> str:
+    """How many the last evaluation was of; nothing where this process has seen none, or they cannot be counted."""
+    data = trainer.evaluated_dataset
+    if isinstance(data, str):
+        data = {data: trainer.eval_dataset[data]}
+    counts = {name: _length(part) for name, part in (data if isinstance(data, dict) else {"": data}).items()}
+    if None in counts.values():
+        return ""
+    return f" ({', '.join(f'{name} {count:,}'.strip() for name, count in counts.items())} examples)"
+
+
+def _length(dataset: Any) -> int | None:
+    return getattr(dataset, "__len__", lambda: None)()
 
 
 # ---- The methods ----

@@ -68,6 +68,8 @@ class GRMixin(CostMixin, IREMixin, OptimizerMixin):
         self._default_gr_args = GRArguments()
         super().__init__(*args, **kwargs)
         self.gr_second_pass = False
+        #: What the last evaluation was of: a data set, the name of one of several, or all of them as a dict.
+        self.evaluated_dataset: Any = None
         self._gr_window: list[MicroBatch] = []
         self._gr_perturbation: Perturbation | None = None
         self._gr_norms: list[float] = []
@@ -350,6 +352,12 @@ class GRMixin(CostMixin, IREMixin, OptimizerMixin):
                 f"push_to_hub=True: the repository {name!r} can be neither found nor made on the Hub ({error}). Log in "
                 "with `hf auth login`, or give hub_token, a token that may write; hub_model_id is the name."
             ) from error
+
+    def evaluate(self, eval_dataset: Any = None, *args, **kwargs) -> dict[str, float]:
+        """As in `Trainer`; the card says of what it was."""
+        metrics = super().evaluate(eval_dataset, *args, **kwargs)
+        self.evaluated_dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        return metrics
 
     def create_model_card(self, *args, **kwargs) -> None:
         """Write `README.md` into the output folder: what this run did. Takes the arguments of `Trainer`'s."""

@@ -155,7 +155,7 @@ def recorded(trainer: GRTrainer, passes: dict[str, int]) -> set[float]:
         sum(p.numel() for p in model.parameters() if p.requires_grad), len(trainer.train_dataset),
         passes["train"], passes["estimate"], trainer.state.global_step, passes["train"] - trainer.state.global_step,
         args.per_device_train_batch_size, args.per_device_train_batch_size / 256, round(trainer.train_seconds),
-        args.warmup_steps + 1,
+        args.warmup_steps + 1, [len(data) for data in trainer.eval_dataset.values()],
     ]  # fmt: skip
     if hasattr(model, "active_peft_config"):
         everything += [model.active_peft_config.r, model.active_peft_config.lora_alpha]
@@ -403,7 +403,7 @@ def test_origin_is_what_is_known(finetuned_from, in_config, origin, run, tmp_pat
     assert card.data.base_model == (finetuned_from if finetuned_from == "google/vit-base" else None)
 
 
-def test_several_evaluation_sets(tmp_path):
+def test_what_was_evaluated_is_counted(tmp_path):
     trainer = GRTrainer(
         model=toys.vit(),
         args=GRConfig(**toys.arguments(tmp_path, gr_warmup="none", max_steps=1)),
@@ -411,10 +411,22 @@ def test_several_evaluation_sets(tmp_path):
         eval_dataset={"near": toys.images(4), "far": toys.images(6)},
     )
     trainer.train()
+
+    def text() -> str:
+        trainer.create_model_card()
+        return ModelCard.load(tmp_path / "README.md").text
+
+    assert "The run was not evaluated" in text()
     trainer.evaluate()
-    trainer.create_model_card()
-    text = ModelCard.load(tmp_path / "README.md").text
-    assert "| far_loss |" in text and "not evaluated" not in text and "(2 examples)" not in text
+    assert "| near_loss |" in text() and "| far_loss |" in text()
+    assert "Evaluated on the evaluation set (near 4, far 6 examples), after step 1 of 1" in text()
+    trainer.evaluate("far")
+    assert "the evaluation set (far 6 examples), after step" in text()
+    trainer.evaluate(toys.images(5))
+    assert "the evaluation set (5 examples), after step" in text()
+    assert "| loss |" in text() and "near_loss" not in text()
+    trainer.evaluated_dataset = None  # a process that only writes the card
+    assert "the evaluation set, after step" in text()
 
 
 def test_ire_is_described_as_it_ran(tmp_path):
