@@ -124,6 +124,18 @@ def _at_seconds(run: Run, metric: str, limit: float) -> float | None:
     return found[-1] if found else None
 
 
+def explanation(grid: Grid) -> str:
+    """What the columns of `markdown_table` are, for people."""
+    lines = [
+        f"Mean and standard deviation over the seeds, p of a paired t-test against {grid.baseline}. At equal seconds: the "
+        "last evaluation within the mean time of the quickest arm, of runs whose schedule was made for more. Passes: "
+        "forward and backward passes over the batch of a step, until the end."
+    ]
+    if grid.published:
+        lines.append("Published numbers are the paper's, for the model, data and optimizer in brackets.")
+    return " ".join(lines) + "\n"
+
+
 def _published(path: Path) -> dict[tuple[str, str, str, str], str]:
     with path.open(newline="", encoding="utf-8") as file:
         return {
@@ -169,7 +181,9 @@ def plot_arms(grid: Grid, runs: Sequence[Run], path: Path) -> None:
             axis.grid(alpha=0.3)
             axis.spines[["top", "right"]].set_visible(False)
         row[0].legend(frameon=False)
-        row[0].set_title(", ".join(map(str, at)), loc="left")
+        row[0].set_title(
+            ", ".join(f"{n} = {v}" for n, v in zip(grid.axes, at, strict=True)), loc="left", fontsize="medium"
+        )
     figure.savefig(path, dpi=120)
 
 
@@ -269,10 +283,10 @@ def plot_sensitivity(grid: Grid, runs: Sequence[Run], path: Path) -> None:
             [positions[i] for i in there], means, spread, color=color, label=arm, marker="o", capsize=3, linewidth=1.2
         )
     axis.set(xlabel=name, ylabel=_label(grid))
-    if None in numbers:
-        axis.set_xticks(positions, [str(value) for value in values])
-    elif min(numbers) > 0 and max(numbers) >= 10 * min(numbers):
+    if None not in numbers and min(numbers) > 0 and max(numbers) >= 10 * min(numbers):
         axis.set_xscale("log")
+        axis.minorticks_off()
+    axis.set_xticks(positions, [str(value) for value in values])
     axis.grid(alpha=0.3)
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(frameon=False)

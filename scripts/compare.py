@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 from hf_gr.config import require_writable
 from hf_gr.grid import Grid, Run, expand, load_grid, run_grid
 from hf_gr.grid_report import (
+    explanation,
     markdown_table,
     plot_arms,
     plot_heat_map,
@@ -93,7 +94,7 @@ def report(grid: Grid, runs: list[Run], folder: Path, published: Path | None, co
     table = markdown_table(grid, runs, published)
     if len(grid.axes) > 1:
         table = f"{table_like_the_papers(grid, runs, published)}\n{table}"
-    (folder / "table.md").write_text(f"`{command}`\n\n{table}", encoding="utf-8")
+    (folder / "table.md").write_text(f"`{command}`\n\n{table}\n{explanation(grid)}", encoding="utf-8")
     plot_arms(grid, runs, folder / "curves.png")
     if len(grid.axes) == 1:
         plot_sensitivity(grid, runs, folder / "sensitivity.png")

@@ -294,4 +294,5 @@ def test_the_script_runs_real_trainings(tmp_path):
     results = json.loads((tmp_path / "out" / "on_3" / "all_results.json").read_text())
     table = (tmp_path / "out" / "table.md").read_text()
     assert f"| on | {100 * results['eval_error']:.4g} |" in table and "--max_steps 2" in table
+    assert "paired t-test against off." in table and "Published" not in table
     assert (tmp_path / "out" / "curves.png").exists() and "2 runs, 0 of them finished" in done.stdout
