@@ -127,9 +127,9 @@ def _at_seconds(run: Run, metric: str, limit: float) -> float | None:
 def explanation(grid: Grid) -> str:
     """What the columns of `markdown_table` are, for people."""
     lines = [
-        f"Mean and standard deviation over the seeds, p of a paired t-test against {grid.baseline}. At equal seconds: the "
-        "last evaluation within the mean time of the quickest arm, of runs whose schedule was made for more. Passes: "
-        "forward and backward passes over the batch of a step, until the end."
+        f"Mean and standard deviation over the seeds, p of a paired t-test against {grid.baseline}. At equal seconds: "
+        "the last evaluation within the mean time of the quickest arm, of runs whose schedule was made for more. "
+        "Passes: forward and backward passes over the batch of a step, until the end."
     ]
     if grid.published:
         lines.append("Published numbers are the paper's, for the model, data and optimizer in brackets.")
