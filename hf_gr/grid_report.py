@@ -2,7 +2,7 @@
 
 import csv
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +44,8 @@ def markdown_table(grid: Grid, runs: Sequence[Run], published: Path | None = Non
     metric = grid.metric.removeprefix("eval_")
     head = [*grid.axes, "", f"{metric}{unit}, mean ± std", "each seed", f"against {grid.baseline}", "p",
             f"{metric}{unit} at equal seconds", "seconds", "passes"]  # fmt: skip
-    known = _published(published) if published is not None and grid.published else {}
-    if known:
+    known = _published(grid, published)
+    if grid.published:
         head.append("published, **not ours**")
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for at, group in _by(runs, grid.axes):
@@ -53,8 +53,8 @@ def markdown_table(grid: Grid, runs: Sequence[Run], published: Path | None = Non
         limit = min(_mean(run.results()["train_seconds"] for run in members) for members in arms.values())
         for arm, members in arms.items():
             cells = [*map(str, at), arm, *_cells(grid, members, arms.get(grid.baseline, []), limit)]
-            if known:
-                cells.append(known.get(_published_key(grid, dict(zip(grid.axes, at, strict=True)), arm), ""))
+            if grid.published:
+                cells.append(known(dict(zip(grid.axes, at, strict=True)), arm))
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
@@ -62,7 +62,7 @@ def markdown_table(grid: Grid, runs: Sequence[Run], published: Path | None = Non
 def table_like_the_papers(grid: Grid, runs: Sequence[Run], published: Path | None = None) -> str:
     """The same numbers as a paper prints them: models (the first axis) and arms down, the other axes across."""
     first, *others = grid.axes
-    known = _published(published) if published is not None and grid.published else {}
+    known = _published(grid, published)
     columns = [at for at, _ in _by(runs, others)]
     lines = [
         f"| {first} |  | {' | '.join(', '.join(map(str, at)) for at in columns)} |",
@@ -73,7 +73,7 @@ def table_like_the_papers(grid: Grid, runs: Sequence[Run], published: Path | Non
         row = []
         for at in columns:
             cell = _mean_and_std([_metric(grid, run) for run in cells[at]]) if at in cells else ""
-            beside = known.get(_published_key(grid, {first: value, **dict(zip(others, at, strict=True))}, arm))
+            beside = known({first: value, **dict(zip(others, at, strict=True))}, arm)
             row.append(f"{cell}<br>published: {beside}" if beside else cell)
         lines.append(f"| {value} | {arm} | {' | '.join(row)} |")
     return "\n".join(lines) + "\n"
@@ -136,9 +136,12 @@ def explanation(grid: Grid) -> str:
     return " ".join(lines) + "\n"
 
 
-def _published(path: Path) -> dict[tuple[str, str, str, str], str]:
+def _published(grid: Grid, path: Path | None) -> Callable[[dict[str, Any], str], str]:
+    """(values of the axes, arm) -> the paper's number, as text; empty where there is none."""
+    if path is None or grid.published is None:
+        return lambda at, arm: ""
     with path.open(newline="", encoding="utf-8") as file:
-        return {
+        known = {
             (row["model"], row["dataset"], row["optimizer"], row["method"]): (
                 row["mean"]
                 + (f" ± {row['std']}" if row["std"] else "")
@@ -146,6 +149,7 @@ def _published(path: Path) -> dict[tuple[str, str, str, str], str]:
             )
             for row in csv.DictReader(file)
         }
+    return lambda at, arm: known.get(_published_key(grid, at, arm), "")
 
 
 def _published_key(grid: Grid, at: dict[str, Any], arm: str) -> tuple[str, str, str, str]:

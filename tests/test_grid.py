@@ -224,6 +224,8 @@ def test_a_table_in_the_shape_of_the_papers(training, tmp_path):
     assert lines[2] == "| vit | off | 0.005 ± 0.0071 | 0.005 ± 0.0071 |"
     assert lines[3] == ("| vit | on | 0.11 ± 0.014<br>published: 13.61 ± 0.2 (ViT, cifar, Adam) | 0.11 ± 0.014 |")
     assert lines[5] == "| vit2 | on | 0.11 ± 0.014 | 0.1 |"  # one run is missing
+    grid.published = None
+    assert "published" not in table_like_the_papers(grid, runs) + markdown_table(grid, runs)
 
 
 @pytest.mark.parametrize("number", [1, 2, 4, 5])
@@ -282,17 +284,29 @@ def test_pictures(finished, tmp_path):
             assert picture.size[0] > 900
 
 
+def compare(*arguments) -> str:
+    command = [sys.executable, str(SCRIPTS / "compare.py"), *map(str, arguments), "--workers", "2", "--use_cpu"]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", sorted((SCRIPTS / "grids").glob("*.yaml")), ids=lambda path: path.stem)
+def test_presets_run(path, tmp_path):
+    compare("--preset", path.stem, "--scale", "smoke", "--seeds", 0, "--output_dir", tmp_path)
+    assert (tmp_path / "table.md").is_file() and (tmp_path / "curves.png").is_file()
+
+
 def test_the_script_runs_real_trainings(tmp_path):
     content = {"script": "train_vit.py", "metric": "eval_error", "percent": True, "arms": ARMS, "baseline": "off"}
     (tmp_path / "grid.yaml").write_text(yaml.safe_dump(content))
-    command = [sys.executable, str(SCRIPTS / "compare.py"), "--preset", str(tmp_path / "grid.yaml"), "--output_dir",
-               str(tmp_path / "out"), "--workers", "2", "--max_steps", "2", "--max_eval_samples", "50", "--use_cpu",
-               "--report_to", "none", "--seeds", "3", "--launcher", f"{sys.executable} -W ignore"]  # fmt: skip
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=200)
-    assert done.returncode == 0, done.stderr[-3000:]
+    printed = compare("--preset", tmp_path / "grid.yaml", "--output_dir", tmp_path / "out", "--max_steps", 2,
+                      "--max_eval_samples", 50, "--report_to", "none", "--seeds", 3,
+                      "--launcher", f"{sys.executable} -W ignore")  # fmt: skip
     results = json.loads((tmp_path / "out" / "on_3" / "all_results.json").read_text())
     table = (tmp_path / "out" / "table.md").read_text()
     assert f"| on | {100 * results['eval_error']:.4g} |" in table and "--max_steps 2" in table
     assert "paired t-test against off." in table and "Published" not in table
-    assert (tmp_path / "out" / "curves.png").exists() and "2 runs, 0 of them finished" in done.stdout
+    assert (tmp_path / "out" / "curves.png").exists() and "2 runs, 0 of them finished" in printed
