@@ -2,7 +2,6 @@
 
 import logging
 import os
-import re
 import shlex
 import time
 from dataclasses import fields
@@ -12,7 +11,7 @@ from typing import Any
 import yaml
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
-from transformers import HfArgumentParser
+from transformers import HfArgumentParser, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .checkpoints import last_complete_checkpoint
@@ -48,20 +47,36 @@ def parse_args(
         if unknown := sorted(set(defaults) - known):
             raise ValueError(f"{recipe}: unknown argument {', '.join(unknown)}; see --help for the known ones.")
         parser.set_defaults(**defaults)
-    return parser.parse_args_into_dataclasses(argv)
+    parsed = parser.parse_args_into_dataclasses(argv)
+    for args in parsed:
+        if isinstance(args, TrainingArguments):
+            keep_token_out_of_files(args)
+    return parsed
 
 
-def command_line(script: str, argv: list[str], world_size: int = 1) -> str:
-    """What the run was started with, to be read by others: without tokens and without folders of this machine.
+def keep_token_out_of_files(args: TrainingArguments) -> None:
+    """Move `hub_token` to the environment, where the Hub's client finds it. Trainer writes its arguments into
+    `training_args.bin`, as they are, and uploads that."""
+    if args.hub_token:
+        os.environ["HF_TOKEN"] = args.hub_token
+        args.hub_token = None
+
+
+def command_line(script: str, argv: list[str], args: GRConfig) -> str:
+    """What the run was started with, to be read by others: without its token and without folders of this machine.
 
     Args:
         script: its file.
         argv: its arguments.
-        world_size: number of processes. How they were started is not known in them; a single one needs no launcher.
+        args: what came of them. How several processes were started is not known in them; a single one needs no
+            launcher.
     """
-    launcher = f"accelerate launch --num_processes {world_size}" if world_size > 1 else "python"
+    launcher = f"accelerate launch --num_processes {args.world_size}" if args.world_size > 1 else "python"
     words = [_without_folders(os.path.relpath(script)), *map(_without_folders, argv)]
-    return re.sub(r"(--\w*token[= ])\S+", r"\1...", f"{launcher} {shlex.join(words)}")
+    command = f"{launcher} {shlex.join(words)}"
+    for token in filter(None, (args.hub_token, os.environ.get("HF_TOKEN"))):
+        command = command.replace(token, "...")
+    return command
 
 
 def _without_folders(argument: str) -> str:
@@ -120,7 +135,8 @@ def _upload(trainer: GRTrainer) -> None:
     folder = Path(trainer.args.output_dir).resolve()
     attempt = 1
     while (error := _try_to_upload(trainer, folder)) is not None:
-        if isinstance(error, HfHubHTTPError) or attempt == UPLOAD_ATTEMPTS:
+        is_refused = isinstance(error, HfHubHTTPError) and error.response.status_code < 500
+        if is_refused or attempt == UPLOAD_ATTEMPTS:
             raise RuntimeError(
                 f"The upload to {trainer.hub_model_id} failed ({error}). Nothing is lost: model, card and pictures are "
                 f"in {folder}; upload them with: hf upload {trainer.hub_model_id} {folder}"

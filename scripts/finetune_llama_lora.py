@@ -184,7 +184,7 @@ def main(argv: list[str] | None = None) -> None:
         finetuned_from=model_args.model_name_or_path,
         script_args=(model_args, data_args),
         license=model_args.license,
-        command=script.command_line(__file__, argv, args.world_size),
+        command=script.command_line(__file__, argv, args),
         sample=(prompt, generate_text(model, tokenizer, prompt, data_args.max_new_tokens)),
     )
     if trainer.is_world_process_zero():

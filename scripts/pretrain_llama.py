@@ -154,7 +154,7 @@ def main(argv: list[str] | None = None) -> None:
         dataset_config=data_args.dataset_config_name,
         script_args=(model_args, data_args),
         license=model_args.license,
-        command=script.command_line(__file__, argv, args.world_size),
+        command=script.command_line(__file__, argv, args),
         sample=(data_args.sample_prompt, sample),
     )
     if trainer.is_world_process_zero():

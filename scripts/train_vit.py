@@ -196,7 +196,7 @@ def main(argv: list[str] | None = None) -> None:
         finetuned_from=model_args.model_name_or_path,
         script_args=(model_args, data_args),
         license=model_args.license,
-        command=script.command_line(__file__, argv, args.world_size),
+        command=script.command_line(__file__, argv, args),
     )
     if trainer.is_world_process_zero():
         print(f"Test error {100 * metrics['eval_error']:.2f} % on {len(evaluation)} images.")

@@ -98,6 +98,10 @@ class Handler(BaseHTTPRequestHandler):
             self.hub.drop_commits -= 1
             self._drop()
             return
+        if self.hub.busy:
+            self.hub.busy -= 1
+            self._answer(503, {"error": "Service unavailable"})
+            return
         for line in map(json.loads, body.decode().splitlines()):
             value = line["value"]
             if line["key"] == "header":
@@ -122,7 +126,7 @@ class Hub:
     """`repositories[id]` has the files of a repository, `commits` what was committed, in order.
 
     Set `drop_commits` and `drop_uploads` to let the connection break in so many of the next commits and uploads of
-    large files, and `taken` to names that belong to somebody else.
+    large files, `busy` to let so many commits be put off, and `taken` to names that belong to somebody else.
     """
 
     def __init__(self):
@@ -132,6 +136,7 @@ class Hub:
         self.large_objects: dict[str, bytes] = {}
         self.drop_commits = 0
         self.drop_uploads = 0
+        self.busy = 0
         self.taken: set[str] = set()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("HubHandler", (Handler,), {"hub": self}))
         self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)

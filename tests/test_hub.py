@@ -19,6 +19,7 @@ def hub(monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr(transformers.utils.hub, "_hf_api", None)  # made anew, with that address
     monkeypatch.setattr("time.sleep", lambda seconds: None)  # between its attempts, and ours
+    monkeypatch.setenv("HF_TOKEN", "")  # and, at the end, what it was
     huggingface_hub.close_session()
     yield server
     huggingface_hub.close_session()
@@ -28,6 +29,7 @@ def hub(monkeypatch):
 def trained(folder, **flags) -> GRTrainer:
     settings = {"push_to_hub": True, "hub_token": TOKEN, "gr_warmup": "none", "max_steps": 4, **flags}
     args = GRConfig(**toys.arguments(folder, **settings))
+    script.keep_token_out_of_files(args)
     trainer = GRTrainer(toys.vit(), args, train_dataset=toys.images())
     trainer.train()
     script.save_model(trainer)
@@ -39,7 +41,7 @@ def test_everything_is_uploaded_during_and_after_training(hub, private, tmp_path
     folder = tmp_path / "model"
     trainer = trained(folder, save_strategy="steps", save_steps=2, hub_private_repo=private, hub_always_push=True,
                       report_to="tensorboard")  # fmt: skip
-    command = script.command_line("train.py", ["--gr_warmup", "none"])
+    command = script.command_line("train.py", ["--gr_warmup", "none", "--hub_token", TOKEN], trainer.args)
     script.publish(trainer, "digits", embedded={"digits": "scikit-learn digits"}, tasks="image-classification",
                    command=command)  # fmt: skip
     files = hub.repositories["somebody/model"]
@@ -49,6 +51,7 @@ def test_everything_is_uploaded_during_and_after_training(hub, private, tmp_path
     for name in ("model.safetensors", "README.md", "curves.png", events):
         assert files[name] == (folder / name).read_bytes()
     assert f"```bash\n{command}\n```" in files["README.md"].decode()
+    assert not any(TOKEN.encode() in content for content in files.values())
     assert len(hub.large_objects) >= 2  # the weights and training_args.bin
     card = ModelCard(files["README.md"].decode())
     assert "with gradient regularization" in card.text and "on scikit-learn digits" in card.text
@@ -90,7 +93,7 @@ def test_a_connection_that_breaks_in_training_does_not_stop_it(hub, tmp_path, ca
     assert "An upload during training failed" in caplog.text
 
 
-@pytest.mark.parametrize("what", ["drop_commits", "drop_uploads"])
+@pytest.mark.parametrize("what", ["drop_commits", "drop_uploads", "busy"])
 def test_a_connection_that_breaks_in_the_last_upload_is_got_over(what, hub, tmp_path):
     trainer = trained(tmp_path / "model")
     setattr(hub, what, 2)

@@ -18,7 +18,7 @@ from datasets import Dataset, DatasetDict, Features, Image, Value
 from PIL import Image as PILImage
 from transformers import AutoModelForImageClassification, pipeline
 
-from hf_gr import script
+from hf_gr import GRConfig, script
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "scripts" / "train_vit.py"
@@ -108,18 +108,19 @@ def test_the_command_on_the_card_is_the_one_that_was_given(finished):
 
 
 @pytest.mark.parametrize(
-    ("argv", "world_size", "expected"),
+    ("argv", "expected"),
     [
-        (["--hub_token", "hf_secret", "--gr_r=0.1"], 1, "python train.py --hub_token ... --gr_r=0.1"),
-        (["--hub_token=hf_secret"], 4, "accelerate launch --num_processes 4 train.py --hub_token=..."),
-        (["--dataset_name", "/home/me/data/"], 1, "python train.py --dataset_name data"),
-        (["r.yaml", "--dataset_name=../../data.parquet"], 1, "python train.py r.yaml --dataset_name=data.parquet"),
-        (["--sample_prompt", "It's a"], 1, "python train.py --sample_prompt 'It'\"'\"'s a'"),
+        (["--hub_token", "hf_secret", "--gr_r=0.1"], "python train.py --hub_token ... --gr_r=0.1"),
+        (["--hub-tok=hf_secret"], "python train.py --hub-tok=..."),
+        (["--dataset_name", "/home/me/data/"], "python train.py --dataset_name data"),
+        (["r.yaml", "--dataset_name=../../data.parquet"], "python train.py r.yaml --dataset_name=data.parquet"),
+        (["--sample_prompt", "It's a"], "python train.py --sample_prompt 'It'\"'\"'s a'"),
     ],
 )
-def test_a_published_command_gives_away_neither_tokens_nor_folders(argv, world_size, expected, monkeypatch, tmp_path):
+def test_a_published_command_gives_away_neither_tokens_nor_folders(argv, expected, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    assert script.command_line(str(tmp_path / "train.py"), argv, world_size) == expected
+    args = GRConfig(output_dir=str(tmp_path), use_cpu=True, hub_token="hf_secret")
+    assert script.command_line(str(tmp_path / "train.py"), argv, args) == expected
 
 
 def test_resume_is_bit_identical(finished, tmp_path):
@@ -337,6 +338,16 @@ def test_push_to_hub_uploads_the_finished_card(main, monkeypatch, tmp_path):
         and "name: digits" in card
         and "type: scikit-learn-digits" in card
     )
+
+
+def test_a_token_is_not_written_into_files(monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_TOKEN", "")
+    argv = ["--output_dir", str(tmp_path), "--hub_token", "hf_secret", "--use_cpu"]
+    (args,) = script.parse_args((GRConfig,), argv, None, without_it=("output_dir",))
+    assert args.hub_token is None and os.environ["HF_TOKEN"] == "hf_secret"
+    torch.save(args, tmp_path / "training_args.bin")
+    assert b"hf_secret" not in (tmp_path / "training_args.bin").read_bytes()
+    assert script.command_line(str(SCRIPT), argv, args).endswith("--hub_token ... --use_cpu")
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "scripts" / "accelerate").glob("*.yaml")), ids=lambda path: path.stem)
