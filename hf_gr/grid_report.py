@@ -15,6 +15,8 @@ from .comparison import first_reached
 from .grid import Grid, Run
 from .plots import COLORS
 
+#: What arms are compared at, besides at equal steps -> its key in the log.
+EQUAL_COSTS = {"passes": "train_passes", "seconds": "train_seconds"}
 #: What a run's row of the tidy table has besides its coordinates and the metrics of its last evaluation.
 COSTS = ("train_seconds", "train_passes", "train_tokens", "peak_memory_bytes")
 
@@ -37,22 +39,22 @@ def markdown_table(grid: Grid, runs: Sequence[Run], published: Path | None = Non
     """Mean and standard deviation of each arm at each combination of the axes.
 
     Beside them: the difference to the baseline over the seeds that both have, with the p-value of a paired t-test (two
-    seeds or more); the metric at equal seconds, which is that of the last evaluation within the mean time of the
-    quickest arm, on a schedule made for more; the costs; and the published numbers, marked as such.
+    seeds or more); the metric at equal passes and at equal seconds, which is that of the last evaluation within what
+    the cheapest arm took on average, on a schedule made for more; the costs; and the published numbers, marked as such.
     """
     unit = " (%)" if grid.percent else ""
     metric = grid.metric.removeprefix("eval_")
     head = [*grid.axes, "", f"{metric}{unit}, mean ± std", "each seed", f"against {grid.baseline}", "p",
-            f"{metric}{unit} at equal seconds", "seconds", "passes"]  # fmt: skip
+            *(f"{metric}{unit} at equal {cost}" for cost in EQUAL_COSTS), *EQUAL_COSTS]  # fmt: skip
     known = _published(grid, published)
     if grid.published:
         head.append("published, **not ours**")
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for at, group in _by(runs, grid.axes):
         arms = {arm: list(members) for (arm,), members in _by(group, ["arm"])}
-        limit = min(_mean(run.results()["train_seconds"] for run in members) for members in arms.values())
+        limits = {key: min(_mean_cost(members, key) for members in arms.values()) for key in EQUAL_COSTS.values()}
         for arm, members in arms.items():
-            cells = [*map(str, at), arm, *_cells(grid, members, arms.get(grid.baseline, []), limit)]
+            cells = [*map(str, at), arm, *_cells(grid, members, arms.get(grid.baseline, []), limits)]
             if grid.published:
                 cells.append(known(dict(zip(grid.axes, at, strict=True)), arm))
             lines.append(f"| {' | '.join(cells)} |")
@@ -79,8 +81,7 @@ def table_like_the_papers(grid: Grid, runs: Sequence[Run], published: Path | Non
     return "\n".join(lines) + "\n"
 
 
-def _cells(grid: Grid, members: Sequence[Run], baseline: Sequence[Run], limit: float) -> list[str]:
-    scale = 100 if grid.percent else 1
+def _cells(grid: Grid, members: Sequence[Run], baseline: Sequence[Run], limits: dict[str, float]) -> list[str]:
     values = {run.point["seed"]: _metric(grid, run) for run in members}
     reference = {run.point["seed"]: _metric(grid, run) for run in baseline}
     common = [] if members is baseline else sorted(set(values) & set(reference))
@@ -89,16 +90,28 @@ def _cells(grid: Grid, members: Sequence[Run], baseline: Sequence[Run], limit: f
     if len(common) > 1:
         same = max(differences) == min(differences)  # the test divides by their spread
         p = "" if same else f"{stats.ttest_rel([values[s] for s in common], [reference[s] for s in common]).pvalue:.2g}"
-    early = [scale * value for run in members if (value := _at_seconds(run, grid.metric, limit)) is not None]
     return [
         _mean_and_std(list(values.values())),
         ", ".join(f"{value:.4g}" for value in values.values()),
         f"{_mean(differences):+.3g}" if differences else "",
         p,
-        f"{_mean(early):.4g}" if early else "",
-        f"{_mean(run.results()['train_seconds'] for run in members):,.0f}",
-        f"{_mean(run.results()['train_passes'] for run in members):,.0f}",
+        *(_mean_within(grid, members, key, limit) for key, limit in limits.items()),
+        *(f"{_mean_cost(members, key):,.0f}" for key in limits),
     ]
+
+
+def _mean_cost(members: Sequence[Run], key: str) -> float:
+    return _mean(run.results()[key] for run in members)
+
+
+def _mean_within(grid: Grid, members: Sequence[Run], key: str, limit: float) -> str:
+    """Of the last evaluation of each run that is within a cost, with a little leeway: logs are not written every
+    moment."""
+    found = []
+    for run in members:
+        within = [e[grid.metric] for e in run.history() if grid.metric in e and e.get(key, np.inf) <= 1.02 * limit]
+        found += within[-1:]
+    return f"{_mean(found) * (100 if grid.percent else 1):.4g}" if found else ""
 
 
 def _by(runs: Iterable[Run], names: Iterable[str]) -> list[tuple[tuple[Any, ...], list[Run]]]:
@@ -118,18 +131,12 @@ def _mean_and_std(values: Sequence[float]) -> str:
     return f"{_mean(values):.4g}{spread}"
 
 
-def _at_seconds(run: Run, metric: str, limit: float) -> float | None:
-    """The last evaluation of a run that was within so many seconds of training."""
-    found = [e[metric] for e in run.history() if metric in e and e.get("train_seconds", np.inf) <= 1.02 * limit]
-    return found[-1] if found else None
-
-
 def explanation(grid: Grid) -> str:
     """What the columns of `markdown_table` are, for people."""
     lines = [
-        f"Mean and standard deviation over the seeds, p of a paired t-test against {grid.baseline}. At equal seconds: "
-        "the last evaluation within the mean time of the quickest arm, of runs whose schedule was made for more. "
-        "Passes: forward and backward passes over the batch of a step, until the end."
+        f"Mean and standard deviation over the seeds, p of a paired t-test against {grid.baseline}. At equal passes "
+        "and seconds: the last evaluation within what the cheapest arm took on average, of runs whose schedule was made "
+        "for more. Passes: forward and backward passes over the batch of a step, until the end."
     ]
     if grid.published:
         lines.append("Published numbers are the paper's, for the model, data and optimizer in brackets.")
@@ -205,7 +212,8 @@ def _plot_metric(axis: Axes, grid: Grid, arms: Histories, colors: dict[str, str]
             axis.plot(*curves[arm], color=colors[arm], label=arm, linewidth=1.2)
             axis.fill_between(x, y.min(axis=0), y.max(axis=0), color=colors[arm], alpha=0.08)
     # The end of the curves is what matters, and is the smallest part of a linear axis.
-    axis.set(xlabel=xlabel, ylabel=_label(grid), yscale="log")
+    axis.set(xlabel=xlabel, ylabel=_label(grid))
+    _make_logarithmic(axis)
     if grid.baseline in curves:
         _plot_speedup(axis, curves, colors, grid.baseline)
 
@@ -235,7 +243,17 @@ def _plot_norms(axis: Axes, arms: Histories, colors: dict[str, str]) -> None:
         x, y = _curves(histories, key, "step")
         if len(x):
             axis.plot(x, y.mean(axis=0), color=colors[arm], label=arm, linewidth=1.2)
-    axis.set(xlabel="optimizer step", ylabel=r"$\|g_1\|$", yscale="log")
+    axis.set(xlabel="optimizer step", ylabel=r"$\|g_1\|$")
+    _make_logarithmic(axis)
+
+
+def _make_logarithmic(axis: Axes) -> None:
+    """With plain numbers, also between the powers of ten where there are few of those."""
+    axis.set_yscale("log")
+    axis.yaxis.set_major_formatter("{x:g}")
+    low, high = axis.get_ylim()
+    if high < 20 * low:
+        axis.yaxis.set_minor_formatter("{x:g}")
 
 
 def _plot_warmups(axis: Axes, arms: Histories, colors: dict[str, str]) -> None:

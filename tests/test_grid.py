@@ -42,9 +42,10 @@ if flags.get("--gr_lambda") == flags.get("--fails_at"):
     sys.exit("no luck")
 degree = float(flags["--gr_lambda"])
 loss = degree * (1 + int(flags["--seed"]) / 10) + int(flags["--seed"]) * 0.01
-history = [{"step": s, "eval_loss": loss + 1 - s / 10, "grad_norm": 1.0, "train_seconds": s * (1 + degree)}
-           for s in range(1, 11)]
-results = {"eval_loss": loss, "train_seconds": history[-1]["train_seconds"], "train_passes": 10}
+passes = 2 if degree else 1
+history = [{"step": s, "eval_loss": loss + 1 - s / 10, "grad_norm": 1.0, "train_seconds": s * (1 + degree),
+            "train_passes": passes * s} for s in range(1, 11)]
+results = {"eval_loss": loss, "train_seconds": history[-1]["train_seconds"], "train_passes": 10 * passes}
 for name, content in (("all_results", results), ("eval_results", results), ("trainer_state", {"log_history": history})):
     (folder / f"{name}.json").write_text(json.dumps(content))
 """
@@ -189,9 +190,10 @@ def test_the_tables_say_what_the_runs_have(finished, tmp_path):
     }  # fmt: skip
     lines = markdown_table(grid, runs).splitlines()
     assert lines[0].startswith("| gr_r |  | loss, mean ± std | each seed | against off | p |")
-    # `off` takes 10 s; of `on`, which takes 11, that leaves step 9, at a loss of 0.12 + 0.1 on average
-    assert lines[2] == "| 0.1 | off | 0.01 ± 0.01 | 0, 0.01, 0.02 |  |  | 0.01 | 10 | 10 |"
-    assert lines[3] == "| 0.1 | on | 0.12 ± 0.02 | 0.1, 0.12, 0.14 | +0.11 | 0.0027 | 0.22 | 11 | 10 |"
+    # `off` takes 10 s; of `on`, which takes 11, that leaves step 9, at a loss of 0.12 + 0.1 on average. It takes 20
+    # passes, of which 10 leave step 5, at 0.12 + 0.5.
+    assert lines[2] == "| 0.1 | off | 0.01 ± 0.01 | 0, 0.01, 0.02 |  |  | 0.01 | 0.01 | 10 | 10 |"
+    assert lines[3] == "| 0.1 | on | 0.12 ± 0.02 | 0.1, 0.12, 0.14 | +0.11 | 0.0027 | 0.62 | 0.22 | 20 | 11 |"
     grid.percent = True
     assert markdown_table(grid, runs).splitlines()[2].startswith("| 0.1 | off | 1 ± 1 | 0, 1, 2 |")
 
