@@ -135,8 +135,8 @@ def explanation(grid: Grid) -> str:
     """What the columns of `markdown_table` are, for people."""
     lines = [
         f"Mean and standard deviation over the seeds, p of a paired t-test against {grid.baseline}. At equal passes "
-        "and seconds: the last evaluation within what the cheapest arm took on average, of runs whose schedule was made "
-        "for more. Passes: forward and backward passes over the batch of a step, until the end."
+        "and seconds: the last evaluation within what the cheapest arm took on average, of runs whose schedule was "
+        "made for more. Passes: forward and backward passes over the batch of a step, until the end."
     ]
     if grid.published:
         lines.append("Published numbers are the paper's, for the model, data and optimizer in brackets.")
