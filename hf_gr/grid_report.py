@@ -13,7 +13,7 @@ from scipy import stats
 
 from .comparison import first_reached
 from .grid import Grid, Run
-from .plots import COLORS
+from .plots import COLORS, make_logarithmic
 
 #: What arms are compared at, besides at equal steps -> its key in the log.
 EQUAL_COSTS = {"passes": "train_passes", "seconds": "train_seconds"}
@@ -213,7 +213,7 @@ def _plot_metric(axis: Axes, grid: Grid, arms: Histories, colors: dict[str, str]
             axis.fill_between(x, y.min(axis=0), y.max(axis=0), color=colors[arm], alpha=0.08)
     # The end of the curves is what matters, and is the smallest part of a linear axis.
     axis.set(xlabel=xlabel, ylabel=_label(grid))
-    _make_logarithmic(axis)
+    make_logarithmic(axis)
     if grid.baseline in curves:
         _plot_speedup(axis, curves, colors, grid.baseline)
 
@@ -244,16 +244,7 @@ def _plot_norms(axis: Axes, arms: Histories, colors: dict[str, str]) -> None:
         if len(x):
             axis.plot(x, y.mean(axis=0), color=colors[arm], label=arm, linewidth=1.2)
     axis.set(xlabel="optimizer step", ylabel=r"$\|g_1\|$")
-    _make_logarithmic(axis)
-
-
-def _make_logarithmic(axis: Axes) -> None:
-    """With plain numbers, also between the powers of ten where there are few of those."""
-    axis.set_yscale("log")
-    axis.yaxis.set_major_formatter("{x:g}")
-    low, high = axis.get_ylim()
-    if high < 20 * low:
-        axis.yaxis.set_minor_formatter("{x:g}")
+    make_logarithmic(axis)
 
 
 def _plot_warmups(axis: Axes, arms: Histories, colors: dict[str, str]) -> None:

@@ -120,6 +120,7 @@ def write_model_card(
         command=text.quoted(command) if command else None,
         optimizer=text.optimizer_line(trainer),
         hyperparameters=text.hyperparameters([*script_args, trainer.args]),
+        seed=trainer.args.seed,
         versions=text.versions(),
     )
     card.save(folder / "README.md")

@@ -230,7 +230,10 @@ def optimizer_summary(trainer: "GRMixin") -> str:
 
 def optimizer_table(trainer: "GRMixin") -> Rows:
     optimizer = own_optimizer(trainer)
-    return [] if optimizer is None else [(k, OPTIMIZER_SYMBOLS.get(k, ""), v) for k, v in _settings(optimizer).items()]
+    if optimizer is None:
+        return []
+    shown = {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in _settings(optimizer).items()}
+    return [(k, OPTIMIZER_SYMBOLS.get(k, ""), v) for k, v in shown.items()]
 
 
 def _settings(optimizer: torch.optim.Optimizer) -> dict[str, Any]:

@@ -57,7 +57,8 @@ def plot_curves(log_history: list[dict[str, float]], path: str | Path) -> None:
     if not _line(norms, log_history, "gr_grad_norm", r"$\|g_1\|$ at $\theta$", BLUE):
         _line(norms, log_history, "grad_norm", r"$\|g\|$", BLUE)
     _line(norms, log_history, "gr_perturbed_grad_norm", r"$\|g_2\|$ at $\theta + r\,g_1/\|g_1\|$", ORANGE)
-    norms.set(title="Gradient norm before clipping", ylabel="norm", yscale="log")
+    norms.set(title="Gradient norm before clipping", ylabel="norm")
+    make_logarithmic(norms)
 
     handles = _plot_schedules(schedules, log_history)
 
@@ -123,6 +124,15 @@ def plot_layer_statistics(table: dict[str, list], path: str | Path) -> None:
     bar = figure.colorbar(ScalarMappable(depth, colors), ax=axes, ticks=[0, depth.vmax], pad=0.01)
     bar.ax.set_yticklabels(["first\nlayer", "last\nlayer"])
     figure.savefig(path, dpi=120)
+
+
+def make_logarithmic(axis: Axes) -> None:
+    """The y axis, with plain numbers, also between the powers of ten where there are few of those."""
+    axis.set_yscale("log")
+    axis.yaxis.set_major_formatter("{x:g}")
+    low, high = axis.get_ylim()
+    if high < 20 * low:
+        axis.yaxis.set_minor_formatter("{x:g}")
 
 
 def _line(axis: Axes, log_history: list[dict], key: str, label: str, color: str, scale: float = 1, **style) -> bool:

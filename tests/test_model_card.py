@@ -138,7 +138,7 @@ def numbers_of(value) -> set[float]:
         return numbers(value.replace("=", " "))
     if isinstance(value, bool) or not isinstance(value, int | float):
         return set()
-    return {float(value), float(f"{value:.4g}"), float(f"{value:.2f}")}
+    return {float(value), float(f"{value:.6g}"), float(f"{value:.4g}"), float(f"{value:.2f}")}
 
 
 def recorded(trainer: GRTrainer, passes: dict[str, int]) -> set[float]:

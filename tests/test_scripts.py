@@ -154,7 +154,7 @@ def test_resnet_with_tvlars_by_flags(tmp_path):
            "--lr_scaling", "linear", "--gr_lambda", 0, "--layer_statistics_steps", 2)  # fmt: skip
     card = (tmp_path / "README.md").read_text()
     assert "Optimizer: `TVLARS` (see above)" in card
-    assert "| `tv_lambda` | lambda | 1.25 |" in card and "| `delay_steps` | d_e | 4.0 |" in card
+    assert "| `tv_lambda` | lambda | 1.25 |" in card and "| `delay_steps` | d_e | 4 |" in card
     assert "with `learning_rate` times 0.0625 (the total batch of 16 / 256)" in card
     assert "| `stem` | cifar |" in card and "| `weight_init` | kaiming_uniform |" in card
     assert "trust ratio of each layer](layer_statistics.png)" in card
