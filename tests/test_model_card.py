@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -305,6 +306,20 @@ def test_the_time_to_prepare_is_no_result(tmp_path):
     trainer.create_model_card(**CARD)
     card = ModelCard.load(tmp_path / "README.md")
     assert "preparation" not in card.content and [r.metric_type for r in card.data.eval_results] == ["loss"]
+
+
+@pytest.mark.parametrize(
+    "folder", sorted((Path(__file__).parent.parent / "model_cards").iterdir()), ids=lambda f: f.name
+)
+def test_the_cards_that_are_shown_are_whole(folder):
+    """With the pictures that they have; of a commit without changes of its own, on nobody's disk."""
+    card = ModelCard.load(folder / "README.md")
+    assert "hf_gr" in card.data.tags and card.data.eval_results and card.data.model_name == folder.name
+    for picture in re.findall(r"!\[.*?\]\((.*?)\)", card.text):
+        with PILImage.open(folder / picture) as image:
+            assert image.size[0] > 1000
+    assert re.search(r"hf_gr \S+ \(commit [0-9a-f]{7,}\)", card.text)
+    assert not re.search(r"(?<![\w.])/(home|tmp|work|root|Users)\b|\.\./", card.text)
 
 
 def test_picture(run, tmp_path):
