@@ -327,8 +327,10 @@ def plot_heat_map(grid: Grid, runs: Sequence[Run], path: Path) -> None:
         for (a, b), cell in _by(members, [first, second]):
             where = grid.axes[first].index(a), grid.axes[second].index(b)
             values[where] = _mean(_metric(grid, run) for run in cell)
-            axis.text(where[1], where[0], f"{values[where]:.4g}", ha="center", va="center", color="white")
         image = axis.imshow(values, cmap="viridis")
+        for (row, column), value in np.ndenumerate(values):
+            color = "black" if image.norm(value) > 0.6 else "white"
+            axis.text(column, row, "" if np.isnan(value) else f"{value:.4g}", ha="center", va="center", color=color)
         axis.set(title=arm, xlabel=second, ylabel=first)
         axis.set_xticks(range(values.shape[1]), [str(value) for value in grid.axes[second]])
         axis.set_yticks(range(values.shape[0]), [str(value) for value in grid.axes[first]])
