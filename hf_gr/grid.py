@@ -19,6 +19,9 @@ from typing import Any
 import yaml
 from filelock import FileLock, Timeout
 
+#: `Run.settings`, in the folder of a run.
+SETTINGS = "settings.json"
+
 
 @dataclass
 class Grid:
@@ -116,6 +119,25 @@ class Run:
         with self.lock() as is_ours:
             return not is_ours
 
+    @property
+    def settings(self) -> list[str]:
+        """The arguments, without what depends on where they are given: the folder, and that of the recipe."""
+        *arguments, _, _ = self.arguments
+        return [Path(argument).name if argument.endswith(".yaml") else argument for argument in arguments]
+
+    def refuse_other_settings(self) -> None:
+        """Raise `ValueError` if what is in the folder was run with other ones."""
+        if not self.is_finished:
+            return
+        path = self.folder / SETTINGS
+        had = json.loads(path.read_text()) if path.is_file() else []
+        if had != self.settings:
+            differing = sorted({*had} ^ {*self.settings}) or ["their order"]
+            raise ValueError(
+                f"{self.folder} was run with other arguments (differing: {' '.join(differing)}), and finished runs are "
+                "not run again. Give the arguments it had, or another --output_dir."
+            )
+
     def results(self) -> dict[str, float]:
         return json.loads((self.folder / "all_results.json").read_text())
 
@@ -186,9 +208,14 @@ def run_grid(
         workers: runs at a time in this process.
         on_end: called with each run that ends, and whether it went well.
         launcher: what to start the script with.
+
+    Raises:
+        ValueError: a run that is finished had other arguments.
     """
     import optuna
 
+    for run in runs:
+        run.refuse_other_settings()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     if "://" not in storage:
         storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(storage))
@@ -221,6 +248,7 @@ def run_grid(
 
 def _run(script: Path, run: Run, launcher: Iterable[str]) -> bool:
     run.folder.mkdir(parents=True, exist_ok=True)
+    (run.folder / SETTINGS).write_text(json.dumps(run.settings))
     with (run.folder / "log.txt").open("w") as log:
         done = subprocess.run(
             [*launcher, str(script), *run.arguments, "--disable_tqdm", "True"],

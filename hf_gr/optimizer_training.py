@@ -70,6 +70,11 @@ class OptimizerMixin:
         inner = innermost(optimizer)
         if is_new:
             self._made_optimizer, self._lr_factor = inner, 1.0
+        if self.gr_args.decay_norms_and_biases and inner.param_groups[0].get("exclude_1d"):
+            raise ValueError(
+                f"decay_norms_and_biases=True has no effect on {type(inner).__name__}, which excludes norms and biases "
+                "by itself. Set optim_args=exclude_1d=False as well, or leave the flag out."
+            )
         scaling = self.gr_args.lr_scaling
         if inner is self._made_optimizer:
             batch = self.get_total_train_batch_size(self.args)

@@ -37,8 +37,10 @@ flags = dict(zip(sys.argv[1::2], sys.argv[2::2]))
 folder = pathlib.Path(flags["--output_dir"])
 with open(folder.parent / "started.txt", "a") as log:
     log.write(folder.name + "\\n")
-time.sleep(float(flags.get("--sleep", 0)))
-if flags.get("--gr_lambda") == flags.get("--fails_at"):
+told = folder.parent / "told.json"
+told = json.loads(told.read_text()) if told.exists() else {}
+time.sleep(told.get("sleep", 0))
+if flags["--gr_lambda"] == told.get("fails_at"):
     sys.exit("no luck")
 degree = float(flags["--gr_lambda"])
 loss = degree * (1 + int(flags["--seed"]) / 10) + int(flags["--seed"]) * 0.01
@@ -140,12 +142,26 @@ def test_what_is_finished_is_not_run_again(training, tmp_path):
 def test_what_fails_is_said_and_run_again_the_next_time(training, tmp_path):
     grid = Grid(training.name, ARMS, "off")
     ended = []
-    failing = expand(grid, tmp_path, tmp_path, ["--fails_at", "0.1"])
+    (tmp_path / "told.json").write_text(json.dumps({"fails_at": "0.1"}))
+    failing = expand(grid, tmp_path, tmp_path)
     run_grid(training, failing, storage(tmp_path), on_end=lambda run, well: ended.append((run.name, well)))
     assert ended == [("off_0", True), ("on_0", False)]
     assert "no luck" in (tmp_path / "on_0" / "log.txt").read_text()
+    (tmp_path / "told.json").unlink()
     run_grid(training, expand(grid, tmp_path, tmp_path), storage(tmp_path))
     assert started(tmp_path) == ["off_0", "on_0", "on_0"]
+
+
+def test_what_is_finished_is_not_passed_off_as_what_another_command_would_have_run(training, tmp_path):
+    grid = Grid(training.name, ARMS, "off")
+    run_grid(training, expand(grid, tmp_path, tmp_path, ["--image_size", "16"]), storage(tmp_path))
+    for other, differing in (([], "--image_size 16"), (["--image_size", "8"], "16 8")):
+        with pytest.raises(ValueError, match=rf"off_0 was run with other arguments \(differing: {differing}\)"):
+            run_grid(training, expand(grid, tmp_path, tmp_path, other), storage(tmp_path))
+    (tmp_path / "x").mkdir()
+    elsewhere = tmp_path / "x" / ".."  # the same folder, by another name
+    run_grid(training, expand(grid, elsewhere, elsewhere, ["--image_size", "16"]), storage(tmp_path))
+    assert len(started(tmp_path)) == 2
 
 
 def test_killed_in_the_middle_only_the_unfinished_are_run(training, tmp_path):
@@ -153,9 +169,10 @@ def test_killed_in_the_middle_only_the_unfinished_are_run(training, tmp_path):
     code = (
         "import sys; from pathlib import Path; import hf_gr.grid as g\n"
         f"folder = Path({str(tmp_path)!r}); grid = g.Grid('x', {ARMS!r}, 'off', seeds=[0, 1])\n"
-        "runs = g.expand(grid, folder, folder, ['--sleep', '1'])\n"
+        "runs = g.expand(grid, folder, folder)\n"
         f"g.run_grid(Path({str(training)!r}), runs, {storage(tmp_path)!r})"
     )
+    (tmp_path / "told.json").write_text(json.dumps({"sleep": 1}))
     worker = subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
     until = time.monotonic() + 60
     while time.monotonic() < until and not (tmp_path / "on_0" / "log.txt").exists():

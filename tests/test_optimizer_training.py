@@ -129,9 +129,9 @@ def test_lr_scaling_follows_a_batch_that_is_found(tmp_path):
     assert [group["gamma_min"] for group in groups(trainer)] == pytest.approx([1e-3 * batch / 256] * 2)
 
 
-@pytest.mark.parametrize("optim", ["adamw_torch", "lars"])
-def test_norms_and_biases_are_decayed_if_that_is_wanted(optim, tmp_path, caplog):
-    flags = {**PLAIN, "weight_decay": 0.1, "max_steps": 1}
+@pytest.mark.parametrize(("optim", "optim_args"), [("adamw_torch", None), ("lars", "exclude_1d=False")])
+def test_norms_and_biases_are_decayed_if_that_is_wanted(optim, optim_args, tmp_path, caplog):
+    flags = {**PLAIN, "weight_decay": 0.1, "max_steps": 1, "optim_args": optim_args}
     for wanted in (False, True):
         trainer, _ = train(tmp_path, optim=optim, decay_norms_and_biases=wanted, **flags)
         decayed = {id(p) for group in groups(trainer) if group["weight_decay"] for p in group["params"]}
@@ -142,9 +142,14 @@ def test_norms_and_biases_are_decayed_if_that_is_wanted(optim, tmp_path, caplog)
     assert "decay_norms_and_biases=True has no effect with weight_decay=0" in caplog.text
 
 
+def test_decay_of_what_the_optimizer_excludes_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"decay_norms_and_biases=True has no effect on LAMB, .*exclude_1d=False"):
+        train(tmp_path, optim="lamb", decay_norms_and_biases=True, weight_decay=0.1, **PLAIN)
+
+
 def test_decay_of_a_ready_made_optimizer_is_refused(tmp_path):
     model = toys.vit()
-    given = {"optimizers": (LARS(model.parameters(), 1.0), None)}
+    given = {"optimizers": (torch.optim.SGD(model.parameters(), 1.0), None)}
     with pytest.raises(ValueError, match="decay_norms_and_biases=True has no effect on an optimizer that was given"):
         train(tmp_path, model=model, optimizers=given, decay_norms_and_biases=True, **PLAIN)
 
