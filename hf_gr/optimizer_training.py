@@ -151,7 +151,8 @@ class OptimizerMixin:
         return settings
 
     def _default_gamma_min(self) -> float:
-        return 1e-3 * self.get_total_train_batch_size(self.args) / BASE_BATCH_SIZE
+        """0.001 batch / 256 as a factor of the unscaled learning rate, which `lr_scaling` may have scaled already."""
+        return 1e-3 * self.get_total_train_batch_size(self.args) / BASE_BATCH_SIZE / self._lr_factor
 
     def _set_tvlars(self, optimizer: TVLARS, num_training_steps: int) -> None:
         """Put into the optimizer what it cannot know, and start its schedule with the run."""

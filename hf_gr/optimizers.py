@@ -293,8 +293,9 @@ class TVLARS(LARS):
             tv_lambda * delay_steps below 1 phi never starts high; 5 is a good start.
         delay_steps: d_e, the step at which phi is 1 / (alpha + 1).
         alpha: phi starts near 1 / alpha.
-        gamma_min: floor of phi. The paper has 0.001 batch / 256: None is that in `GRTrainer`, which knows the batch,
-            and 0 elsewhere.
+        gamma_min: floor of phi. The paper has 0.001 batch / 256 for a learning rate that is not scaled with the batch:
+            None is that in `GRTrainer`, which knows the batch, and 0.001 with its `lr_scaling="linear"`, so that the
+            rate ends at a thousandth of its peak, as that of LARS with warmup does; 0 elsewhere.
         phi_everywhere: whether phi also multiplies the steps that have no trust ratio, those of norms and biases and
             of layers whose weights or gradients are all 0.
 

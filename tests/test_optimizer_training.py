@@ -2,6 +2,7 @@
 
 import logging
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,9 +10,11 @@ from transformers import Trainer, TrainingArguments
 
 import toys
 from hf_gr import IRE, LAMB, LARS, TVLARS, GRConfig, GRTrainer
+from hf_gr.grid import load_grid
 from hf_gr.plots import plot_curves
 from reference import phi
 
+SCRIPTS = Path(__file__).parent.parent / "scripts"
 PLAIN = {"gr_lambda": 0, "lr_scheduler_type": "constant", "learning_rate": 1.0}
 
 
@@ -126,7 +129,7 @@ def test_lr_scaling_follows_a_batch_that_is_found(tmp_path):
     batch = trainer._train_batch_size
     assert batch < 8
     assert [group["lr"] for group in groups(trainer)] == pytest.approx([batch / 256] * 2)
-    assert [group["gamma_min"] for group in groups(trainer)] == pytest.approx([1e-3 * batch / 256] * 2)
+    assert [group["gamma_min"] for group in groups(trainer)] == pytest.approx([1e-3] * 2)
 
 
 @pytest.mark.parametrize(("optim", "optim_args"), [("adamw_torch", None), ("lars", "exclude_1d=False")])
@@ -167,6 +170,33 @@ def test_lr_scaling_of_a_ready_made_optimizer_is_refused(tmp_path):
 
 
 # ---- TVLARS and the run ----
+
+
+@pytest.mark.parametrize("outside", [False, True])
+@pytest.mark.parametrize("scaling", ["none", "linear", "sqrt"])
+def test_the_batch_is_in_the_floor_once(scaling, outside, tmp_path):
+    """Whatever scales the rate, it ends at 0.001 batch / 256 times that for 256 examples; with linear scaling, at a
+    thousandth of its peak, as LARS and LAMB do under a cosine with min_lr_rate=0.001."""
+    settings = {"lr_scheduler_type": "time_varying"} if outside else {"optim": "tvlars"}
+    flags = {**PLAIN, "optim": "lars", **settings, "learning_rate": 0.5, "per_device_train_batch_size": 4}
+    trainer, _ = train(tmp_path, lr_scaling=scaling, **flags)
+    if outside:
+        last = trainer.lr_scheduler.base_lrs[0] * trainer.lr_scheduler.lr_lambdas[0](10**9)
+    else:
+        (group, *_) = groups(trainer)
+        last = group["lr"] * trainer.optimizer.optimizer.phi(group, 10**9)
+    assert last == pytest.approx(0.5 * 1e-3 * 4 / 256)
+
+
+@pytest.mark.parametrize("arm", ["LARS", "LARS with warmup", "LAMB", "TVLARS"])
+def test_all_arms_of_the_shipped_grid_end_at_a_thousandth_of_their_peak(arm, tmp_path):
+    grid = load_grid(SCRIPTS / "grids" / "tvlars-batch.yaml", "paper")
+    flags = {key: value for key, value in {**grid.flags, **grid.arms[arm]}.items() if key not in ("model", "stem")}
+    trainer, _ = train(tmp_path, **{**flags, "max_steps": 2, "per_device_train_batch_size": 4})
+    (group, *_) = groups(trainer)
+    peak = grid.arms[arm]["learning_rate"] * 4 / 256
+    last = group["lr"] * (trainer.optimizer.optimizer.phi(group, 10**9) if arm == "TVLARS" else 1)
+    assert last == pytest.approx(1e-3 * peak)
 
 
 def test_tvlars_learns_of_the_run(tmp_path):
