@@ -2,7 +2,8 @@
 
 An adaptive optimizer estimates its second moments during the first steps; regularizing the gradient there makes that
 estimate worse. The warmups of "When Will Gradient Regularization Be Harmful?" (Zhao et al., ICML 2024) therefore hold
-GR back for the T_w steps in which the learning rate warms up.
+GR back for the T_w steps in which the learning rate warms up. (The learning-rate warmup of transformers is one step
+behind: at step t its factor is (t - 1)/T_w, 0 at the first one, where a ramp here has t/T_w.)
 
 Every warmup is a pure function of the step: `f(t, T_w) -> (lambda_scale, r_scale)`, t = 1, 2, ... counting optimizer
 steps, so a resumed run continues on the same schedule without any state. To add one, write the function and give it a
