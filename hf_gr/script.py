@@ -129,9 +129,6 @@ def _upload(trainer: GRTrainer) -> None:
     A commit whose connection breaks is not tried again by the client, for fear of a second one. What a second one would
     have is what the first has, and nobody is there to give the command again.
     """
-    for job in getattr(getattr(trainer, "push_in_progress", None), "jobs", []):
-        if (error := job.exception()) is not None:
-            logger.warning(f"An upload during training failed ({error}). The last one has everything.")
     folder = Path(trainer.args.output_dir).resolve()
     attempt = 1
     while (error := _try_to_upload(trainer, folder)) is not None:

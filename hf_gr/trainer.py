@@ -47,11 +47,12 @@ from .model_card import write_model_card
 from .nonfinite import NonFiniteGuard
 from .optimizer_training import OptimizerMixin
 from .replay import MicroBatch, RNGState, preserve_buffers
+from .uploads import UploadMixin
 
 logger = get_logger(__name__)  # speaks once, not once per process
 
 
-class GRMixin(CostMixin, IREMixin, OptimizerMixin):
+class GRMixin(CostMixin, IREMixin, OptimizerMixin, UploadMixin):
     """Gradient regularization, IRE and the optimizers of hf_gr for any `Trainer`:
     `class MyTrainer(GRMixin, Seq2SeqTrainer)`.
 

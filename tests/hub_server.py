@@ -10,8 +10,8 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 TOKEN = "hf_may_write"
-#: What the Hub wants by LFS.
-LARGE = (".safetensors", ".bin")
+#: What the Hub wants by LFS: parts of names.
+LARGE = (".safetensors", ".bin", "tfevents")
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -45,13 +45,14 @@ class Handler(BaseHTTPRequestHandler):
             files = [
                 {
                     "path": f["path"],
-                    "uploadMode": "lfs" if f["path"].endswith(LARGE) else "regular",
+                    "uploadMode": "lfs" if any(part in f["path"] for part in LARGE) else "regular",
                     "shouldIgnore": False,
                 }
                 for f in json.loads(body)["files"]
             ]
             self._answer(200, {"files": files})
         elif self.path.endswith(".git/info/lfs/objects/batch"):
+            self.hub.may_transfer.wait(timeout=60)
             objects = [
                 {**obj, "actions": {"upload": {"href": f"{self.hub.url}/lfs/{obj['oid']}"}}}
                 for obj in json.loads(body)["objects"]
@@ -110,6 +111,7 @@ class Handler(BaseHTTPRequestHandler):
                 self.hub.repositories[name][value["path"]] = base64.b64decode(value["content"])
             elif line["key"] == "lfsFile":
                 self.hub.repositories[name][value["path"]] = self.hub.large_objects[value["oid"]]
+        self.hub.versions[self.hub.commits[-1]] = dict(self.hub.repositories[name])
         oid = f"{len(self.hub.commits):040x}"
         self._answer(200, {"commitUrl": f"{self.hub.url}/{name}/commit/{oid}", "commitOid": oid})
 
@@ -123,9 +125,10 @@ class Handler(BaseHTTPRequestHandler):
 
 
 class Hub:
-    """`repositories[id]` has the files of a repository, `commits` what was committed, in order.
+    """`repositories[id]` has the files of a repository, `commits` what was committed, in order, and `versions[message]`
+    the files after a commit.
 
-    Set `drop_commits` and `drop_uploads` to let the connection break in so many of the next commits and uploads of
+    Clear `may_transfer` to let uploads of large files wait, after the client has hashed them, until it is set. Set `drop_commits` and `drop_uploads` to let the connection break in so many of the next commits and uploads of
     large files, `busy` to let so many commits be put off, and `taken` to names that belong to somebody else.
     """
 
@@ -133,7 +136,10 @@ class Hub:
         self.repositories: dict[str, dict[str, bytes]] = {}
         self.private: dict[str, bool] = {}
         self.commits: list[str] = []
+        self.versions: dict[str, dict[str, bytes]] = {}
         self.large_objects: dict[str, bytes] = {}
+        self.may_transfer = threading.Event()
+        self.may_transfer.set()
         self.drop_commits = 0
         self.drop_uploads = 0
         self.busy = 0

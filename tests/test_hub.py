@@ -1,9 +1,12 @@
 """Pushing to the Hub, by the real client, to a server of our own: what is uploaded, and what happens when it is not."""
 
+from pathlib import Path
+
 import huggingface_hub
 import pytest
 import transformers.utils.hub
 from huggingface_hub import ModelCard
+from transformers import TrainerCallback
 
 import toys
 from hf_gr import GRConfig, GRTrainer, script
@@ -26,11 +29,11 @@ def hub(monkeypatch):
     server.close()
 
 
-def trained(folder, **flags) -> GRTrainer:
+def trained(folder, callbacks=(), **flags) -> GRTrainer:
     settings = {"push_to_hub": True, "hub_token": TOKEN, "gr_warmup": "none", "max_steps": 4, **flags}
     args = GRConfig(**toys.arguments(folder, **settings))
     script.keep_token_out_of_files(args)
-    trainer = GRTrainer(toys.vit(), args, train_dataset=toys.images())
+    trainer = GRTrainer(toys.vit(), args, train_dataset=toys.images(), callbacks=[*callbacks])
     trainer.train()
     script.save_model(trainer)
     return trainer
@@ -57,6 +60,37 @@ def test_everything_is_uploaded_during_and_after_training(hub, private, tmp_path
     assert "with gradient regularization" in card.text and "on scikit-learn digits" in card.text
     assert hub.commits[-1] == "End of training" and "Training in progress, step 2" in hub.commits
     assert hub.private["somebody/model"] == private
+
+
+class SlowUploads(TrainerCallback):
+    """Keeps the weights of every checkpoint, and lets nothing be transferred before the last one is there."""
+
+    def __init__(self, hub):
+        self.hub, self.weights = hub, {}
+        hub.may_transfer.clear()
+
+    def on_save(self, args, state, control, **kwargs):
+        checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        self.weights[state.global_step] = (checkpoint / "model.safetensors").read_bytes()
+        if state.global_step == state.max_steps:
+            self.hub.may_transfer.set()
+
+
+@pytest.mark.parametrize("always", [True, False])
+def test_what_training_writes_does_not_break_a_slow_upload(hub, always, tmp_path, caplog):
+    """The weights and the log are written again, and the checkpoint is deleted, while they are being uploaded."""
+    slow = SlowUploads(hub)
+    trained(tmp_path / "model", [slow], save_strategy="steps", save_steps=2, save_total_limit=1, report_to="tensorboard",
+            hub_strategy="all_checkpoints", hub_always_push=always)  # fmt: skip
+    uploaded = (2, 4) if always else (2,)
+    messages = [f"Training in progress, step {step}{of}" for step in uploaded for of in ("", ", checkpoint")]
+    assert hub.commits[-len(messages) :] == messages
+    for step in uploaded:
+        files = hub.versions[f"Training in progress, step {step}, checkpoint"]
+        assert files["model.safetensors"] == files[f"checkpoint-{step}/model.safetensors"] == slow.weights[step]
+        assert {f"checkpoint-{step}/optimizer.pt", "config.json", "training_args.bin"} <= set(files)
+        assert any("tfevents" in name for name in files) and "optimizer.pt" not in files
+    assert "failed" not in caplog.text and not list((tmp_path / "model").glob("_*"))
 
 
 def test_a_name_that_is_there_already_and_ours_is_used(hub, tmp_path):

@@ -40,6 +40,7 @@ def test_maths_is_pure_torch(module):
         "compatibility",
         "costs",
         "nonfinite",
+        "uploads",
     ],
 )
 def test_training_does_not_depend_on_the_data(module):
