@@ -128,8 +128,9 @@ class Hub:
     """`repositories[id]` has the files of a repository, `commits` what was committed, in order, and `versions[message]`
     the files after a commit.
 
-    Clear `may_transfer` to let uploads of large files wait, after the client has hashed them, until it is set. Set `drop_commits` and `drop_uploads` to let the connection break in so many of the next commits and uploads of
-    large files, `busy` to let so many commits be put off, and `taken` to names that belong to somebody else.
+    Clear `may_transfer` to let uploads of large files wait, after the client has hashed them, until it is set. Set
+    `drop_commits` and `drop_uploads` to let the connection break in so many of the next commits and uploads of large
+    files, `busy` to let so many commits be put off, and `taken` to names that belong to somebody else.
     """
 
     def __init__(self):

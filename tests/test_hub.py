@@ -80,8 +80,8 @@ class SlowUploads(TrainerCallback):
 def test_what_training_writes_does_not_break_a_slow_upload(hub, always, tmp_path, caplog):
     """The weights and the log are written again, and the checkpoint is deleted, while they are being uploaded."""
     slow = SlowUploads(hub)
-    trained(tmp_path / "model", [slow], save_strategy="steps", save_steps=2, save_total_limit=1, report_to="tensorboard",
-            hub_strategy="all_checkpoints", hub_always_push=always)  # fmt: skip
+    trained(tmp_path / "model", [slow], save_strategy="steps", save_steps=2, save_total_limit=1,
+            report_to="tensorboard", hub_strategy="all_checkpoints", hub_always_push=always)  # fmt: skip
     uploaded = (2, 4) if always else (2,)
     messages = [f"Training in progress, step {step}{of}" for step in uploaded for of in ("", ", checkpoint")]
     assert hub.commits[-len(messages) :] == messages
