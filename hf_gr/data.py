@@ -9,6 +9,8 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value, l
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .mistakes import explained
+
 EVAL_SPLITS = ("test", "validation", "valid")
 DIGITS_EVAL_SIZE = 360
 
@@ -25,16 +27,14 @@ def load_image_dataset(name: str, config: str | None = None) -> DatasetDict:
         return _load_digits()
     if name.endswith(".parquet") and config is not None:
         raise ValueError(f"dataset_config_name={config!r}: a file has no configurations. Leave it out.")
-    try:
+    remedy = (
+        "Give 'digits' (embedded), a parquet file, a folder with parquet files or with one folder of images per class, "
+        "or the name of a dataset on the Hub that can be reached from here."
+    )
+    with explained(f"dataset_name={name!r} could not be loaded", remedy):
         if name.endswith(".parquet"):
             return load_dataset("parquet", data_files=name)
         return load_dataset(name, config)
-    except Exception as error:  # the many ways in which a name can fail: wrong path, no network, not a data set
-        raise ValueError(
-            f"dataset_name={name!r} could not be loaded ({type(error).__name__}: {error}). Give 'digits' (embedded), a "
-            "parquet file, a folder with parquet files or with one folder of images per class, or the name of a data "
-            "set on the Hub that can be reached from here."
-        ) from error
 
 
 def _load_digits() -> DatasetDict:

@@ -11,12 +11,25 @@ from typing import Any
 import yaml
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
-from transformers import HfArgumentParser, TrainingArguments
+from transformers import TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .checkpoints import last_complete_checkpoint
 from .config import GRConfig
+from .mistakes import ArgumentParser, Failure, run
 from .trainer import GRTrainer
+
+__all__ = [
+    "ArgumentParser",
+    "checkpoint_to_resume",
+    "command_line",
+    "keep_token_out_of_files",
+    "parse_args",
+    "publish",
+    "run",
+    "save_metrics",
+    "save_model",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +48,7 @@ def parse_args(
     Raises:
         ValueError: the recipe has a name that none of the dataclasses has.
     """
-    parser = HfArgumentParser(kinds)
+    parser = ArgumentParser(kinds)
     recipe = None
     if argv and argv[0].endswith((".yaml", ".yml", ".json")):
         recipe, *argv = argv
@@ -134,7 +147,7 @@ def _upload(trainer: GRTrainer) -> None:
     while (error := _try_to_upload(trainer, folder)) is not None:
         is_refused = isinstance(error, HfHubHTTPError) and error.response.status_code < 500
         if is_refused or attempt == UPLOAD_ATTEMPTS:
-            raise RuntimeError(
+            raise Failure(
                 f"The upload to {trainer.hub_model_id} failed ({error}). Nothing is lost: model, card and pictures are "
                 f"in {folder}; upload them with: hf upload {trainer.hub_model_id} {folder}"
             ) from error

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
+from hf_gr import script
 from hf_gr.config import require_writable
 from hf_gr.grid import Grid, Run, expand, load_grid, run_grid
 from hf_gr.grid_report import (
@@ -36,9 +37,7 @@ SCRIPTS = Path(__file__).parent
 
 
 def parse_args(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = script.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", required=True, help="a YAML file, or the name of one in scripts/grids")
     parser.add_argument("--scale", help="one of the grid's scales, e.g. smoke, cpu, paper")
     parser.add_argument("--output_dir", type=Path, help="default: outputs/GRID-SCALE")
@@ -104,4 +103,4 @@ def report(grid: Grid, runs: list[Run], folder: Path, published: Path | None, co
 
 
 if __name__ == "__main__":
-    main()
+    script.run(main)

@@ -10,6 +10,7 @@ import argparse
 import json
 from pathlib import Path
 
+from hf_gr import script
 from hf_gr.comparison import common_target, plot_comparison, speedups
 
 
@@ -21,7 +22,7 @@ def history(folder: str) -> list[dict[str, float]]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--baseline", nargs="+", required=True, help="output folders")
     parser.add_argument("--candidate", nargs="+", required=True, help="output folders")
     parser.add_argument("--names", nargs=2, default=["baseline", "candidate"])
@@ -44,4 +45,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    script.run(main)

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from hf_gr import script
 from hf_gr.data import keep_first
 from hf_gr.multiple_choice import evaluate_multiple_choice
 from hf_gr.text import load_text_dataset
@@ -48,7 +49,7 @@ def harness(options: argparse.Namespace) -> dict:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="a folder, or a name on the Hub")
     parser.add_argument("--dataset_name", help="a parquet or JSON file, a folder, or a name on the Hub")
     parser.add_argument("--dataset_config_name")
@@ -70,4 +71,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    script.run(main)

@@ -34,6 +34,7 @@ from hf_gr.data import (
     split_train_eval,
 )
 from hf_gr.metrics import classification_metrics, rank_classes
+from hf_gr.mistakes import explained
 from hf_gr.models import (
     IMAGE_PRESETS,
     RESNET_PRESETS,
@@ -129,16 +130,22 @@ def parse_args(argv: list[str]) -> tuple[ModelArguments, DataArguments, GRConfig
     return script.parse_args(kinds, argv, DEFAULT_RECIPE, without_it=("dataset_name", "model_name_or_path"))
 
 
-def create_model(args: ModelArguments, label_names: list[str]) -> tuple[PreTrainedModel, BaseImageProcessor]:
-    """The model and the image processor that belongs to it."""
-    if args.model_name_or_path is not None:
+def _load_model(name: str, label_names: list[str]) -> tuple[PreTrainedModel, BaseImageProcessor]:
+    remedy = "Give a folder that a model and its image processor were saved to, or a name on the Hub."
+    with explained(f"model_name_or_path={name!r} could not be loaded", remedy):
         model = AutoModelForImageClassification.from_pretrained(
-            args.model_name_or_path,
+            name,
             id2label=dict(enumerate(label_names)),
             label2id={name: i for i, name in enumerate(label_names)},
             ignore_mismatched_sizes=True,  # the head, where the number of classes is another
         )
-        return model, AutoImageProcessor.from_pretrained(args.model_name_or_path)
+        return model, AutoImageProcessor.from_pretrained(name)
+
+
+def create_model(args: ModelArguments, label_names: list[str]) -> tuple[PreTrainedModel, BaseImageProcessor]:
+    """The model and the image processor that belongs to it."""
+    if args.model_name_or_path is not None:
+        return _load_model(args.model_name_or_path, label_names)
     model = create_image_model(args.model or "vit-ti", label_names, args.image_size, args.dropout, args.stem)
     image_size = args.image_size or getattr(model.config, "image_size", 32)
     if args.weight_init is not None:
@@ -204,4 +211,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    script.run(main)
