@@ -72,6 +72,19 @@ def add_gradients_(params: Iterable[Tensor], grads: Iterable[Tensor | None]) -> 
 
 
 @contextmanager
+def gradients_set_aside(params: Iterable[Tensor]) -> Iterator[None]:
+    """Within, `params` start without gradients; afterwards they have those from before."""
+    kept = [(p, p.grad) for p in params]
+    for p, _ in kept:
+        p.grad = None
+    try:
+        yield
+    finally:
+        for p, grad in kept:
+            p.grad = grad
+
+
+@contextmanager
 def in_float32(params: Iterable[Tensor]) -> Iterator[None]:
     """Within, the half-precision `params` and their gradients are float32, so that a perturbation finds room in them.
 

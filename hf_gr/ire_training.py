@@ -27,8 +27,9 @@ from .fisher import (
     layer_kinds,
     without_randomness,
 )
-from .gradient_regularization import scale_gradients_
+from .gradient_regularization import gradients_set_aside, scale_gradients_
 from .ire import ESTIMATED_MASKS, IRE
+from .optimizer_training import trainable_parameters
 from .replay import RNGState
 
 logger = get_logger(__name__)
@@ -182,20 +183,13 @@ class IREMixin:
         if not self._ire.needs_estimate:
             self._ire.update_mask()
             return
-        params = list(self.model.parameters())
-        # None, except where a data set of unknown length has left an incomplete step behind.
-        earlier_grads = [p.grad for p in params]
-        for p in params:
-            p.grad = None
-        try:
+        # There are gradients only where a data set of unknown length has left an incomplete step behind.
+        with gradients_set_aside([*self.model.parameters(), *trainable_parameters(self._ire)]):
             if self._ire_probe(batch_samples) and not self._ire.update_mask():
                 logger.warning(
                     f"Step {self.state.global_step}: the gradient of the sampled labels is not finite. IRE keeps "
                     f"{'its last choice of' if self._ire.has_mask else 'waiting for its first choice of'} coordinates."
                 )
-        finally:
-            for p, grad in zip(params, earlier_grads, strict=True):
-                p.grad = grad
 
     def _ire_probe(self, batch_samples: list[dict[str, Any]]) -> bool:
         """Leave in `.grad` the gradient of sampled labels, averaged over the micro-batches and processes.
@@ -225,7 +219,7 @@ class IREMixin:
         finally:
             rng_state.restore()
         if accelerator.scaler is not None:
-            scale_gradients_(self.model.parameters(), 1 / accelerator.scaler.get_scale())
+            scale_gradients_(trainable_parameters(self._ire), 1 / accelerator.scaler.get_scale())
         self._ire_probe_ran = True
         return True
 

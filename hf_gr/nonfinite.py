@@ -7,6 +7,7 @@ from accelerate.logging import get_logger
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .gradient_regularization import gradient_norm
+from .optimizer_training import trainable_parameters
 
 if TYPE_CHECKING:
     from .trainer import GRMixin
@@ -43,7 +44,7 @@ class NonFiniteGuard(TrainerCallback):
     ) -> None:
         if self._trainer.accelerator.scaler is not None or not self._is_active():
             return
-        params = [p for p in self._trainer.model_wrapped.parameters() if p.requires_grad]
+        params = trainable_parameters(self._trainer.optimizer)
         if math.isfinite(gradient_norm(params)):
             self._in_a_row = 0
             return

@@ -18,6 +18,9 @@ from .optimizers import LAMB, LARS, TVLARS
 
 OPTIMIZERS: dict[str, type[Optimizer]] = {"lamb": LAMB, "lars": LARS, "tvlars": TVLARS}
 
+#: Under which of these names `get_optimizer_cls_and_kwargs` may return parameters; `Trainer` puts them in place of its own.
+PARAMETER_KEYS = frozenset({"params", "model", "optimizer_dict"})
+
 #: Of TVLARS by name, where nothing is said: a share of the run, see `optimizer_training.in_steps`.
 TIME_VARYING_DEFAULTS = {"tv_lambda": 10.0, "delay_steps": 0.5}
 
@@ -58,7 +61,7 @@ def create_optimizer(
         args = SimpleNamespace(**{field: f.default for field, f in TrainingArguments.__dataclass_fields__.items()})
         args.optim, args.learning_rate = OptimizerNames(name), lr
         cls, defaults = Trainer.get_optimizer_cls_and_kwargs(args, params_or_model if is_model else None)
-        if is_optimizer_factory(cls) or not {"params", "model", "optimizer_dict"}.isdisjoint(defaults):
+        if is_optimizer_factory(cls) or not PARAMETER_KEYS.isdisjoint(defaults):
             raise ValueError(f"name={name!r}: this one can only be made by a Trainer. Use its flag optim.")
     settings = {**defaults, **kwargs, "weight_decay": weight_decay}
     parameters = inspect.signature(cls).parameters
@@ -110,6 +113,18 @@ def settings_by_flags(args: TrainingArguments) -> dict[str, Any]:
     elif cls is TVLARS:
         settings.update(time_varying_settings("optim_args", given))
     return {**settings, **given}
+
+
+def parameters_by_trainer(
+    resolve: Callable[[TrainingArguments, nn.Module | None], tuple[Any, dict]],
+    args: TrainingArguments,
+    model: nn.Module | None,
+) -> dict[str, Any]:
+    """The parameters, or groups of them, that a trainer hands to whatever optimizer it makes; {} from `Trainer`, whose
+    groups are those of its model. `resolve` is its `get_optimizer_cls_and_kwargs`, which does not know our names."""
+    stock = copy.copy(args)
+    stock.optim, stock.optim_args = TrainingArguments.__dataclass_fields__["optim"].default, None
+    return {key: value for key, value in resolve(stock, model)[1].items() if key in PARAMETER_KEYS}
 
 
 def time_varying_settings(flag: str, given: dict[str, Any]) -> dict[str, Any]:

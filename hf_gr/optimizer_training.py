@@ -3,12 +3,14 @@
 What depends on the run, its number of steps and its total batch, is filled in here.
 """
 
+from collections.abc import Callable
 from functools import partial
+from types import MethodType
 from typing import Any
 
 import torch
 from accelerate.logging import get_logger
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import TrainingArguments
@@ -17,7 +19,13 @@ from .compatibility import refuse_unsupported_optimizer
 from .config import BASE_BATCH_SIZE, TIME_VARYING, GRArguments
 from .ire import IRE
 from .layer_statistics import LayerStatisticsCallback
-from .optimizer_factory import OPTIMIZERS, require_known_optim_args, settings_by_flags, time_varying_settings
+from .optimizer_factory import (
+    OPTIMIZERS,
+    parameters_by_trainer,
+    require_known_optim_args,
+    settings_by_flags,
+    time_varying_settings,
+)
 from .optimizers import TVLARS, check_time_varying, time_varying_factor
 
 logger = get_logger(__name__)
@@ -27,6 +35,21 @@ def innermost(optimizer: Optimizer | None) -> Optimizer | None:
     """The optimizer itself, out of what accelerate and IRE have wrapped around it; None before it is made."""
     optimizer = getattr(optimizer, "optimizer", optimizer)
     return optimizer.base_optimizer if isinstance(optimizer, IRE) else optimizer
+
+
+def trainable_parameters(optimizer: Optimizer) -> list[Tensor]:
+    """What `optimizer` trains, in the order of its groups: of a loss with weights of its own those, too."""
+    return [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+
+
+class _OnClassOrInstance:
+    """A method that can be called on either: `Trainer` has a static one, and subclasses make it an instance's."""
+
+    def __init__(self, function: Callable[..., Any]):
+        self._function = function
+
+    def __get__(self, instance: Any, owner: type) -> Callable[..., Any]:
+        return MethodType(self._function, owner if instance is None else instance)
 
 
 def in_steps(tv_lambda: float, delay_steps: float, num_training_steps: int) -> tuple[float, float]:
@@ -51,16 +74,17 @@ class OptimizerMixin:
         if self.gr_args.layer_statistics_steps:
             self.add_callback(LayerStatisticsCallback(self.gr_args.layer_statistics_steps))
 
-    @classmethod
+    @_OnClassOrInstance
     def get_optimizer_cls_and_kwargs(
-        cls, args: TrainingArguments, model: nn.Module | None = None
+        self, args: TrainingArguments, model: nn.Module | None = None
     ) -> tuple[Any, dict[str, Any]]:
         """As in `Trainer`, with our names, and with an error for a key of `optim_args` that nobody reads."""
+        resolve = super().get_optimizer_cls_and_kwargs
         if args.optim in OPTIMIZERS:
-            return OPTIMIZERS[args.optim], settings_by_flags(args)
+            return OPTIMIZERS[args.optim], settings_by_flags(args) | parameters_by_trainer(resolve, args, model)
         if args.optim_args:
-            require_known_optim_args(super().get_optimizer_cls_and_kwargs, args, model)
-        return super().get_optimizer_cls_and_kwargs(args, model)
+            require_known_optim_args(resolve, args, model)
+        return resolve(args, model)
 
     def create_optimizer(self, *args, **kwargs) -> Optimizer:
         """As in `Trainer`, with the learning rate times `lr_scaling`'s factor."""

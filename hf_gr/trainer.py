@@ -39,13 +39,14 @@ from .gradient_regularization import (
     Perturbation,
     add_gradients_,
     gradient_norm,
+    gradients_set_aside,
     in_float32,
     scale_gradients_,
 )
 from .ire_training import IREMixin
 from .model_card import write_model_card
 from .nonfinite import NonFiniteGuard
-from .optimizer_training import OptimizerMixin
+from .optimizer_training import OptimizerMixin, trainable_parameters
 from .replay import MicroBatch, RNGState, preserve_buffers
 from .uploads import UploadMixin
 
@@ -67,6 +68,8 @@ class GRMixin(CostMixin, IREMixin, OptimizerMixin, UploadMixin):
 
     def __init__(self, *args, **kwargs):
         self._default_gr_args = GRArguments()
+        # `Trainer` sets it in `train()`; a `training_step` called without that is a window of one.
+        self.current_gradient_accumulation_steps = 1
         super().__init__(*args, **kwargs)
         self.gr_second_pass = False
         #: What the last evaluation was of: a data set, the name of one of several, or all of them as a dict.
@@ -168,7 +171,7 @@ class GRMixin(CostMixin, IREMixin, OptimizerMixin, UploadMixin):
     ) -> Tensor:
         scope = self.gr_args.gr_scope
         ends_window = self.accelerator.sync_gradients
-        params = [p for p in model.parameters() if p.requires_grad]
+        params = self._gr_parameters(model)
         earlier_grads = None
         if scope == "micro":  # the direction is that of this micro-batch alone: what came before it is set aside
             earlier_grads = [p.grad for p in params]
@@ -187,10 +190,19 @@ class GRMixin(CostMixin, IREMixin, OptimizerMixin, UploadMixin):
             loss = super().training_step(model, inputs, num_items_in_batch)
 
         if ends_window or scope == "micro":
-            with in_float32(params):
+            # What the model has and the optimizer does not train keeps the gradient of the first pass, for clipping.
+            trained = set(params)
+            others = [p for p in model.parameters() if p.grad is not None and p not in trained]
+            with in_float32([*params, *others]), gradients_set_aside(others):
                 self._gr_second_pass(model, params, earlier_grads, gr, ends_window)
             self._gr_window.clear()
         return loss
+
+    def _gr_parameters(self, model: nn.Module) -> list[Tensor]:
+        """Those that the optimizer trains; before there is one, all trainable ones of the model."""
+        if self.optimizer is None:
+            return [p for p in model.parameters() if p.requires_grad]
+        return trainable_parameters(self.optimizer)
 
     def _gr_second_pass(
         self,
@@ -326,7 +338,8 @@ class GRMixin(CostMixin, IREMixin, OptimizerMixin, UploadMixin):
         if self.is_deepspeed_enabled or self.is_fsdp_enabled or not load_weights(target, resume_from_checkpoint):
             if isinstance(target, PeftModel):
                 check_adapter(target, resume_from_checkpoint)
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            # Other trainers' own take the folder alone.
+            super()._load_from_checkpoint(resume_from_checkpoint, *(() if model is None else (model,)))
 
     def _load_best_model(self) -> None:
         """Load the best checkpoint with the same care as one that is resumed from."""

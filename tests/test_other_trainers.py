@@ -1,0 +1,171 @@
+"""Other people's trainers behind `GRMixin`, and what they do that `Trainer` does not."""
+
+import copy
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+
+import toys
+from hf_gr import LAMB, LARS, TVLARS, GRConfig, GRMixin
+from reference import train as reference_train
+
+# ---- A loss with weights of its own ----
+
+
+class ZeroGradients(TrainerCallback):
+    """Those of a loss, which `Trainer` does not know of."""
+
+    def on_step_end(self, args, state, control, optimizer=None, **kwargs):
+        optimizer.zero_grad()
+
+
+class HeadTrainer(Trainer):
+    """The classifier belongs to the loss: the optimizer has it, `model.parameters()` has not."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        set_seed(1)
+        self.head = nn.Linear(6, 3).double()
+        self.add_callback(ZeroGradients())
+
+    def get_optimizer_cls_and_kwargs(self, args, model=None):
+        cls, kwargs = super().get_optimizer_cls_and_kwargs(args, model)
+        return cls, {**kwargs, "optimizer_dict": [{"params": [*model.parameters(), *self.head.parameters()]}]}
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        return F.cross_entropy(self.head(model(inputs["x"])), inputs["labels"])
+
+
+class GRHeadTrainer(GRMixin, HeadTrainer):
+    pass
+
+
+class Body(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.features = nn.Linear(4, 6)
+
+    def forward(self, x):
+        return self.features(x).tanh()
+
+
+def head_data(count=12):
+    generator = torch.Generator().manual_seed(0)
+    return [
+        {"x": torch.randn(4, generator=generator, dtype=torch.float64), "labels": torch.tensor(i % 3)}
+        for i in range(count)
+    ]
+
+
+def head_trainer(tmp_path, cls=GRHeadTrainer, config=GRConfig, **kwargs):
+    set_seed(0)
+    args = config(**toys.arguments(tmp_path, **{"max_steps": 3, "max_grad_norm": 0.0, "lr_scheduler_type": "constant",
+                                                "remove_unused_columns": False, "learning_rate": 0.1, **kwargs}))  # fmt: skip
+    return cls(model=Body().double(), args=args, train_dataset=head_data())
+
+
+def head_windows(accumulation, steps, batch=2):
+    def loss(examples):
+        parts = [examples[k : k + batch] for k in range(0, len(examples), batch)]
+        stacked = [(torch.stack([e["x"] for e in p]), torch.stack([e["labels"] for e in p])) for p in parts]
+        return lambda modules: sum(F.cross_entropy(modules[1](modules[0](x)), y) for x, y in stacked) / len(parts)
+
+    size = batch * accumulation
+    return [loss(head_data()[k * size : (k + 1) * size]) for k in range(steps)]
+
+
+OPTIMIZERS = {
+    "sgd": (None, lambda params: torch.optim.SGD(params, lr=0.1)),
+    "lars": (None, lambda params: LARS(params, lr=0.1)),
+    "lamb": (None, lambda params: LAMB(params, lr=0.1)),
+    "tvlars": (
+        "tv_lambda=0.5,delay_steps=2,gamma_min=0.01",
+        lambda params: TVLARS(params, lr=0.1, tv_lambda=0.5, delay_steps=2, gamma_min=0.01),
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("optim", "scope", "degree"),
+    [
+        ("sgd", "global", 0.5),
+        ("sgd", "global", 1.0),
+        ("sgd", "micro", 0.5),
+        ("lars", "global", 0.5),
+        ("lamb", "global", 0.5),
+        ("tvlars", "global", 0.5),
+    ],
+)
+def test_weights_of_the_loss_are_regularized_like_those_of_the_model(optim, scope, degree, tmp_path):
+    optim_args, make_optimizer = OPTIMIZERS[optim]
+    accumulation, steps = (2, 3) if scope == "global" else (1, 3)
+    trainer = head_trainer(tmp_path, optim=optim, optim_args=optim_args, gr_warmup="none", gr_lambda=0.1 * degree,
+                           gr_scope=scope, gradient_accumulation_steps=accumulation)  # fmt: skip
+    modules = nn.ModuleList([copy.deepcopy(trainer.model), copy.deepcopy(trainer.head)])
+    expected = reference_train(modules, head_windows(accumulation, steps), make_optimizer, strategy="none",
+                               warmup_steps=1, r=0.1, lambda_=0.1 * degree, max_grad_norm=float("inf"))  # fmt: skip
+    trainer.train()
+    reached = toys.weights(nn.ModuleList([trainer.model, trainer.head]))
+    assert (reached - expected[-1]).norm() / (expected[-1] - expected[0]).norm() < 1e-12
+
+
+def test_gr_lambda_0_is_the_other_trainer_bit_for_bit(tmp_path):
+    plain = head_trainer(tmp_path, HeadTrainer, TrainingArguments)
+    off = head_trainer(tmp_path, gr_lambda=0)
+    for trainer in (plain, off):
+        trainer.train()
+    assert all(
+        torch.equal(toys.weights(getattr(plain, part)), toys.weights(getattr(off, part))) for part in ("model", "head")
+    )
+
+
+def test_a_gradient_of_the_loss_that_is_not_finite_skips_the_step(tmp_path):
+    class Overflows(GRHeadTrainer):
+        def compute_loss(self, *args, **kwargs):
+            loss = super().compute_loss(*args, **kwargs)
+            self.head.bias.register_hook(lambda grad: grad * float("inf"))
+            return loss
+
+    trainer = head_trainer(tmp_path, Overflows, gr_lambda=0, ire_kappa=1.0, ire_mask="uniform", max_steps=1)
+    before = toys.weights(trainer.model), toys.weights(trainer.head)
+    trainer.train()
+    assert trainer.nonfinite_guard.skipped_steps == 1
+    assert torch.equal(toys.weights(trainer.model), before[0]) and torch.equal(toys.weights(trainer.head), before[1])
+
+
+def test_what_the_optimizer_does_not_train_is_not_perturbed_and_keeps_the_gradient_of_the_first_pass(tmp_path):
+    model = toys.vit()
+    trained = [p for name, p in model.named_parameters() if "classifier" in name]
+    others = [p for name, p in model.named_parameters() if "classifier" not in name]
+    trained[0].requires_grad_(False)
+    start = toys.weights(model)
+    seen, gradients = [], []
+
+    class Watched(GRMixin, Trainer):
+        def compute_loss(self, model, *args, **kwargs):
+            seen.append([p.detach().clone() for p in model.parameters()])
+            return super().compute_loss(model, *args, **kwargs)
+
+    class Keep(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, **kwargs):
+            gradients.append([p.grad.clone() for p in others])
+
+    args = GRConfig(**toys.arguments(tmp_path, max_steps=1, gr_warmup="none", max_grad_norm=0.0))
+    trainer = Watched(model=model, args=args, train_dataset=toys.images(), callbacks=[Keep()],
+                      optimizers=(torch.optim.SGD(trained, lr=0.1), None))  # fmt: skip
+    trainer.train()
+    moved = [p for p, a, b in zip(model.parameters(), *seen, strict=True) if not torch.equal(a, b)]
+    assert len(moved) == 1 and moved[0] is trained[1]
+
+    plain = toys.vit()
+    nn.utils.vector_to_parameters(start, plain.parameters())
+    batch = toys.images(2)
+    logits = plain(pixel_values=torch.stack([e["pixel_values"] for e in batch])).logits
+    F.cross_entropy(logits, torch.tensor([e["labels"] for e in batch])).backward()
+    expected = [p.grad for name, p in plain.named_parameters() if "classifier" not in name]
+    for grad, expected_grad in zip(gradients[0], expected, strict=True):
+        torch.testing.assert_close(grad, expected_grad, rtol=1e-5, atol=1e-7)
