@@ -32,7 +32,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import AdamW, Optimizer
+from torch.optim import ASGD, LBFGS, AdamW, Optimizer
 from torch.optim.adamw import adamw
 
 from .selection import Scan, count_true, in_blocks, kth_smallest, merge_small, to_ints
@@ -70,7 +70,9 @@ class IRE(Optimizer):
 
     Args:
         base_optimizer: any optimizer that updates in `step()`. A fused AdamW on a CPU is updated and amplified block by
-            block; any other is stepped as it is, with a copy of the amplified parameters during the step.
+            block; any other is stepped as it is, with a copy of the amplified parameters during the step. Refused are
+            those that keep other weights beside the parameters (schedule-free, ASGD), evaluate the loss along a line
+            (LBFGS), or wrap another optimizer, and parameters in half precision, which lose most of such a step.
         kappa: how much is added on flat coordinates; >= 0. 0 is the base optimizer.
         gamma: fraction of the coordinates called flat, in (0, 1]; the paper has (0.5, 1).
         scope: "global" takes the floor(gamma N) smallest values of all N coordinates together (the paper), "per_tensor"
@@ -93,7 +95,8 @@ class IRE(Optimizer):
         mask_overlap: |A and B| / |A or B| of the last two masks (Jaccard index), None before the second.
 
     Raises:
-        ValueError: an argument is out of its range.
+        ValueError: an argument is out of its range, or the base optimizer or a parameter is one of those above.
+        RuntimeError: a gradient is sparse.
     """
 
     def __init__(
@@ -111,12 +114,10 @@ class IRE(Optimizer):
         seed: int = 0,
     ):
         check_ire_arguments(kappa, gamma, scope, beta, mask, kappa_schedule)
-        if isinstance(base_optimizer, IRE):
-            raise ValueError("IRE around IRE amplifies twice. Give the base optimizer, and one kappa.")
-        if any(hasattr(p, "device_mesh") for group in base_optimizer.param_groups for p in group["params"]):
-            raise ValueError(
-                "IRE compares all coordinates, and cannot do so where they are sharded (DTensor). Use DDP."
-            )
+        _require_own_weights(base_optimizer)
+        self._excluded = set(exclude)
+        for group in base_optimizer.param_groups:
+            self._check_group(group)
         if gamma < 0.5 and mask == "flat":
             logger.warning(f"IRE with gamma={gamma}: the paper calls more than half of the coordinates flat.")
         if not amplify_weight_decay:
@@ -133,7 +134,6 @@ class IRE(Optimizer):
         self.kappa_scale = 1.0
         self.flat_counts: dict[Tensor, int] = {}
         self.mask_overlap: float | None = None
-        self._excluded = set(exclude)
         self._masks: dict[Tensor, Tensor] = {}
         self._averages: dict[Tensor, Tensor] = {}
         self._steps = self.updates = 0
@@ -143,6 +143,33 @@ class IRE(Optimizer):
         self.param_groups = self.base_optimizer.param_groups
         self.state = self.base_optimizer.state
         self.defaults = self.base_optimizer.defaults
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        """Raise `ValueError` for a parameter that cannot be amplified, or for a setting that is not a number."""
+        for p in group["params"]:
+            if hasattr(p, "device_mesh"):
+                raise ValueError(
+                    "IRE compares all coordinates, and cannot do so where they are sharded (DTensor). Use DDP."
+                )
+            if p.requires_grad and p not in self._excluded and p.dtype in (torch.float16, torch.bfloat16):
+                raise ValueError(
+                    f"IRE around {p.dtype} parameters: what it adds to a step is lost in their rounding. Keep the "
+                    "weights in float32 and use autocast, or leave these parameters out by exclude."
+                )
+        for key in ("lr", "weight_decay"):
+            if math.isnan(group.get(key, 0.0)):
+                raise ValueError(f"{key}={group[key]}: the base optimizer of IRE needs a number.")
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        if "base_optimizer" not in vars(self):  # torch's __init__ comes by with groups that the base has already
+            super().add_param_group(param_group)
+            return
+        self.base_optimizer.add_param_group(param_group)
+        try:
+            self._check_group(self.param_groups[-1])
+        except ValueError:
+            del self.param_groups[-1]
+            raise
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__.copy()
@@ -294,7 +321,7 @@ class IRE(Optimizer):
         params = self._amplifiable()
         if self.needs_estimate:
             if any(p.grad is not None and p.grad.is_sparse for p in params):
-                raise ValueError("IRE cannot read sparse gradients. Build embeddings with sparse=False.")
+                raise RuntimeError("IRE cannot read sparse gradients. Build embeddings with sparse=False.")
             grads = [p.grad for p in params if p.grad is not None]
             if grads and not torch.isfinite(torch.nn.utils.get_total_norm(grads)):
                 return False
@@ -373,7 +400,18 @@ class IRE(Optimizer):
     # ---- State ----
 
     def state_dict(self) -> dict[str, Any]:
-        """The base optimizer's, and under "ire" the masks, averages, counters and what `observe_loss` has seen."""
+        """The base optimizer's, and under "ire" the masks, averages, counters and what `observe_loss` has seen.
+
+        The hooks of the base optimizer run around its part, those of IRE around the whole.
+        """
+        for hook in self._optimizer_state_dict_pre_hooks.values():
+            hook(self)
+        state_dict = self._full_state_dict()
+        for hook in self._optimizer_state_dict_post_hooks.values():
+            state_dict = _unless_none(hook(self, state_dict), state_dict)
+        return state_dict
+
+    def _full_state_dict(self) -> dict[str, Any]:
         index = {p: i for i, p in enumerate(p for group in self.param_groups for p in group["params"])}
         return {
             **self.base_optimizer.state_dict(),
@@ -391,7 +429,19 @@ class IRE(Optimizer):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what `state_dict` returned. Without its part "ire", as from a run that had no IRE, there is no mask."""
+        """Load what `state_dict` returned. Without its part "ire", as from a run that had no IRE, there is no mask.
+
+        Raises:
+            ValueError: the state is of another optimizer or of other parameters. Nothing is loaded then.
+        """
+        state_dict = state_dict.copy()
+        for hook in self._optimizer_load_state_dict_pre_hooks.values():
+            state_dict = _unless_none(hook(self, state_dict), state_dict)
+        self._load_full_state_dict(state_dict)
+        for hook in self._optimizer_load_state_dict_post_hooks.values():
+            hook(self)
+
+    def _load_full_state_dict(self, state_dict: dict[str, Any]) -> None:
         base = {key: value for key, value in state_dict.items() if key != "ire"}
         ire = state_dict.get("ire", {})
         params = [p for group in self.param_groups for p in group["params"]]
@@ -401,7 +451,7 @@ class IRE(Optimizer):
                     f"The IRE state for parameter {i}, of shape {tuple(mask.shape)}, does not fit this optimizer. "
                     "Load it into one that was made from the same parameters in the same order."
                 )
-        self.base_optimizer.load_state_dict(base)
+        self._load_base(base)
         self._masks = {params[i]: _like(params[i], mask) for i, mask in ire.get("masks", {}).items()}
         self._averages = {params[i]: _like(params[i], value) for i, value in ire.get("averages", {}).items()}
         self.flat_counts = {params[i]: count for i, count in ire.get("flat_counts", {}).items()}
@@ -410,6 +460,22 @@ class IRE(Optimizer):
         self.kappa_scale = ire.get("kappa_scale", 1.0)
         self._loss_monitor = _LossMonitor()
         vars(self._loss_monitor).update(ire.get("losses", {}))
+
+
+    def _load_base(self, state_dict: dict[str, Any]) -> None:
+        """Load it into the base optimizer, or raise `ValueError` if it is of another one."""
+        before = self.base_optimizer.state_dict()
+        self.base_optimizer.load_state_dict(state_dict)
+        if lacking := sorted({key for group in self.param_groups for key in self.defaults.keys() - group.keys()}):
+            self.base_optimizer.load_state_dict(before)
+            raise ValueError(
+                f"The state to be loaded is not of {type(self.base_optimizer).__name__}: its groups have no "
+                f"{', '.join(lacking)}. Make the optimizer that it was saved from, or start without it."
+            )
+
+
+def _unless_none(result: Any, otherwise: Any) -> Any:
+    return otherwise if result is None else result
 
 
 class _LossMonitor:
@@ -464,6 +530,25 @@ def check_ire_arguments(
     ):
         if value not in choices:
             raise ValueError(f"{prefix}{name}={value!r}: choose one of {', '.join(choices)}.")
+
+
+def _require_own_weights(optimizer: Optimizer) -> None:
+    """Raise `ValueError` for an optimizer whose step is not a displacement of the parameters that it was given."""
+    name = type(optimizer).__name__
+    if isinstance(optimizer, IRE):
+        raise ValueError("IRE around IRE amplifies twice. Give the base optimizer, and one kappa.")
+    if not isinstance(optimizer, Optimizer):
+        raise ValueError(f"IRE around {name}, which is no torch.optim.Optimizer: give the optimizer inside it.")
+    if isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
+        inside = type(inner).__name__
+        raise ValueError(f"IRE around {name}, which wraps {inside}: put IRE around {inside}, and {name} around IRE.")
+    if isinstance(optimizer, LBFGS):
+        raise ValueError("IRE around LBFGS: it chooses its step by the loss along it. Use a first-order optimizer.")
+    if isinstance(optimizer, ASGD) or (callable(getattr(optimizer, "train", None)) and hasattr(optimizer, "eval")):
+        raise ValueError(
+            f"IRE around {name}: it keeps an average of the weights, which would not be amplified. Use an optimizer "
+            "without train() and eval(), such as AdamW or SGD."
+        )
 
 
 def _require_decoupled_decay(optimizer: Optimizer) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.logging import get_logger
+from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import find_batch_size
 from torch import Tensor, nn
 
@@ -88,7 +89,8 @@ class IREMixin:
         optimizer = super().create_optimizer(*args, **kwargs)
         flags = self.gr_args
         flags.check_ire_arguments()
-        inner = getattr(optimizer, "optimizer", optimizer)  # a second call of train() finds the first one's
+        # A second call of train() finds the first one's.
+        inner = optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
         if isinstance(inner, IRE):
             self._ire_is_given = self._ire_is_given or inner is not self._ire
             if flags.ire_kappa != inner.kappa and not (self._ire_is_given and flags.ire_kappa == 0):
@@ -206,7 +208,8 @@ class IREMixin:
             return False
         scale = accelerator.num_processes / total
         seed = np.random.SeedSequence([self.args.seed, self.state.global_step, accelerator.process_index])
-        generator = torch.Generator(self.args.device).manual_seed(int(seed.generate_state(1, np.uint64)[0] >> 1))
+        # A Python int, as NumPy 1 shifts no uint64 by one.
+        generator = torch.Generator(self.args.device).manual_seed(int(seed.generate_state(1, np.uint64)[0]) >> 1)
         rng_state = RNGState.capture(self.args.device)
         try:
             with without_randomness(model):

@@ -10,6 +10,8 @@ All three move a layer w along a direction u by a length that follows the size o
 A layer is a parameter with at least two dimensions. Norms and biases, which have one, are told by that and by nothing
 else: they take the optimizer's plain step, without ratio and without weight decay, unless `exclude_1d` is False. (Some
 implementations take a weight decay of zero for the sign of a bias, and are plain SGD wherever there is no decay.)
+
+State and arithmetic of parameters in half precision are float32; what is stored in the parameter is rounded.
 """
 
 import logging
@@ -65,7 +67,7 @@ class _LayerwiseOptimizer(Optimizer):
     """
 
     def __init__(self, params: Iterable[Tensor] | Iterable[Group], **defaults: Any):
-        super().__init__(params, {**defaults, "step": 0})
+        super().__init__(params, defaults)
 
     def add_param_group(self, param_group: Group) -> None:
         super().add_param_group(param_group)
@@ -84,10 +86,11 @@ class _LayerwiseOptimizer(Optimizer):
                 raise ValueError(f"{name} takes real parameters, and one is {p.dtype}. Use torch.view_as_real.")
             if hasattr(p, "device_mesh"):
                 raise ValueError(f"{name} takes the norm of whole layers, and cannot where they are sharded (DTensor).")
-        if group["lr"] < 0:
-            raise ValueError(f"lr={group['lr']}: must be >= 0.")
-        if group["weight_decay"] < 0:
-            raise ValueError(f"weight_decay={group['weight_decay']}: must be >= 0.")
+        if isinstance(group["lr"], Tensor) and group["lr"].numel() != 1:
+            raise ValueError(f"lr={group['lr']}: a tensor must have one element. Give groups for several rates.")
+        for key in ("lr", "weight_decay"):
+            if not 0 <= group[key] < math.inf:
+                raise ValueError(f"{key}={group[key]}: must be >= 0, and finite.")
         clamp = group["norm_clamp"]
         if clamp is not None and not (len(clamp) == 2 and 0 <= clamp[0] < clamp[1]):
             raise ValueError(f"norm_clamp={clamp}: give None, or (low, high) with 0 <= low < high.")
@@ -100,50 +103,116 @@ class _LayerwiseOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            group["step"] += 1
             self._begin(group)
             layers, others, together = [], [], {}
             for p in group["params"]:
                 if p.grad is None:
                     continue
-                if p.grad.is_sparse:
-                    raise ValueError(
+                if p.grad.is_sparse:  # RuntimeError, as torch's own
+                    raise RuntimeError(
                         f"{type(self).__name__} cannot read sparse gradients. Use sparse=False in embeddings."
                     )
-                state = self.state[p]
-                if not state:
-                    state.update(self._initial_state(p, group))
+                moments = self._prepare_state(p, group)
                 is_layer = p.ndim > 1 or not group["exclude_1d"]
-                if not group["foreach"] and _suits_fused_kernels(p, p.grad, *state.values()):
+                if not group["foreach"] and _suits_fused_kernels(p, p.grad, *moments):
                     (layers if is_layer else others).append(p)
                 else:
-                    together.setdefault((is_layer, p.device, p.dtype), []).append(p)
+                    alike = (is_layer, p.device, p.dtype, self.state[p].get("step"))
+                    together.setdefault(alike, []).append(p)
             self._step_each(layers, others, group)
             for (is_layer, *_), params in together.items():
-                self._step_together(params, group, is_layer)
+                dtype = _precision(params[0])
+                weights, grads = [p.to(dtype) for p in params], [p.grad.to(dtype) for p in params]
+                self._step_together(weights, grads, [self.state[p] for p in params], group, is_layer)
+                if weights[0] is not params[0]:
+                    torch._foreach_copy_(params, weights)
         return loss
 
     # `step` is not to be overridden: torch wraps it once per class, and a hook would then run once for each of them.
     def _begin(self, group: Group) -> None:
-        """Called at each step, once it is counted."""
+        """Called at each step."""
 
-    def _initial_state(self, p: Tensor, group: Group) -> dict[str, Tensor]:
+    def _prepare_state(self, p: Tensor, group: Group) -> list[Tensor]:
+        """Make the state of a parameter that has none; the tensors in it, in the precision in which `p` is updated."""
+        state = self.state[p]
+        if not state:
+            state.update({key: torch.zeros_like(p, dtype=_precision(p)) for key in self._moments(group)})
+        for key, value in state.items():
+            if isinstance(value, Tensor) and value.dtype != _precision(p):  # `p` was cast since
+                state[key] = value.to(_precision(p))
+        return [value for value in state.values() if isinstance(value, Tensor)]
+
+    def _moments(self, group: Group) -> tuple[str, ...]:
+        """The names of the tensors that are kept of each parameter."""
         raise NotImplementedError
 
     def _step_each(self, layers: list[Tensor], others: list[Tensor], group: Group) -> None:
         """The layers one by one; the others take the plain step."""
         raise NotImplementedError
 
-    def _step_together(self, params: list[Tensor], group: Group, are_layers: bool) -> None:
-        """Parameters of one device and type; a plain step if they are not layers."""
+    def _step_together(
+        self, weights: list[Tensor], grads: list[Tensor], states: list[dict], group: Group, are_layers: bool
+    ) -> None:
+        """Parameters of one device and type, at one step; a plain step if they are not layers."""
         raise NotImplementedError
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As in torch, but the state stays float32 where the parameters are not.
+
+        Raises:
+            ValueError: the state is of another optimizer or of other parameters, or has a setting out of its range.
+                Nothing is loaded then.
+        """
+        loaded: dict[str, Any] = {}
+
+        def look(_: Optimizer, final: dict[str, Any]) -> None:  # after all other hooks, which may have replaced it
+            self._check_state_dict(final)
+            loaded.update(final)
+
+        look_handle = self.register_load_state_dict_pre_hook(look)
+        restore_handle = self.register_load_state_dict_post_hook(lambda _: self._restore(loaded), prepend=True)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            look_handle.remove()
+            restore_handle.remove()
+
+    def _check_state_dict(self, state_dict: dict[str, Any]) -> None:
+        name = type(self).__name__
+        for own, saved in zip(self.param_groups, state_dict["param_groups"], strict=False):
+            if lacking := sorted(self.defaults.keys() - saved.keys() - {"foreach"}):  # that one changes no result
+                raise ValueError(
+                    f"The state to be loaded is not of {name}: its groups have no {', '.join(lacking)}. Make the "
+                    "optimizer that it was saved from, or start without it."
+                )
+            self._check({**saved, "params": own["params"]})
+            for p, index in zip(own["params"], saved["params"], strict=False):
+                state = state_dict["state"].get(index, {})
+                expected = set(self._moments(saved))
+                if state and state.keys() - {"step"} != expected:
+                    raise ValueError(
+                        f"The state to be loaded is not of {name}: it has {', '.join(map(str, state))} of a parameter, "
+                        f"and not {', '.join(sorted(expected)) or 'nothing'}. Make the optimizer that it was saved from."
+                    )
+                if any(state[key].shape != p.shape for key in state.keys() & expected):
+                    raise ValueError(
+                        f"The state to be loaded is of other parameters: number {index} has the shape {tuple(p.shape)} "
+                        "here and another one there. Load it into an optimizer of the same model."
+                    )
+
+    def _restore(self, state_dict: dict[str, Any]) -> None:
+        """Take the tensors once more, as torch has cast them to the type of the parameters."""
+        for own, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
+            for p, index in zip(own["params"], saved["params"], strict=True):
+                for key in self.state[p].keys() & set(self._moments(own)) if p in self.state else ():
+                    self.state[p][key] = state_dict["state"][index][key].to(p.device, _precision(p))
 
 
 class LARS(_LayerwiseOptimizer):
     """Layer-wise adaptive rate scaling: SGD with momentum, with a learning rate for each layer.
 
         d  = g + weight_decay w
-        q  = trust_coefficient ||w|| / ||d||        (1 if one of the norms is 0)
+        q  = trust_coefficient ||w|| / ||d||        (1 if one of the norms is 0; 0 if one overflows)
         mu = momentum mu + q d
         w  = w - lr mu                              (with Nesterov: w - lr (q d + momentum mu))
 
@@ -166,13 +235,14 @@ class LARS(_LayerwiseOptimizer):
         foreach: treat the layers together on a CPU, too, where one by one is faster. Elsewhere they always are.
 
     Raises:
-        ValueError: an argument is out of its range, a parameter is complex or sharded, a gradient is sparse.
+        ValueError: an argument is out of its range, a parameter is complex or sharded.
+        RuntimeError: a gradient is sparse.
     """
 
     def __init__(
         self,
         params: Iterable[Tensor] | Iterable[Group],
-        lr: float,
+        lr: float | Tensor,
         momentum: float = 0.9,
         weight_decay: float = 0.0,
         trust_coefficient: float = 1e-3,
@@ -198,13 +268,15 @@ class LARS(_LayerwiseOptimizer):
 
     def _check(self, group: Group) -> None:
         super()._check(group)
+        if "tv_lambda" in group.keys() - self.defaults.keys():
+            raise ValueError(f"tv_lambda: these are the settings of TVLARS, and {type(self).__name__} has no phi.")
         if not 0 <= group["momentum"] < 1:
             raise ValueError(f"momentum={group['momentum']}: must be in [0, 1).")
         if group["nesterov"] and group["momentum"] == 0:
             raise ValueError("nesterov=True has no effect with momentum=0. Leave one of them out.")
-        if not group["trust_coefficient"] > 0:
+        if not 0 < group["trust_coefficient"] < math.inf:
             raise ValueError(f"trust_coefficient={group['trust_coefficient']}: must be > 0.")
-        if group["bias_lr_scale"] < 0:
+        if not 0 <= group["bias_lr_scale"] < math.inf:
             raise ValueError(f"bias_lr_scale={group['bias_lr_scale']}: must be >= 0.")
         if group["bias_lr_scale"] != 1 and not group["exclude_1d"]:
             raise ValueError(
@@ -212,8 +284,8 @@ class LARS(_LayerwiseOptimizer):
                 "treated as layers. Leave one of them out."
             )
 
-    def _initial_state(self, p: Tensor, group: Group) -> dict[str, Tensor]:
-        return {"momentum_buffer": torch.zeros_like(p)} if group["momentum"] else {}
+    def _moments(self, group: Group) -> tuple[str, ...]:
+        return ("momentum_buffer",) if group["momentum"] else ()
 
     def _factors(self, group: Group) -> tuple[float, float]:
         """What multiplies the trust ratio, and what stands for the product where there is no ratio."""
@@ -221,22 +293,23 @@ class LARS(_LayerwiseOptimizer):
 
     def _step_each(self, layers: list[Tensor], others: list[Tensor], group: Group) -> None:
         factor, otherwise = self._factors(group)
-        weight_decay, clamp = group["weight_decay"], group["norm_clamp"]
+        lr, weight_decay, clamp = float(group["lr"]), group["weight_decay"], group["norm_clamp"]
         if others:
-            self._sgd(others, group, otherwise, 0.0, group["lr"] * group["bias_lr_scale"])
+            self._sgd(others, group, otherwise, 0.0, lr * group["bias_lr_scale"])
         for p in layers:
             w_norm, d_norm = _norms_with_decay(p, p.grad, weight_decay)
             ratio = _ratio(w_norm, d_norm, clamp, clamp)
-            self._sgd([p], group, factor * ratio if ratio > 0 else otherwise, weight_decay, group["lr"])
+            self._sgd([p], group, otherwise if ratio is None else factor * ratio, weight_decay, lr)
 
     def _sgd(self, params: list[Tensor], group: Group, q: float, weight_decay: float, lr: float) -> None:
         """SGD with momentum along q (g + weight_decay w), in one pass."""
         momentum, nesterov = group["momentum"], group["nesterov"]
         grads = [p.grad for p in params]
-        if nesterov:  # torch's has the gradient without q in its step
+        # torch's Nesterov has the gradient without q in its step; and 1 - dampening, below, is q with an absolute error.
+        if nesterov or q < torch.finfo(torch.float64).eps / torch.finfo(params[0].dtype).eps:
             directions = torch._foreach_add(grads, params, alpha=weight_decay)
             torch._foreach_mul_(directions, q)
-            self._descend(params, directions, group, lr)
+            self._descend(params, directions, [self.state[p] for p in params], group, lr)
             return
         sgd(
             params,
@@ -252,28 +325,31 @@ class LARS(_LayerwiseOptimizer):
             maximize=False,
         )
 
-    def _step_together(self, params: list[Tensor], group: Group, are_layers: bool) -> None:
-        grads = [p.grad for p in params]
+    def _step_together(
+        self, weights: list[Tensor], grads: list[Tensor], states: list[dict], group: Group, are_layers: bool
+    ) -> None:
+        lr, clamp = float(group["lr"]), group["norm_clamp"]
         factor, otherwise = self._factors(group)
         if not are_layers:
             directions = grads if otherwise == 1 else torch._foreach_mul(grads, otherwise)
-            self._descend(params, directions, group, group["lr"] * group["bias_lr_scale"])
+            self._descend(weights, directions, states, group, lr * group["bias_lr_scale"])
             return
-        directions = torch._foreach_add(grads, params, alpha=group["weight_decay"])
-        ratios = _ratios(_norms(params), _norms(directions), group["norm_clamp"], group["norm_clamp"])
-        ratios = torch.where(ratios > 0, factor * ratios, otherwise).to(params[0].dtype)
-        torch._foreach_mul_(directions, list(ratios.unbind()))
-        self._descend(params, directions, group, group["lr"])
+        directions = torch._foreach_add(grads, weights, alpha=group["weight_decay"])
+        factors = _factors(_norms(weights), _norms(directions), clamp, clamp, factor, otherwise)
+        torch._foreach_mul_(directions, list(factors.unbind()))
+        self._descend(weights, directions, states, group, lr)
 
-    def _descend(self, params: list[Tensor], directions: list[Tensor], group: Group, lr: float) -> None:
+    def _descend(
+        self, weights: list[Tensor], directions: list[Tensor], states: list[dict], group: Group, lr: float
+    ) -> None:
         """SGD with momentum along `directions`."""
         momentum = group["momentum"]
         if momentum:
-            buffers = [self.state[p]["momentum_buffer"] for p in params]
+            buffers = [state["momentum_buffer"] for state in states]
             torch._foreach_mul_(buffers, momentum)
             torch._foreach_add_(buffers, directions)
             directions = torch._foreach_add(directions, buffers, alpha=momentum) if group["nesterov"] else buffers
-        torch._foreach_add_(params, directions, alpha=-lr)
+        torch._foreach_add_(weights, directions, alpha=-lr)
 
 
 class TVLARS(LARS):
@@ -307,7 +383,7 @@ class TVLARS(LARS):
     def __init__(
         self,
         params: Iterable[Tensor] | Iterable[Group],
-        lr: float,
+        lr: float | Tensor,
         momentum: float = 0.9,
         weight_decay: float = 0.0,
         trust_coefficient: float = 1e-3,
@@ -340,6 +416,7 @@ class TVLARS(LARS):
             alpha=alpha,
             gamma_min=gamma_min,
             phi_everywhere=phi_everywhere,
+            step=0,
         )
 
     def _check(self, group: Group) -> None:
@@ -357,7 +434,8 @@ class TVLARS(LARS):
         )
 
     def _begin(self, group: Group) -> None:
-        """Warn of a phi that changes nothing; once, for the first group."""
+        """Count, and warn of a phi that changes nothing; once, for the first group."""
+        group["step"] += 1
         if group is not self.param_groups[0]:
             return
         product = group["tv_lambda"] * group["delay_steps"]
@@ -383,9 +461,10 @@ class LAMB(_LayerwiseOptimizer):
 
         m = beta1 m + (1 - beta1) g,    v = beta2 v + (1 - beta2) g^2
         u = m' / (sqrt(v') + eps) + weight_decay w,    m' = m / (1 - beta1^t),  v' = v / (1 - beta2^t)
-        w = w - lr ||w|| / ||u|| u                      (ratio 1 if one of the norms is 0)
+        w = w - lr ||w|| / ||u|| u                      (ratio 1 if one of the norms is 0; 0 if one overflows)
 
-    for each layer w with gradient g; norms and biases take the step of Adam. With `bias_correction=False` m' = m and
+    for each layer w with gradient g; norms and biases take the step of Adam. t counts the steps of each parameter, those
+    in which it had a gradient. With `bias_correction=False` m' = m and
     v' = v. The code released with TVLARS is the setting `bias_correction=False, exclude_1d=False, norm_clamp=(0, 10)`
     (and its self-supervised runs have no ratio at all).
 
@@ -401,13 +480,14 @@ class LAMB(_LayerwiseOptimizer):
         foreach: treat the layers together on a CPU, too, where one by one is faster. Elsewhere they always are.
 
     Raises:
-        ValueError: an argument is out of its range, a parameter is complex or sharded, a gradient is sparse.
+        ValueError: an argument is out of its range, a parameter is complex or sharded.
+        RuntimeError: a gradient is sparse.
     """
 
     def __init__(
         self,
         params: Iterable[Tensor] | Iterable[Group],
-        lr: float,
+        lr: float | Tensor,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-6,
         weight_decay: float = 0.0,
@@ -433,46 +513,62 @@ class LAMB(_LayerwiseOptimizer):
         super()._check(group)
         if not (len(group["betas"]) == 2 and all(0 <= beta < 1 for beta in group["betas"])):
             raise ValueError(f"betas={group['betas']}: give two numbers in [0, 1).")
-        if not group["eps"] > 0:
+        if not 0 < group["eps"] < math.inf:
             raise ValueError(f"eps={group['eps']}: must be > 0.")
 
-    def _initial_state(self, p: Tensor, group: Group) -> dict[str, Tensor]:
-        return {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+    def _moments(self, group: Group) -> tuple[str, ...]:
+        return ("exp_avg", "exp_avg_sq")
 
-    def _corrections(self, group: Group) -> tuple[float, float]:
+    def _prepare_state(self, p: Tensor, group: Group) -> list[Tensor]:
+        """And count the step."""
+        moments = super()._prepare_state(p, group)
+        self.state[p]["step"] = self.state[p].get("step", 0) + 1
+        return moments
+
+    def _restore(self, state_dict: dict[str, Any]) -> None:
+        super()._restore(state_dict)
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p in self.state:  # steps were once counted by group
+                    self.state[p]["step"] = int(self.state[p].get("step", group.get("step", 0)))
+
+    def _corrections(self, group: Group, step: int) -> tuple[float, float]:
         """(c, eps') such that the step of Adam, m' / (sqrt(v') + eps), is c m / (sqrt(v) + eps')."""
         if not group["bias_correction"]:
             return 1.0, group["eps"]
-        correction1, correction2 = (1 - beta ** group["step"] for beta in group["betas"])
+        correction1, correction2 = (1 - beta**step for beta in group["betas"])
         return math.sqrt(correction2) / correction1, group["eps"] * math.sqrt(correction2)
 
-    def _adam(self, params: list[Tensor], group: Group) -> list[Tensor]:
-        """Update the moments; m / (sqrt(v) + eps') of each parameter."""
-        grads = [p.grad for p in params]
-        exp_avgs = [self.state[p]["exp_avg"] for p in params]
-        exp_avg_sqs = [self.state[p]["exp_avg_sq"] for p in params]
-        beta1, beta2 = group["betas"]
-        torch._foreach_lerp_(exp_avgs, grads, 1 - beta1)
-        torch._foreach_mul_(exp_avg_sqs, beta2)
-        torch._foreach_addcmul_(exp_avg_sqs, grads, grads, value=1 - beta2)
+    def _step_together(
+        self, weights: list[Tensor], grads: list[Tensor], states: list[dict], group: Group, are_layers: bool
+    ) -> None:
+        c, eps = self._corrections(group, states[0]["step"])
+        directions = self._adam_directions(grads, states, group["betas"], eps)
+        if are_layers:
+            torch._foreach_add_(directions, weights, alpha=group["weight_decay"] / c)
+            factors = _factors(_norms(weights), _norms(directions) * c, group["norm_clamp"], None, 1.0, 1.0)
+            torch._foreach_mul_(directions, list(factors.unbind()))
+        torch._foreach_add_(weights, directions, alpha=-float(group["lr"]) * c)
+
+    @staticmethod
+    def _adam_directions(
+        grads: list[Tensor], states: list[dict], betas: tuple[float, float], eps: float
+    ) -> list[Tensor]:
+        """Update the moments; m / (sqrt(v) + eps) of each parameter."""
+        exp_avgs, exp_avg_sqs = ([state[key] for state in states] for key in ("exp_avg", "exp_avg_sq"))
+        torch._foreach_lerp_(exp_avgs, grads, 1 - betas[0])
+        torch._foreach_mul_(exp_avg_sqs, betas[1])
+        torch._foreach_addcmul_(exp_avg_sqs, grads, grads, value=1 - betas[1])
         directions = torch._foreach_sqrt(exp_avg_sqs)
-        torch._foreach_add_(directions, self._corrections(group)[1])
+        torch._foreach_add_(directions, eps)
         torch._foreach_reciprocal_(directions)
         torch._foreach_mul_(directions, exp_avgs)
         return directions
 
-    def _step_together(self, params: list[Tensor], group: Group, are_layers: bool) -> None:
-        directions, c = self._adam(params, group), self._corrections(group)[0]
-        if are_layers:
-            torch._foreach_add_(directions, params, alpha=group["weight_decay"] / c)
-            ratios = _ratios(_norms(params), _norms(directions) * c, group["norm_clamp"], None)
-            ratios = torch.where(ratios > 0, ratios, 1.0).to(params[0].dtype)
-            torch._foreach_mul_(directions, list(ratios.unbind()))
-        torch._foreach_add_(params, directions, alpha=-group["lr"] * c)
-
     def _step_each(self, layers: list[Tensor], others: list[Tensor], group: Group) -> None:
+        lr = float(group["lr"])
         if others:
-            self._adam_(others, others, group, group["lr"])
+            self._adam_(others, others, group, lr)
         # One piece of memory for all: fresh memory would cost more than the arithmetic.
         scratch = layers[0].new_empty(max(p.numel() for p in layers)) if layers else None
         for p in layers:
@@ -484,18 +580,20 @@ class LAMB(_LayerwiseOptimizer):
             if group["weight_decay"]:
                 negative_u.add_(p, alpha=-group["weight_decay"])
             ratio = _ratio(_norm(p), _norm(negative_u), group["norm_clamp"], None)
-            p.add_(negative_u, alpha=group["lr"] * (ratio if ratio > 0 else 1.0))
+            p.add_(negative_u, alpha=lr * (1.0 if ratio is None else ratio))
 
     def _adam_(self, targets: list[Tensor], params: list[Tensor], group: Group, lr: float) -> None:
         """Move `targets` by the step of Adam for `params`, in one pass."""
-        completed = group["step"] - 1.0 if group["bias_correction"] else 1e9  # after which nothing is left to correct
+        states = [self.state[p] for p in params]
+        # After 1e9 steps nothing is left to correct.
+        completed = [state["step"] - 1.0 if group["bias_correction"] else 1e9 for state in states]
         adam(
             targets,
             [p.grad for p in params],
-            [self.state[p]["exp_avg"] for p in params],
-            [self.state[p]["exp_avg_sq"] for p in params],
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
             [],
-            [torch.tensor(completed) for _ in params],
+            [torch.tensor(steps, device="cpu") for steps in completed],
             fused=True,
             amsgrad=False,
             beta1=group["betas"][0],
@@ -510,30 +608,43 @@ class LAMB(_LayerwiseOptimizer):
 # ---- Norms and their ratio ----
 
 
-def _ratio(w_norm: float, u_norm: float, w_clamp: tuple | None, u_clamp: tuple | None) -> float:
-    """||w|| / ||u|| after clamping; 0 where there is none, because one of them is 0 or not a number."""
+def _ratio(w_norm: float, u_norm: float, w_clamp: tuple | None, u_clamp: tuple | None) -> float | None:
+    """||w|| / ||u|| after clamping; None where one of them is 0, and 0 where one is not finite: such a layer stays."""
     w_norm, u_norm = (
         norm if clamp is None else min(max(norm, clamp[0]), clamp[1])
         for norm, clamp in ((w_norm, w_clamp), (u_norm, u_clamp))
     )
-    return w_norm / u_norm if w_norm > 0 and u_norm > 0 else 0.0
+    if not (math.isfinite(w_norm) and math.isfinite(u_norm)):
+        return 0.0
+    return w_norm / u_norm if w_norm > 0 and u_norm > 0 else None
 
 
-def _ratios(w_norms: Tensor, u_norms: Tensor, w_clamp: tuple | None, u_clamp: tuple | None) -> Tensor:
-    """The same for vectors of norms."""
+def _factors(
+    w_norms: Tensor, u_norms: Tensor, w_clamp: tuple | None, u_clamp: tuple | None, factor: float, otherwise: float
+) -> Tensor:
+    """`factor` times the same ratios, for vectors of norms; `otherwise` where there is none."""
     w_norms = w_norms if w_clamp is None else w_norms.clamp(*w_clamp)
     u_norms = u_norms if u_clamp is None else u_norms.clamp(*u_clamp)
-    return torch.where((w_norms > 0) & (u_norms > 0), w_norms / u_norms, 0.0)
+    ratios = torch.where((w_norms > 0) & (u_norms > 0), factor * (w_norms / u_norms), otherwise)
+    return torch.where(w_norms.isfinite() & u_norms.isfinite(), ratios, 0.0)
 
 
 def _norms(tensors: list[Tensor]) -> Tensor:
-    """The norms, in at least single precision, as one vector."""
-    return torch.stack(torch._foreach_norm(tensors, dtype=torch.promote_types(tensors[0].dtype, torch.float32)))
+    """The norms as one vector."""
+    return torch.stack(torch._foreach_norm(tensors))
+
+
+def _precision(p: Tensor) -> torch.dtype:
+    """In which a parameter is updated."""
+    return torch.promote_types(p.dtype, torch.float32)
 
 
 def _suits_fused_kernels(*tensors: Tensor) -> bool:
-    """Whether all are on the CPU, in single or double precision, and in the same order in memory."""
-    return all(t.is_cpu and t.is_contiguous() and t.dtype in (torch.float32, torch.float64) for t in tensors)
+    """Whether all are on the CPU, in single precision or all in double, and in the same order in memory."""
+    dtype = tensors[0].dtype
+    return dtype in (torch.float32, torch.float64) and all(
+        t.is_cpu and t.is_contiguous() and t.dtype == dtype for t in tensors
+    )
 
 
 def _norm(t: Tensor) -> float:

@@ -79,7 +79,7 @@ def sampled_label_gradient(model: nn.Module, batches_per_rank: list[list[dict]],
     total, count = 0.0, 0
     for rank, batches in enumerate(batches_per_rank):
         state = np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0]
-        generator = torch.Generator().manual_seed(int(state >> 1))
+        generator = torch.Generator().manual_seed(int(state) // 2)
         for batch in batches:
             inputs = {key: value for key, value in batch.items() if key != "labels"}
             logits, labels = model(**inputs).logits, batch["labels"]

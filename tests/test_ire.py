@@ -631,10 +631,110 @@ def test_ire_around_ire_is_refused():
         IRE(IRE(SGD(parameters(), lr=1.0)))
 
 
+class AveragedSGD(SGD):
+    """What is schedule-free has these, to exchange the weights."""
+
+    def train(self):
+        pass
+
+    def eval(self):
+        pass
+
+
+class Wrapper:
+    def __init__(self, optimizer):
+        self.param_groups, self.state = optimizer.param_groups, optimizer.state
+
+
+class Lookahead(torch.optim.Optimizer):
+    def __init__(self, optimizer):
+        self.optimizer = optimizer
+        self.param_groups = optimizer.param_groups
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda ps: torch.optim.LBFGS(ps), "IRE around LBFGS: it chooses its step by the loss along it"),
+        (lambda ps: torch.optim.ASGD(ps), "IRE around ASGD: it keeps an average of the weights"),
+        (lambda ps: AveragedSGD(ps, lr=1.0), "IRE around AveragedSGD: it keeps an average of the weights"),
+        (lambda ps: Wrapper(SGD(ps, lr=1.0)), "IRE around Wrapper, which is no torch.optim.Optimizer"),
+        (lambda ps: Lookahead(SGD(ps, lr=1.0)), "IRE around Lookahead, which wraps SGD: put IRE around SGD, and"),
+        (
+            lambda ps: Accelerator(cpu=True).prepare_optimizer(SGD(ps, lr=1.0)),
+            "IRE around AcceleratedOptimizer, which wraps SGD: put IRE around SGD, and AcceleratedOptimizer around IRE",
+        ),
+        (lambda ps: SGD(ps, lr=math.nan), "lr=nan: the base optimizer of IRE needs a number"),
+    ],
+    ids=["lbfgs", "asgd", "schedule-free", "no optimizer", "lookahead", "accelerated", "nan"],
+)
+def test_what_ire_would_be_wrong_around_is_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        IRE(make(parameters()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_refused(dtype):
+    """With steps of a quarter of what bf16 resolves, IRE moved less than half of what it should have."""
+    half, single = nn.Parameter(torch.ones(4, dtype=dtype)), nn.Parameter(torch.ones(4))
+    with pytest.raises(ValueError, match=f"IRE around {dtype} parameters"):
+        IRE(SGD([single, half], lr=1.0))
+    IRE(SGD([single, half], lr=1.0), exclude=[half])
+    IRE(SGD([single, nn.Parameter(half.detach(), requires_grad=False)], lr=1.0))
+    ire = IRE(SGD([single], lr=1.0))
+    with pytest.raises(ValueError, match=f"IRE around {dtype} parameters"):
+        ire.add_param_group({"params": [half]})
+    assert len(ire.param_groups) == len(ire.base_optimizer.param_groups) == 1
+
+
+def test_hooks_around_the_state():
+    """Those of IRE see all of it, those of the base optimizer its part; each may replace what it is given."""
+    params, calls = parameters(), []
+    base = BASES["adamw"](params)
+    ire = IRE(base)
+    trained(2, ire, params)
+
+    def say(word, change=None):
+        def hook(optimizer, *given):
+            calls.append((word, type(optimizer), *("ire" in part for part in given)))
+            return None if change is None else {**given[0], change: 1}
+
+        return hook
+
+    base.register_state_dict_pre_hook(say("save"))
+    base.register_state_dict_post_hook(say("saved", "base"))
+    ire.register_state_dict_pre_hook(say("save"))
+    ire.register_state_dict_post_hook(say("saved", "note"))
+    state = ire.state_dict()
+    assert calls == [("save", IRE), ("save", AdamW), ("saved", AdamW, False), ("saved", IRE, True)]
+    assert state["base"] == state["note"] == 1
+    calls.clear()
+    fresh = IRE(BASES["adamw"](parameters()))
+    fresh.register_load_state_dict_pre_hook(say("load", "again"))
+    fresh.register_load_state_dict_post_hook(say("loaded"))
+    fresh.base_optimizer.register_load_state_dict_pre_hook(say("load"))
+    fresh.base_optimizer.register_load_state_dict_post_hook(say("loaded"))
+    fresh.load_state_dict(state)
+    assert calls == [("load", IRE, True), ("load", AdamW, False), ("loaded", AdamW), ("loaded", IRE)]
+    assert "again" not in state and fresh.has_mask
+
+
+def test_state_dict_of_another_optimizer_is_refused_and_nothing_is_lost():
+    params = parameters()
+    ire, other = IRE(BASES["adamw"](params)), IRE(BASES["sgd"](params))
+    trained(2, ire, params)
+    before = copy.deepcopy(ire.state_dict())
+    with pytest.raises(ValueError, match=r"not of AdamW: its groups have no betas, eps"):
+        ire.load_state_dict(other.state_dict())
+    assert ire.param_groups[0]["betas"] == (0.9, 0.999)
+    trained(2, ire, params, first=2)
+    assert before["state"].keys() == ire.state_dict()["state"].keys()
+
+
 def test_sparse_gradients_are_refused():
     embedding = nn.Embedding(5, 2, sparse=True)
     embedding(torch.tensor([1])).sum().backward()
-    with pytest.raises(ValueError, match="IRE cannot read sparse gradients"):
+    with pytest.raises(RuntimeError, match="IRE cannot read sparse gradients"):
         IRE(SGD(embedding.parameters(), lr=1.0)).update_mask()
 
 

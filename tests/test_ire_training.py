@@ -3,6 +3,7 @@
 import copy
 import math
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -73,6 +74,28 @@ def test_estimate_and_mask_equal_the_reference(name, accumulation, spy, tmp_path
             torch.testing.assert_close(grad, expected[names[p]], rtol=1e-4, atol=1e-7)
         for p, mask in zip(grads, flat_masks(list(grads.values()), 0.6), strict=True):
             assert torch.equal(masks[p].bool(), mask)
+
+
+def test_labels_are_drawn_alike_with_numpy_1(spy, tmp_path, monkeypatch):
+    """There, a uint64 cannot be shifted by an int."""
+    flags = {**IRE_FLAGS, "max_steps": 2, "seed": 5}
+    run(toys.vit(), toys.images(), tmp_path, callbacks=[spy], **flags)
+
+    class UInt64:
+        def __init__(self, value):
+            self.value = value
+
+        def __int__(self):
+            return int(self.value)
+
+    class SeedSequence(np.random.SeedSequence):
+        def generate_state(self, *args):
+            return [UInt64(value) for value in super().generate_state(*args)]
+
+    monkeypatch.setattr(np.random, "SeedSequence", SeedSequence)
+    run(toys.vit(), toys.images(), tmp_path, callbacks=[spy], **flags)
+    first, second = (list(grads.values()) for _, grads, _ in spy.updates)
+    assert all(torch.equal(g, h) for g, h in zip(first, second, strict=True))
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
@@ -333,6 +356,15 @@ def test_excluded_by_name(tmp_path):
         run(toys.vit(), toys.images(), tmp_path, ire_exclude=["embedings"], **IRE_FLAGS)
     with pytest.raises(ValueError, match="nothing is left to amplify"):
         run(toys.vit(), toys.images(), tmp_path, ire_exclude=["weight", "bias", "embeddings"], **IRE_FLAGS)
+
+
+def test_a_wrapper_that_is_given_to_the_trainer_is_not_dropped(tmp_path):
+    """IRE would be around what it wraps, and the wrapper gone."""
+    model = toys.vit()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    optimizer.optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    with pytest.raises(ValueError, match="IRE around SGD, which wraps SGD"):
+        run(model, toys.images(), tmp_path, trainer_kwargs={"optimizers": (optimizer, None)}, **IRE_FLAGS)
 
 
 def test_an_ire_that_is_given_to_the_trainer_is_used(spy, tmp_path):
