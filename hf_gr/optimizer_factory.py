@@ -18,7 +18,7 @@ from .optimizers import LAMB, LARS, TVLARS
 
 OPTIMIZERS: dict[str, type[Optimizer]] = {"lamb": LAMB, "lars": LARS, "tvlars": TVLARS}
 
-#: Under which of these names `get_optimizer_cls_and_kwargs` may return parameters; `Trainer` puts them in place of its own.
+#: Where `get_optimizer_cls_and_kwargs` may return parameters; `Trainer` puts them in place of its own groups.
 PARAMETER_KEYS = frozenset({"params", "model", "optimizer_dict"})
 
 #: Of TVLARS by name, where nothing is said: a share of the run, see `optimizer_training.in_steps`.

@@ -1,7 +1,6 @@
 """Other people's trainers behind `GRMixin`, and what they do that `Trainer` does not."""
 
 import copy
-from dataclasses import dataclass
 
 import pytest
 import torch
@@ -63,8 +62,8 @@ def head_data(count=12):
 
 def head_trainer(tmp_path, cls=GRHeadTrainer, config=GRConfig, **kwargs):
     set_seed(0)
-    args = config(**toys.arguments(tmp_path, **{"max_steps": 3, "max_grad_norm": 0.0, "lr_scheduler_type": "constant",
-                                                "remove_unused_columns": False, "learning_rate": 0.1, **kwargs}))  # fmt: skip
+    settings = {"max_steps": 3, "max_grad_norm": 0.0, "lr_scheduler_type": "constant", "learning_rate": 0.1, **kwargs}
+    args = config(**toys.arguments(tmp_path, remove_unused_columns=False, **settings))
     return cls(model=Body().double(), args=args, train_dataset=head_data())
 
 
