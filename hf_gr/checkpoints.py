@@ -6,6 +6,7 @@ they were initialized with.
 """
 
 import copy
+import itertools
 import json
 import logging
 import zipfile
@@ -18,6 +19,7 @@ from peft import PeftModel, get_peft_model_state_dict, load_peft_weights
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 logger = logging.getLogger(__name__)  # accelerate's speaks only once there is an accelerator
 #: What the weights and the state of the optimizer may be called: whole, or in parts (FSDP).
@@ -26,10 +28,15 @@ WEIGHTS = (
     "model.safetensors.index.json",
     "adapter_model.safetensors",
     "adapter_model.bin",
+    "*/adapter_model.safetensors",  # an adapter with a name of its own
+    "*/adapter_model.bin",
     "pytorch_model*.bin",
     "pytorch_model_fsdp_*/.metadata",
 )
 OPTIMIZERS = ("optimizer.pt", "optimizer.bin", "optimizer_*/.metadata")
+RANDOM_STATES = ("rng_state.pth", "rng_state_*.pth")
+#: Where `set_later_checkpoints_aside` puts them. What begins with an underscore is not uploaded.
+SUPERSEDED = "_superseded"
 #: Left by transformers while it writes a checkpoint on SIGTERM (`enable_jit_checkpoint`).
 INCOMPLETE = "checkpoint-is-incomplete.txt"
 
@@ -37,49 +44,101 @@ INCOMPLETE = "checkpoint-is-incomplete.txt"
 def check_checkpoint(folder: str) -> None:
     """Raise `ValueError` if a file of the checkpoint is missing or cut short, before anything of it is loaded."""
     path = Path(folder)
-    others = ", ".join(sorted(p.name for p in path.parent.glob("checkpoint-*") if p != path)) or "none"
+    others = _names([p for p in checkpoints(path.parent) if p != path]) or "none"
     advice = f"Resume from another checkpoint (beside it: {others}), or start without resume_from_checkpoint."
     if problem := _why_incomplete(path):
         raise ValueError(f"resume_from_checkpoint={folder}: {problem}. {advice}")
 
 
-def last_complete_checkpoint(output_dir: str, world_size: int = 1) -> str | None:
+def checkpoints(output_dir: str | Path) -> list[Path]:
+    """The checkpoint folders in `output_dir`, complete or not, from the first step to the last."""
+    found = [p for p in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if p.is_dir() and _step(p) is not None]
+    return sorted(found, key=_step)
+
+
+def _step(checkpoint: Path) -> int | None:
+    number = checkpoint.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")
+    return int(number) if number.isdigit() else None
+
+
+def last_complete_checkpoint(output_dir: str) -> str | None:
     """The last checkpoint in `output_dir` of which nothing is missing or cut short; None if there is none.
 
-    A later one that a killed run has left half written is named in a warning. Each of the `world_size` processes must
-    have written its random state.
+    A later one that a killed run left half written is named in a warning. The number of processes that wrote it does
+    not matter.
     """
-    found = {int(p.name.removeprefix("checkpoint-")): p for p in Path(output_dir).glob("checkpoint-*") if _has_step(p)}
-    for step in sorted(found, reverse=True):
-        problem = _why_incomplete(found[step], world_size)
+    for path in reversed(checkpoints(output_dir)):
+        problem = _why_incomplete(path)
         if problem is None:
-            return str(found[step])
-        logger.warning(f"{found[step]} is not used: {problem}.")
+            return str(path)
+        logger.warning(f"{path} is not used: {problem}.")
     return None
 
 
-def _has_step(path: Path) -> bool:
-    return path.is_dir() and path.name.removeprefix("checkpoint-").isdigit()
+def warn_of_other_processes(folder: str, world_size: int) -> None:
+    """Warn if a checkpoint does not have the random state of each of `world_size` processes, and of no others."""
+    saved = {p.name for names in RANDOM_STATES for p in Path(folder).glob(names)}
+    expected = {f"rng_state_{rank}.pth" for rank in range(world_size)} if world_size > 1 else {"rng_state.pth"}
+    if saved != expected:
+        logger.warning(
+            f"{folder} was written by a run of {len(saved)} process{'es' if len(saved) > 1 else ''}, this one has "
+            f"{world_size}: weights, optimizer, schedule and step are resumed; the random states and the order of the "
+            "examples are others, so the run is not bitwise the one that was interrupted."
+        )
 
 
-def _why_incomplete(path: Path, world_size: int | None = None) -> str | None:
-    """What is missing or unreadable in a checkpoint; None if it is whole. Without a `world_size`, that of the run that
-    wrote it does not matter."""
+def set_later_checkpoints_aside(output_dir: str, folder: str) -> None:
+    """Move the checkpoints in `output_dir` beyond that in `folder`, from which a run resumes, out of its way.
+
+    They belong to a future that this run does not have. Left among its own, `save_total_limit` would delete them, or
+    the new ones in their stead, and the next resume would continue them. One that was never finished is left to be
+    overwritten.
+    """
+    step = _step(Path(folder).resolve()) or 0
+    later = [p for p in checkpoints(output_dir) if _step(p) > step and (p / "trainer_state.json").exists()]
+    if not later:
+        return
+    target = next(t for n in itertools.count(1) if not (t := Path(output_dir, SUPERSEDED, str(n))).exists())
+    target.mkdir(parents=True)
+    for path in later:
+        path.rename(target / path.name)
+    logger.warning(
+        f"The run resumes from {folder}. The later checkpoints in {output_dir}, {_names(later)}, are not part of this "
+        f"run and were moved to {target}. Delete them if you do not need them."
+    )
+
+
+def warn_of_earlier_run(output_dir: str) -> None:
+    """Warn if a run that starts from the beginning finds checkpoints where it writes its own."""
+    if found := checkpoints(output_dir):
+        logger.warning(
+            f"output_dir={output_dir}: the checkpoints of an earlier run, {_names(found)}, are where this run writes "
+            "its own. save_total_limit deletes both alike, and resume_from_checkpoint=True takes the last of all. "
+            "Choose another folder, or delete them."
+        )
+
+
+def _names(paths: list[Path]) -> str:
+    return ", ".join(p.name for p in paths)
+
+
+def _why_incomplete(path: Path) -> str | None:
+    """What is missing or unreadable in a checkpoint; None if it is whole, whatever number of processes wrote it."""
     if not path.is_dir():
         return "there is no such folder"
-    random = [f"rng_state_{rank}.pth" for rank in range(world_size or 0)] if world_size != 1 else ["rng_state.pth"]
-    # In the order in which they are written: the weights come first, the state comes last.
-    needed = (WEIGHTS, OPTIMIZERS, ("scheduler.pt",), *((name,) for name in random), ("trainer_state.json",))
-    for names in needed:
+    # In the order in which they are written: the weights come first, the state last, when every process has written its
+    # random state.
+    for names in (WEIGHTS, OPTIMIZERS, ("scheduler.pt",), RANDOM_STATES, ("trainer_state.json",)):
         if not any(True for name in names for _ in path.glob(name)):
             return (
                 f"{names[0]} is missing; the checkpoint is incomplete, or was written with save_only_model, and cannot "
                 "be resumed from"
             )
-    for file in sorted(path.iterdir()):
+    for file in sorted(p for p in path.rglob("*") if p.is_file()):
         if problem := _what_is_wrong_with(file):
             return (
-                f"{file.name} cannot be read ({problem}); the run was probably stopped while the checkpoint was written"
+                f"{file.relative_to(path)} cannot be read ({problem}); the run was probably stopped while the "
+                "checkpoint was written"
             )
     return None
 
@@ -109,20 +168,25 @@ def explain_failed_save(folder: str) -> Iterator[None]:
     except (OSError, SafetensorError, RuntimeError) as error:
         if _why_incomplete(Path(folder)) is None:
             raise  # the checkpoint is there: something after it has failed
-        others = sorted(p.name for p in Path(folder).parent.glob("checkpoint-*") if p.name != Path(folder).name)
+        others = _names([p for p in checkpoints(Path(folder).parent) if p.name != Path(folder).name])
         raise OSError(
             f"{folder} could not be written: {error}. It is incomplete and will not be resumed from; "
-            f"{'untouched: ' + ', '.join(others) if others else 'there is no earlier checkpoint'}. Make room (or set "
-            "save_total_limit) and resume from the last complete one with resume_from_checkpoint=True."
+            f"{'untouched: ' + others if others else 'there is no earlier checkpoint'}. Make room (or set "
+            "save_total_limit) and resume from the last complete one with resume_from_checkpoint=True (in Python, and "
+            "with two dashes on the command line of a script)."
         ) from error
 
 
 def load_weights(model: nn.Module, folder: str) -> bool:
-    """Load the weights in `folder` into `model`, renamed as `from_pretrained` renames them.
+    """Load the weights in `folder` into `model`, renamed as `from_pretrained` renames them; of a `PeftModel` every
+    adapter.
 
-    Returns False, having done nothing, for a model that is not a plain `PreTrainedModel`: the caller's own way of
-    loading applies. Raises `ValueError` if a weight is missing in the checkpoint or unknown to the model.
+    Returns False, having done nothing, for a model that is neither that nor a plain `PreTrainedModel`: the caller's own
+    way of loading applies. Raises `ValueError` if a weight is missing in the checkpoint or unknown to the model.
     """
+    if isinstance(model, PeftModel):
+        _load_adapters(model, Path(folder))
+        return True
     if not isinstance(model, PreTrainedModel) or getattr(model, "is_quantized", False):
         return False
     dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
@@ -137,11 +201,23 @@ def load_weights(model: nn.Module, folder: str) -> bool:
     return True
 
 
-def check_adapter(model: PeftModel, folder: str) -> None:
-    """Raise `ValueError` unless the adapter saved in `folder` has exactly the weights of the active one of `model`."""
-    saved = set(load_peft_weights(folder, device="cpu"))
-    expected = set(get_peft_model_state_dict(model, adapter_name=model.active_adapters[0]))
-    require_same_names(folder, expected - saved, saved - expected)
+def _load_adapters(model: PeftModel, folder: Path) -> None:
+    """Each from where peft saves it: "default" in `folder` itself, others in folders of their names. What is trained
+    stays what it is; `Trainer` would train the first active one alone."""
+    places = {name: folder if name == "default" else folder / name for name in model.peft_config}
+    saved, expected = set(), set()
+    for name, place in places.items():
+        expected |= {f"{name}: {key}" for key in get_peft_model_state_dict(model, adapter_name=name)}
+        if _holds_adapter(place):
+            saved |= {f"{name}: {key}" for key in load_peft_weights(str(place), device="cpu")}
+    strangers = {p.name for p in folder.iterdir() if _holds_adapter(p)} - set(places)
+    require_same_names(str(folder), expected - saved, saved - expected | strangers)
+    for name, place in places.items():
+        model.load_adapter(str(place), name, is_trainable=True)
+
+
+def _holds_adapter(folder: Path) -> bool:
+    return any(folder.glob("adapter_model.*"))
 
 
 def require_same_names(folder: str, missing: Iterable[str], unexpected: Iterable[str]) -> None:

@@ -14,7 +14,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from transformers import TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from .checkpoints import last_complete_checkpoint
+from .checkpoints import checkpoints, last_complete_checkpoint
 from .config import GRConfig
 from .mistakes import ArgumentParser, Failure, run
 from .trainer import GRTrainer
@@ -99,14 +99,28 @@ def _without_folders(argument: str) -> str:
     return flag + equals + (os.path.basename(value.rstrip("/")) if leads_out else value)
 
 
-def checkpoint_to_resume(args: GRConfig) -> str | None:
-    """What `resume_from_checkpoint` says; for "last" the last complete checkpoint in the output folder, or None.
+def checkpoint_to_resume(args: GRConfig) -> str | bool | None:
+    """What `resume_from_checkpoint` says; for "last" the last complete checkpoint in the output folder, or None if the
+    folder has no checkpoint at all.
 
     So the same command can be given again and again, until a run that is killed on the way has ended.
+
+    Raises:
+        ValueError: there are checkpoints, and none is complete. A start from the beginning would overwrite them.
     """
-    if args.resume_from_checkpoint != "last":
-        return args.resume_from_checkpoint
-    return last_complete_checkpoint(args.output_dir, args.world_size)
+    asked = args.resume_from_checkpoint
+    if asked in ("True", "true"):
+        return True
+    if asked != "last":
+        return asked
+    found = checkpoints(args.output_dir)
+    last = last_complete_checkpoint(args.output_dir)
+    if found and last is None:
+        raise ValueError(
+            f"resume_from_checkpoint=last: no checkpoint in {args.output_dir} ({', '.join(p.name for p in found)}) is "
+            "complete. Move or delete them to start from the beginning, or give another folder."
+        )
+    return last
 
 
 def save_model(trainer: GRTrainer) -> None:

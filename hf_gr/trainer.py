@@ -17,18 +17,19 @@ from typing import Any
 
 import torch
 from accelerate.logging import get_logger
-from peft import PeftModel
 from torch import Tensor, nn
 from transformers import Trainer
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 
 from .checkpoints import (
-    check_adapter,
     check_checkpoint,
     explain_failed_save,
     last_complete_checkpoint,
     load_weights,
     require_same_names,
+    set_later_checkpoints_aside,
+    warn_of_earlier_run,
+    warn_of_other_processes,
 )
 from .compatibility import refuse_unsupported
 from .config import GRArguments
@@ -281,10 +282,12 @@ class GRMixin(CostMixin, IREMixin, OptimizerMixin, UploadMixin):
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
         """As in `Trainer`. A checkpoint to resume from is checked first: one that is cut short changes nothing.
 
-        With `True` it is the last complete one in `output_dir`; later ones that are not complete are named.
+        With `True` it is the last complete one in `output_dir`; later ones that are not complete are named. A run may
+        resume with another number of processes, which a warning says, and from an earlier checkpoint than the last: the
+        later ones are then moved out of its way.
         """
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir, self.args.world_size)
+            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
             if resume_from_checkpoint is None:
                 raise ValueError(
                     f"resume_from_checkpoint=True: there is no complete checkpoint in {self.args.output_dir!r}. Start "
@@ -292,10 +295,23 @@ class GRMixin(CostMixin, IREMixin, OptimizerMixin, UploadMixin):
                 )
         elif resume_from_checkpoint and not self.is_deepspeed_enabled:
             check_checkpoint(resume_from_checkpoint)
+        self._check_checkpoints_ahead(resume_from_checkpoint or None)
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             self._gr_reset()
+
+    def _check_checkpoints_ahead(self, resume_from: str | None) -> None:
+        self.accelerator.wait_for_everyone()  # to read what is there, before the main process moves any of it
+        if not self.is_world_process_zero():
+            return
+        if resume_from and not (self.is_deepspeed_enabled or self.args.save_on_each_node):
+            warn_of_other_processes(resume_from, self.args.world_size)
+        if self.args.save_strategy != SaveStrategy.NO:
+            if resume_from:
+                set_later_checkpoints_aside(self.args.output_dir, resume_from)
+            else:
+                warn_of_earlier_run(self.args.output_dir)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As in `Trainer`: the weights, and not the perturbed ones, even for a signal handler amid a second pass.
@@ -318,6 +334,11 @@ class GRMixin(CostMixin, IREMixin, OptimizerMixin, UploadMixin):
         with explain_failed_save(folder):
             super()._save_checkpoint(model, trial)
 
+    def _save_rng_state(self, output_dir: str) -> None:
+        """As in `Trainer`. The state of the run, which is written next, says that all processes have written theirs."""
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()
+
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         """As in `Trainer`, with the values of gradient regularization beside the training loss."""
         if "loss" in logs and self._gr_logs:
@@ -336,8 +357,6 @@ class GRMixin(CostMixin, IREMixin, OptimizerMixin, UploadMixin):
         """Load every weight, under the name it has in memory; a weight that is missing or unknown raises."""
         target = self.model if model is None else model
         if self.is_deepspeed_enabled or self.is_fsdp_enabled or not load_weights(target, resume_from_checkpoint):
-            if isinstance(target, PeftModel):
-                check_adapter(target, resume_from_checkpoint)
             # Other trainers' own take the folder alone.
             super()._load_from_checkpoint(resume_from_checkpoint, *(() if model is None else (model,)))
 

@@ -217,6 +217,18 @@ def ire(folder: str) -> dict:
     return estimates
 
 
+#: The same examples in each step, whether one process accumulates two batches or two processes have one each.
+RESUME = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, "optim": "adamw_torch", "learning_rate": 1e-2}
+
+
+def resume(folder: str) -> dict:
+    """What one process has written goes on in two; what two write is for one to go on with."""
+    return {
+        "from_one": run(f"{folder}/resumed", resume=f"{folder}/one/checkpoint-2", **RESUME),
+        "two": run(f"{folder}/two", **RESUME),
+    }
+
+
 SUITES = {
     "scopes": lambda folder: {
         case: run(folder, toys.ScaledTrainer if case[3] == "scaled" else GRTrainer, **flags_of(*case)) for case in CASES
@@ -227,6 +239,7 @@ SUITES = {
         case: run(f"{folder}/optimizers", **flags) for case, flags in OPTIMIZER_CASES.items()
     },
     "overflow": overflow_on_one_rank,
+    "resume": resume,
     "fsdp": fsdp,
 }
 

@@ -17,7 +17,9 @@ from distributed_worker import (
     IRE_CASES,
     LEARNING_RATE,
     OPTIMIZER_CASES,
+    RESUME,
     STEPS,
+    trainer_of,
 )
 from hf_gr import GRConfig, GRTrainer
 from reference import flat_masks, regularized_gradient, sampled_label_gradient
@@ -71,7 +73,21 @@ def launch(folder: Path, processes: int, *suites: str) -> dict:
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    return launch(tmp_path_factory.mktemp("two"), 2, "scopes", "ire", "optimizers", "overflow")
+    folder = tmp_path_factory.mktemp("two")
+    return {
+        "one": alone(folder / "one"),
+        **launch(folder, 2, "scopes", "ire", "optimizers", "overflow", "resume"),
+        "from_two": alone(folder / "resumed", folder / "two" / "checkpoint-2"),
+    }
+
+
+def alone(output_dir: Path, checkpoint: Path | None = None) -> list[torch.Tensor]:
+    """The path of a run of one process that has the batches of two."""
+    recorder = toys.PathRecorder()
+    flags = {"ddp_backend": None, "gradient_accumulation_steps": RANKS, **RESUME}
+    trainer = trainer_of(str(output_dir), callbacks=[recorder], **flags)
+    trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+    return recorder.path
 
 
 @pytest.fixture(scope="module")
@@ -153,3 +169,11 @@ def test_optimizers_step_as_in_one_process(case, results, tmp_path):
     GRTrainer(toys.llama(), args, train_dataset=toys.text(EXAMPLES), callbacks=[recorder]).train()
     # float32; LAMB divides by the root of second moments that are nearly 0 in places.
     assert relative_error_of_path(results["optimizers"][case], recorder.path) <= (1e-3 if case[0] == "lamb" else 1e-5)
+
+
+@pytest.mark.parametrize(("whole", "resumed"), [("one", "from_one"), ("two", "from_two")])
+def test_another_number_of_processes_resumes(whole, resumed, results):
+    """Weights, optimizer, schedule and step go on: the steps are those of the run that was interrupted."""
+    paths = {**results, **results["resume"]}
+    assert torch.equal(paths[whole][2], paths[resumed][0])
+    assert relative_error_of_path(paths[resumed], paths[whole][2:]) <= TOLERANCE["float32"]

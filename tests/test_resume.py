@@ -9,7 +9,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import set_seed
 
 import toys
-from hf_gr import GRConfig, GRTrainer
+from hf_gr import GRConfig, GRTrainer, checkpoints, script
 
 
 def lora():
@@ -154,3 +154,67 @@ def test_resume_true_takes_the_last_checkpoint(tmp_path):
     resumed.train(resume_from_checkpoint=True)
     assert json.loads((tmp_path / "checkpoint-8" / "trainer_state.json").read_text())["global_step"] == 8
     assert resumed.state.global_step == 8
+
+
+# ---- Another number of processes ----
+
+
+def written_by(processes, checkpoint):
+    """Make of a checkpoint what several processes would have written: it differs in the random states alone."""
+    state = checkpoint / "rng_state.pth"
+    for rank in range(processes):
+        shutil.copy(state, checkpoint / f"rng_state_{rank}.pth")
+    state.unlink()
+
+
+@pytest.mark.parametrize("given", ["last", True])
+def test_a_checkpoint_of_another_number_of_processes_is_resumed(given, checkpoint, caplog):
+    for step in (3, 6, 8):
+        written_by(2, checkpoint.parent / f"checkpoint-{step}")
+    shutil.rmtree(checkpoint.parent / "checkpoint-8")
+    recorder = toys.PathRecorder()
+    resumed = trainer("vit", checkpoint.parent, gr_warmup="none", resume_from_checkpoint=given)
+    resumed.add_callback(recorder)
+    resumed.train(resume_from_checkpoint=script.checkpoint_to_resume(resumed.args))
+    whole = trainer("vit", checkpoint.parent)
+    whole._load_from_checkpoint(str(checkpoint))
+    assert torch.equal(recorder.path[0], toys.weights(whole.model))
+    assert resumed.state.global_step == 8 and len(recorder.path) == 3
+    assert caplog.text.count("a run of 2 processes, this one has 1: ") == 1
+    assert "not bitwise the one that was interrupted" in caplog.text
+
+
+@pytest.mark.parametrize(("written", "resumed", "warns"), [(1, 2, True), (2, 3, True), (3, 2, True), (2, 2, False)])
+def test_random_states_that_differ_are_named(written, resumed, warns, tmp_path, caplog):
+    names = ["rng_state.pth"] if written == 1 else [f"rng_state_{rank}.pth" for rank in range(written)]
+    for name in names:
+        (tmp_path / name).touch()
+    checkpoints.warn_of_other_processes(str(tmp_path), resumed)
+    assert (f"this one has {resumed}" in caplog.text) == warns
+
+
+def test_last_never_starts_from_the_beginning_where_there_are_checkpoints(checkpoint):
+    args = GRConfig(output_dir=str(checkpoint.parent), use_cpu=True, resume_from_checkpoint="last")
+    for step in (3, 6, 8):
+        (checkpoint.parent / f"checkpoint-{step}" / "optimizer.pt").unlink()
+    with pytest.raises(
+        ValueError, match=r"=last: no checkpoint in .* \(checkpoint-3, checkpoint-6, checkpoint-8\) is c"
+    ):
+        script.checkpoint_to_resume(args)
+    args.output_dir += "/empty"
+    assert script.checkpoint_to_resume(args) is None
+
+
+def test_a_run_that_goes_back_keeps_the_later_checkpoints(checkpoint, caplog):
+    """`save_total_limit` would delete them, or with equal times of files those of the run itself."""
+    folder, weights = checkpoint.parent, (checkpoint / "model.safetensors").read_bytes()
+    flags = {"gr_warmup": "none", "gr_lambda": 0, "save_total_limit": 1, "max_steps": 5}
+    resumed = trainer("vit", folder, **flags)
+    resumed.train(resume_from_checkpoint=str(folder / "checkpoint-3"))
+    assert [p.name for p in checkpoints.checkpoints(folder)] == ["checkpoint-5"]
+    aside = folder / "_superseded" / "1"
+    assert [p.name for p in checkpoints.checkpoints(aside)] == ["checkpoint-6", "checkpoint-8"]
+    assert (aside / "checkpoint-6" / "model.safetensors").read_bytes() == weights
+    assert "checkpoint-6, checkpoint-8, are not part of this run and were moved to" in caplog.text
+    trainer("vit", folder, **flags).train()
+    assert "the checkpoints of an earlier run, checkpoint-5, are where this run writes" in caplog.text
