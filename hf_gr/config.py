@@ -9,7 +9,8 @@ from transformers import SchedulerType, TrainingArguments
 from transformers.training_args import OptimizerNames
 
 from .gr_warmup import GR_WARMUPS, GRStrength, gr_strength
-from .ire import IRE_PRESETS, KAPPA_SCHEDULES, MASKS, SCOPES, check_ire_arguments
+from .ire import ESTIMATED_MASKS, IRE_PRESETS, KAPPA_SCHEDULES, MASKS, SCOPES, check_ire_arguments
+from .value_checks import check_types, refuse_booleans
 
 GR_SCOPES = ("global", "local", "micro")
 ON_NONFINITE = ("stop", "skip")
@@ -19,6 +20,23 @@ TIME_VARYING = "time_varying"
 LR_SCALINGS = ("none", "linear", "sqrt")
 #: The batch for which the learning rate is meant, where it is scaled.
 BASE_BATCH_SIZE = 256
+
+
+class _UnsetNumber(float):
+    """The default of a flag that a preset may set: told by its class from the same number that somebody has given."""
+
+
+class _UnsetNone:
+    """The same where the default is None, which it equals and reads as."""
+
+    def __repr__(self) -> str:
+        return "None"
+
+    def __eq__(self, other: object) -> bool:
+        return other is None or isinstance(other, _UnsetNone)
+
+    def __hash__(self) -> int:
+        return hash(None)
 
 
 def _default(flag: str) -> str:
@@ -83,16 +101,13 @@ class OptimizerArguments:
 
     def check_optimizer_arguments(self) -> None:
         """Raise `ValueError` for a flag out of its range."""
-        for flag in ("optim", "lr_scheduler_type", "lr_scaling"):
-            value, choices = getattr(self, flag), OptimizerArguments.__dataclass_fields__[flag].metadata["choices"]
-            if getattr(value, "value", value) not in choices:
-                raise ValueError(f"{flag}={value!r}: choose one of {', '.join(choices)}.")
+        check_types(self, OptimizerArguments)
         if self.optim == "tvlars" and self.lr_scheduler_type == TIME_VARYING:
             raise ValueError(
                 f"lr_scheduler_type={TIME_VARYING!r}: TVLARS has this schedule in itself and would apply it twice. Set "
                 "lr_scheduler_type=constant, or optim=lars."
             )
-        if self.layer_statistics_steps != int(self.layer_statistics_steps) or self.layer_statistics_steps < 0:
+        if self.layer_statistics_steps < 0:
             raise ValueError(
                 f"layer_statistics_steps={self.layer_statistics_steps}: must be a whole number of steps, or 0 (off)."
             )
@@ -108,21 +123,21 @@ class IREArguments:
     """The flags of IRE; see `hf_gr.ire`."""
 
     ire_kappa: float = field(
-        default=0.0,
+        default=_UnsetNumber(0.0),
         metadata={
             "help": "kappa: the optimizer takes (1 + kappa) times its step on flat coordinates. 0 turns IRE off. With "
             "AdamW as the optimizer this is AdmIRE, with SGD SGD-IRE, with gr_lambda SAM-IRE or GR-IRE."
         },
     )
     ire_gamma: float = field(
-        default=0.6,
+        default=_UnsetNumber(0.6),
         metadata={"help": "gamma: the fraction of all coordinates called flat, in (0, 1]; the paper has (0.5, 1)."},
     )
     ire_interval: int = field(
         default=10, metadata={"help": "K: optimizer steps from one choice of the flat coordinates to the next."}
     )
     ire_start_step: float | None = field(
-        default=None,
+        default=_UnsetNone(),
         metadata={
             "help": "The first step of IRE; below 1 it is a fraction of all steps. None means the end of the "
             "learning-rate warmup (warmup_steps)."
@@ -138,8 +153,8 @@ class IREArguments:
     ire_preset: str | None = field(
         default=None,
         metadata={
-            "help": "Sets ire_kappa, ire_gamma and ire_start_step as published. Where one of these three is given "
-            "and is not its default, it wins.",
+            "help": "Sets ire_kappa, ire_gamma and ire_start_step as published. Where one of these three is given, it "
+            "wins.",
             "choices": list(IRE_PRESETS),
         },
     )
@@ -186,23 +201,26 @@ class IREArguments:
     )
 
     def __post_init__(self):
-        if self.ire_preset is not None:
-            self._apply_ire_preset()
+        self._settle_ire_preset()
         self.check_ire_arguments()
         # The other half of the class is a TrainingArguments, except where these flags stand alone.
         if hasattr(super(), "__post_init__"):
             super().__post_init__()
 
-    def _apply_ire_preset(self) -> None:
-        if self.ire_preset not in IRE_PRESETS:
-            raise ValueError(f"ire_preset={self.ire_preset!r}: choose one of {', '.join(IRE_PRESETS)}.")
-        preset = IRE_PRESETS[self.ire_preset]
+    def _settle_ire_preset(self) -> None:
+        """Give the flags that were not given plain values: those of the preset, or their defaults."""
+        check_types(self, IREArguments, ["ire_preset"])
+        preset = IRE_PRESETS.get(self.ire_preset, {})
         for flag, key in (("ire_kappa", "kappa"), ("ire_gamma", "gamma"), ("ire_start_step", "start")):
-            if key in preset and getattr(self, flag) == IREArguments.__dataclass_fields__[flag].default:
-                setattr(self, flag, preset[key])
+            value = getattr(self, flag)
+            if isinstance(value, _UnsetNumber):
+                setattr(self, flag, preset.get(key, float(value)))
+            elif isinstance(value, _UnsetNone):
+                setattr(self, flag, preset.get(key))
 
     def check_ire_arguments(self) -> None:
         """Raise `ValueError` for a flag out of its range. Called again as training starts: a sweep sets attributes."""
+        check_types(self, IREArguments)
         check_ire_arguments(
             self.ire_kappa,
             self.ire_gamma,
@@ -212,11 +230,11 @@ class IREArguments:
             self.ire_kappa_schedule,
             prefix="ire_",
         )
-        if self.ire_interval != int(self.ire_interval) or self.ire_interval < 1:
+        if self.ire_interval < 1:
             raise ValueError(f"ire_interval={self.ire_interval}: must be a whole number of steps, at least 1.")
         if not 0 < self.ire_probe_fraction <= 1:
             raise ValueError(f"ire_probe_fraction={self.ire_probe_fraction}: must be in (0, 1].")
-        if self.ire_guard != 0 and not self.ire_guard > 1:
+        if self.ire_guard != 0 and not 1 < self.ire_guard < math.inf:
             raise ValueError(
                 f"ire_guard={self.ire_guard}: must be more than 1, how many times its mean the loss may be, or 0 (off)."
             )
@@ -337,36 +355,41 @@ class GRArguments(IREArguments, OptimizerArguments):
 
     def __post_init__(self):
         self.check_gr_arguments()
+        if isinstance(self, TrainingArguments):
+            refuse_booleans(self, TrainingArguments)
         super().__post_init__()
 
     def check_gr_arguments(self) -> None:
         """Raise `ValueError` for a flag out of its range. Called again as training starts: a sweep sets attributes."""
+        check_types(self, GRArguments)
         if not (math.isfinite(self.gr_r) and self.gr_r > 0):
             raise ValueError(f"gr_r={self.gr_r}: the radius must be > 0. To turn GR off, set gr_lambda=0 instead.")
         if self.gr_lambda is not None and not (math.isfinite(self.gr_lambda) and self.gr_lambda >= 0):
             raise ValueError(
                 f"gr_lambda={self.gr_lambda}: the degree must be >= 0 (0 turns GR off), or None for gr_lambda = gr_r."
             )
-        if self.gr_warmup not in GR_WARMUPS:
-            raise ValueError(f"gr_warmup={self.gr_warmup!r}: choose one of {', '.join(GR_WARMUPS)}.")
-        if self.gr_scope not in GR_SCOPES:
-            raise ValueError(f"gr_scope={self.gr_scope!r}: choose one of {', '.join(GR_SCOPES)}.")
-        if self.gr_on_nonfinite not in ON_NONFINITE:
-            raise ValueError(f"gr_on_nonfinite={self.gr_on_nonfinite!r}: choose one of {', '.join(ON_NONFINITE)}.")
-        if self.gr_interval != int(self.gr_interval) or self.gr_interval < 1:
+        if self.gr_interval < 1:
             raise ValueError(f"gr_interval={self.gr_interval}: must be a whole number of steps, at least 1.")
         if self.gr_warmup_steps is not None:
             _check_steps("gr_warmup_steps", self.gr_warmup_steps)
-            if self.gr_warmup == "none" and self.gr_warmup_steps > 0:
-                raise ValueError(
-                    f"gr_warmup_steps={self.gr_warmup_steps} has no effect with gr_warmup='none': leave it out, or "
-                    "choose a warmup (r, lambda, zero)."
-                )
 
     @property
     def gr_degree(self) -> float:
         """lambda as a number: `gr_lambda`, or `gr_r` where it is None."""
         return self.gr_r if self.gr_lambda is None else self.gr_lambda
+
+    def describe_method(self) -> str:
+        """Optimizer, GR and IRE, and the forward and backward passes of a step in which all of it acts."""
+        optimizer = f"optim={getattr(self.optim, 'value', self.optim)}"
+        gr, ire, passes = "no GR", "no IRE", 1.0
+        if self.gr_degree != 0:
+            gr = f"GR with r={self.gr_r:g}, lambda={self.gr_degree:g}, gr_warmup={self.gr_warmup}"
+            passes += 1 / self.gr_interval
+        if self.ire_kappa != 0:
+            ire = f"IRE with kappa={self.ire_kappa:g}, gamma={self.ire_gamma:g}"
+            passes += self.ire_probe_fraction / self.ire_interval if self.ire_mask in ESTIMATED_MASKS else 0
+        cost = f"up to {passes:g} passes" if passes > 1 else "1 pass"
+        return f"{optimizer}, {gr}, {ire}; {cost} per step"
 
     def get_gr_warmup_steps(self, lr_warmup_steps: int, num_training_steps: int) -> int:
         """T_w in optimizer steps."""

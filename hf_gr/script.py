@@ -4,20 +4,22 @@ import logging
 import os
 import shlex
 import time
+from argparse import Namespace
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import yaml
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 from transformers import TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from . import recipes
 from .checkpoints import checkpoints, last_complete_checkpoint
 from .config import GRConfig
 from .mistakes import ArgumentParser, Failure, run
 from .trainer import GRTrainer
+from .value_checks import COUNT, NOT_NEGATIVE, POSITIVE, SHARE, Limit, check_ranges, check_types
 
 __all__ = [
     "ArgumentParser",
@@ -25,6 +27,7 @@ __all__ = [
     "command_line",
     "keep_token_out_of_files",
     "parse_args",
+    "print_method",
     "publish",
     "run",
     "save_metrics",
@@ -34,37 +37,73 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 UPLOAD_ATTEMPTS = 4
+#: Of flags of transformers, which takes any number.
+LIMITS = {
+    **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size"), COUNT),
+    **dict.fromkeys(("gradient_accumulation_steps", "eval_accumulation_steps"), COUNT),
+    **dict.fromkeys(("save_total_limit", "dataloader_prefetch_factor"), COUNT),
+    **dict.fromkeys(("num_train_epochs", "logging_steps", "eval_steps", "save_steps"), POSITIVE),
+    **dict.fromkeys(("learning_rate", "weight_decay", "adam_epsilon", "max_grad_norm", "warmup_steps"), NOT_NEGATIVE),
+    **dict.fromkeys(("eval_delay", "neftune_noise_alpha", "dataloader_num_workers"), NOT_NEGATIVE),
+    **dict.fromkeys(("adam_beta1", "adam_beta2", "label_smoothing_factor"), SHARE),
+    **dict.fromkeys(("seed", "data_seed"), Limit(0, 2**32 - 1)),
+}
 
 
 def parse_args(
-    kinds: tuple[type, ...], argv: list[str], default_recipe: Path, without_it: tuple[str, ...] = ()
+    kinds: tuple[type, ...], argv: list[str], default_recipe: Path | None, without_it: tuple[str, ...] = ()
 ) -> tuple[Any, ...]:
     """One instance of each dataclass in `kinds`, from a recipe in YAML or JSON and flags that overrule it.
 
+    A flag also takes out of the recipe what contradicts it (`recipes.SUPERSEDES`).
+
     Args:
         argv: the command line. A recipe may come first.
-        default_recipe: used if none comes, unless one of the flags `without_it` is there.
+        default_recipe: used if none comes. With one of the flags `without_it`, only its method is; so it is for a
+            recipe that says nothing about the method.
 
     Raises:
-        ValueError: the recipe has a name that none of the dataclasses has.
+        ValueError: a recipe or a flag that makes no sense.
     """
     parser = ArgumentParser(kinds)
+    known = {argument.name for kind in kinds for argument in fields(kind)}
+    default = recipes.read_recipe(default_recipe, known) if default_recipe is not None else {}
     recipe = None
     if argv and argv[0].endswith((".yaml", ".yml", ".json")):
-        recipe, *argv = argv
-    elif not {flag.split("=")[0].lstrip("-").replace("-", "_") for flag in argv} & set(without_it):
-        recipe = default_recipe
-    if recipe is not None:
-        defaults = yaml.safe_load(Path(recipe).read_text(encoding="utf-8")) or {}  # JSON is YAML, too
-        known = {argument.name for kind in kinds for argument in fields(kind)}
-        if unknown := sorted(set(defaults) - known):
-            raise ValueError(f"{recipe}: unknown argument {', '.join(unknown)}; see --help for the known ones.")
-        parser.set_defaults(**defaults)
+        recipe, argv = recipes.read_recipe(argv[0], known), argv[1:]
+    given = _given(parser, argv)
+    if recipe is None:
+        recipe = default if given.keys().isdisjoint(without_it) else recipes.method_of(default)
+    elif not recipes.method_of(recipe):
+        recipe = recipes.method_of(default) | recipe
+    recipe = recipes.under(given, recipe)
+    parser.set_defaults(**recipe)
+    values, _ = parser.parse_known_args(argv)
+    for kind in kinds:
+        check_types(values, kind, recipe)
+    check_ranges(values, LIMITS)
+    recipes.check_length(recipe | given)
+    recipes.check_gr_is_on(given, values)
     parsed = parser.parse_args_into_dataclasses(argv)
     for args in parsed:
         if isinstance(args, TrainingArguments):
             keep_token_out_of_files(args)
     return parsed
+
+
+def _given(parser: ArgumentParser, argv: list[str]) -> dict[str, Any]:
+    """The flags on the command line, whether their values are the defaults or not."""
+    missing = object()
+    blank = Namespace(**dict.fromkeys((action.dest for action in parser._actions), missing))
+    values, rest = parser.parse_known_args(argv, blank)
+    parser.refuse(rest)  # first: a misspelled flag may be why another one is wrong
+    return {name: value for name, value in vars(values).items() if value is not missing}
+
+
+def print_method(args: GRConfig) -> None:
+    """Say by which method the run trains, before it does."""
+    if args.process_index == 0:
+        print(f"Method: {args.describe_method()}.", flush=True)  # noqa: T201
 
 
 def keep_token_out_of_files(args: TrainingArguments) -> None:

@@ -4,7 +4,8 @@
     accelerate launch scripts/finetune_llama_lora.py --model_name_or_path ... --gr_lambda 0 --ire_preset llama
 
 Only the adapters are trained: GR perturbs them alone, and IRE amplifies their steps alone. The loss is that of the
-answers. A recipe (YAML or JSON) may come first; flags overrule it.
+answers. A recipe (YAML or JSON) may come first; flags overrule it, and whatever in it contradicts them. Without one the
+recipe is scripts/recipes/lora_alpaca.yaml.
 """
 
 import sys
@@ -128,6 +129,7 @@ def main(argv: list[str] | None = None) -> None:
     args.include_num_input_tokens_seen = "all"
     set_seed(args.seed)
     require_writable(args.output_dir)
+    script.print_method(args)
 
     base, tokenizer = load_base(model_args.model_name_or_path)
     model = add_adapters(base, model_args)

@@ -5,8 +5,9 @@
     accelerate launch scripts/pretrain_llama.py scripts/recipes/llama_60m_wikitext103.yaml
     accelerate launch scripts/pretrain_llama.py --dataset_name FILE_FOLDER_OR_HUB_NAME --model llama-60m
 
-A recipe (YAML or JSON) may come first; flags overrule it. Without one, and unless --dataset_name is given, the recipe
-is scripts/recipes/llama_tiny_python.yaml.
+A recipe (YAML or JSON) may come first; flags overrule it, and whatever in it contradicts them. Without one the recipe
+is scripts/recipes/llama_tiny_python.yaml. With --dataset_name only its method (gr_*, ire_*, optim*) is used, and so it
+is with a recipe that does not mention the method: the data never changes the method.
 """
 
 import sys
@@ -103,6 +104,7 @@ def main(argv: list[str] | None = None) -> None:
     args.include_num_input_tokens_seen = "all"  # for the tokens, and tokens per second, in the log
     set_seed(args.seed)
     require_writable(args.output_dir)
+    script.print_method(args)
     context = LLAMA_PRESETS[model_args.model].context
     block_size = model_args.block_size or context
     if data_args.max_train_tokens is not None:

@@ -5,8 +5,9 @@
     accelerate launch scripts/train_vit.py scripts/recipes/vit_ti_cifar10.yaml --seed 1
     accelerate launch scripts/train_vit.py --dataset_name PATH_OR_HUB_NAME --model vit-s --output_dir out
 
-A recipe (YAML or JSON) may come first; flags overrule it. Without one, and unless --dataset_name or
---model_name_or_path is given, the recipe is scripts/recipes/vit_digits.yaml.
+A recipe (YAML or JSON) may come first; flags overrule it, and whatever in it contradicts them. Without one the recipe
+is scripts/recipes/vit_digits.yaml. With --dataset_name or --model_name_or_path only its method (gr_*, ire_*, optim*) is
+used, and so it is with a recipe that does not mention the method: the data never changes the method.
 """
 
 import sys
@@ -165,6 +166,7 @@ def main(argv: list[str] | None = None) -> None:
     args.label_names = ["labels"]
     set_seed(args.seed)
     require_writable(args.output_dir)
+    script.print_method(args)
 
     with args.main_process_first(desc="loading the data"):
         dataset = load_image_dataset(data_args.dataset_name, data_args.dataset_config_name)

@@ -1,6 +1,9 @@
 """The flags: parsing from every source, and the message for each mistake."""
 
+import copy
 import json
+import pickle
+from dataclasses import fields, replace
 
 import pytest
 from transformers import HfArgumentParser, Seq2SeqTrainingArguments, TrainingArguments
@@ -87,13 +90,89 @@ def test_parses_from_command_line_json_yaml_and_dict(tmp_path):
         ({"gr_interval": 0}, "gr_interval=0: must be a whole number of steps, at least 1"),
         ({"gr_warmup_steps": -3}, "gr_warmup_steps=-3: give a whole number of steps, or a fraction"),
         ({"gr_warmup_steps": 1.5}, "gr_warmup_steps=1.5: give a whole number of steps, or a fraction"),
-        ({"gr_warmup": "none", "gr_warmup_steps": 10}, "gr_warmup_steps=10 has no effect with gr_warmup='none'"),
+        ({"gr_lambda": True}, "gr_lambda=True: give a number, not a bool"),
+        ({"gr_lambda": "0.1"}, "gr_lambda='0.1': give a number, not a str"),
+        ({"ire_interval": 2.5}, "ire_interval=2.5: give a whole number, not a float"),
+        ({"ire_amplify_weight_decay": "false"}, "ire_amplify_weight_decay='false': give true or false, not a str"),
+        ({"ire_exclude": "embed"}, "ire_exclude='embed': give a list, not a str"),
+        ({"gr_warmup": None}, "gr_warmup=None: choose one of none, r, lambda, zero"),
+        ({"gr_r": None}, "gr_r=None: give a number, not a NoneType"),
+        ({"warmup_steps": True}, "warmup_steps=True: give a number, not a bool"),
+        ({"max_steps": False}, "max_steps=False: give a whole number, not a bool"),
     ],
 )
 def test_mistakes_are_named(flags, message):
     with pytest.raises(ValueError) as error:
         GRConfig(output_dir="x", use_cpu=True, **flags)
     assert message in str(error.value)
+
+
+NUMBERS = [f.name for f in fields(GRArguments) if isinstance(f.default, int | float) or f.name.endswith("_step")]
+
+
+@pytest.mark.parametrize("value", [True, "1"])
+@pytest.mark.parametrize("flag", [flag for flag in NUMBERS if not isinstance(getattr(GRArguments(), flag), bool)])
+def test_neither_booleans_nor_strings_are_numbers(flag, value):
+    with pytest.raises(ValueError, match=f"{flag}={value!r}: give a"):
+        GRArguments(**{flag: value})
+
+
+# ---- ire_preset ----
+
+PRESET = {"output_dir": "x", "use_cpu": True, "ire_preset": "vit_imagenet"}  # kappa 2, gamma 0.8, from a third on
+SETTINGS = ("ire_kappa", "ire_gamma", "ire_start_step")
+
+
+def settings(config) -> tuple:
+    return tuple(getattr(config, name) for name in SETTINGS)
+
+
+def sources(values, folder):
+    """The configuration of `values` from everywhere that one can come from."""
+    (folder / "c.json").write_text(json.dumps(values))
+    (folder / "c.yaml").write_text(json.dumps(values))
+    parser = HfArgumentParser(GRConfig)
+    yield parser.parse_json_file(str(folder / "c.json"))[0]
+    yield parser.parse_yaml_file(str(folder / "c.yaml"))[0]
+    yield parser.parse_dict(values)[0]
+    yield GRConfig(**values)
+    if None not in values.values():  # the command line has no word for it
+        yield parser.parse_args_into_dataclasses([part for k, v in values.items() for part in (f"--{k}", str(v))])[0]
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, (2.0, 0.8, 1 / 3)),
+        ({"ire_kappa": 0.0}, (0.0, 0.8, 1 / 3)),
+        ({"ire_gamma": 0.6}, (2.0, 0.6, 1 / 3)),
+        ({"ire_start_step": None}, (2.0, 0.8, None)),
+        ({"ire_kappa": 5.0, "ire_start_step": 7}, (5.0, 0.8, 7)),
+    ],
+    ids=str,
+)
+def test_a_given_value_wins_over_the_preset_even_if_it_is_the_default(given, expected, tmp_path):
+    for config in sources({**PRESET, **given}, tmp_path):
+        assert settings(config) == expected
+
+
+@pytest.mark.parametrize("flags", [{}, {"ire_preset": None}, {"ire_preset": "cnn"}], ids=str)
+def test_what_comes_out_of_a_configuration_is_plain(flags, tmp_path):
+    config = GRConfig(**{**PRESET, **flags})
+    assert settings(config)[0] in (0.0, 1.0, 2.0)
+    copies = (
+        config,
+        copy.deepcopy(config),
+        pickle.loads(pickle.dumps(config)),
+        replace(config, learning_rate=1.0),
+        GRConfig(**{name: value for name, value in config.to_dict().items() if name in PRESET or name in SETTINGS}),
+    )
+    for other in copies:
+        assert settings(other) == settings(config)
+        assert {type(value) for value in settings(other)} <= {float, type(None)}
+    assert {type(value) for name, value in config.to_dict().items() if name in SETTINGS} <= {float, type(None)}
+    defaults = {f.name: f.default for f in fields(GRConfig) if f.name in SETTINGS}
+    assert defaults == {"ire_kappa": 0.0, "ire_gamma": 0.6, "ire_start_step": None}
 
 
 def test_command_line_names_the_choices(capsys):
@@ -108,6 +187,24 @@ def test_warmup_steps():
     assert GRArguments().get_gr_warmup_steps(7, 100) == 7
     assert GRArguments(gr_warmup_steps=0.125).get_gr_warmup_steps(7, 100) == 13
     assert GRArguments(gr_warmup_steps=12).get_gr_warmup_steps(7, 100) == 12
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ({"gr_lambda": 0}, "optim=adamw_torch_fused, no GR, no IRE; 1 pass per step"),
+        ({}, "optim=adamw_torch_fused, GR with r=0.1, lambda=0.1, gr_warmup=zero, no IRE; up to 2 passes per step"),
+        (
+            {"optim": "lars", "gr_interval": 4, "ire_kappa": 2.0, "ire_probe_fraction": 0.5},
+            "optim=lars, GR with r=0.1, lambda=0.1, gr_warmup=zero, IRE with kappa=2, gamma=0.6; "
+            "up to 1.3 passes per step",
+        ),
+        ({"gr_lambda": 0, "ire_kappa": 1.0, "ire_mask": "random"}, "gamma=0.6; 1 pass per step"),
+    ],
+    ids=str,
+)
+def test_the_method_in_a_line(flags, expected):
+    assert GRConfig(output_dir="x", use_cpu=True, **flags).describe_method().endswith(expected)
 
 
 def test_other_training_arguments_can_have_the_flags():

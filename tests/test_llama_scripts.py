@@ -68,6 +68,9 @@ def adapters(data, pretrained, tmp_path_factory):
 def test_pretraining_ends_in_a_model_a_card_and_a_picture(pretrained):
     folder, printed = pretrained
     results = json.loads((folder / "all_results.json").read_text())
+    assert (
+        "Method: optim=adamw_torch_fused, no GR, IRE with kappa=1, gamma=0.6; up to 1.5 passes per step.\n" in printed
+    )
     assert f"Perplexity {results['eval_perplexity']:.2f}" in printed
     assert results["train_tokens"] == 6 * 4 * 256
     assert results["train_passes"] == 6 + 2
@@ -77,6 +80,101 @@ def test_pretraining_ends_in_a_model_a_card_and_a_picture(pretrained):
     assert "`LlamaForCausalLM` with" in card and "trained from scratch on text.txt" in card and "with IRE" in card
     assert "| perplexity |" in card and "## Sample" in card and "split `20 documents of train`" in card
     assert "6 optimizer steps, 6 forward and backward passes over a batch of 4 examples and 2 over it for IRE" in card
+
+
+# ---- Recipes and flags ----
+
+QUIET = ["--use_cpu", "--report_to", "none"]
+
+
+def parsed(name: str, *argv):
+    """(model, data, training arguments) as script NAME has them."""
+    load(name)
+    required = ["--model_name_or_path", "base"] if name == "finetune_llama_lora" else []
+    return sys.modules[name].parse_args([*map(str, argv), *required, *QUIET])
+
+
+def method(name: str, *argv) -> str:
+    return parsed(name, *argv)[2].describe_method()
+
+
+@pytest.mark.parametrize(
+    ("script", "expected"),
+    [
+        ("pretrain_llama", "no GR, IRE with kappa=4, gamma=0.6; up to 1.1 passes per step"),
+        ("finetune_llama_lora", "GR with r=0.05, lambda=0.05, gr_warmup=zero, no IRE; up to 2 passes per step"),
+        ("train_vit", "GR with r=0.02, lambda=0.02, gr_warmup=zero, no IRE; up to 2 passes per step"),
+    ],
+)
+def test_the_method_is_the_same_whatever_the_data(script, expected, tmp_path):
+    (tmp_path / "data.yaml").write_text("dataset_name: other\noutput_dir: out\n")
+    for argv in ([], ["--dataset_name", "other"], ["--dataset-name=other"], [tmp_path / "data.yaml"]):
+        assert method(script, *argv) == f"optim=adamw_torch_fused, {expected}"
+    assert parsed(script, "--dataset_name", "other")[2].per_device_train_batch_size == 8  # the rest is not the recipe's
+
+
+def test_a_recipe_that_says_something_of_the_method_says_all_of_it(tmp_path):
+    (tmp_path / "r.yaml").write_text("dataset_name: other\ngr_r: 0.05\noutput_dir: out\n")
+    assert "GR with r=0.05, lambda=0.05" in method("pretrain_llama", tmp_path / "r.yaml")
+
+
+def test_adamw_alone_makes_one_pass_a_step(tmp_path):
+    alone = method("pretrain_llama", "--dataset_name", "other", "--ire_kappa", 0)
+    assert alone == "optim=adamw_torch_fused, no GR, no IRE; 1 pass per step"
+
+
+RECIPE = {
+    "output_dir": "out",
+    "max_train_tokens": 1000,
+    "vocab_size": 300,
+    "ire_kappa": 4.0,
+    "ire_gamma": 0.7,
+    "gr_lambda": 0,
+    "optim": "tvlars",
+    "optim_args": "tv_lambda=1,delay_steps=0.5",
+    "lr_scheduler_type": "cosine_with_min_lr",
+    "lr_scheduler_kwargs": {"min_lr_rate": 0.05},
+    "bf16": True,
+    "dataset_name": "python",
+    "dataset_config_name": "small",
+}
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--max_steps", 12], {"max_steps": 12, "max_train_tokens": None}),
+        (["--num_train_epochs", 2], {"num_train_epochs": 2, "max_train_tokens": None, "max_steps": -1}),
+        (["--max_train_tokens", 5], {"max_train_tokens": 5}),
+        (["--tokenizer_name", "gpt2"], {"tokenizer_name": "gpt2", "vocab_size": None}),
+        (["--ire_preset", "cnn"], {"ire_kappa": 1.0, "ire_gamma": 0.9}),
+        (["--ire_preset", "cnn", "--ire_kappa", 0], {"ire_kappa": 0.0, "ire_gamma": 0.9}),
+        (["--optim", "lamb"], {"optim": "lamb", "optim_args": None}),
+        (["--optim", "tvlars"], {"optim": "tvlars", "optim_args": "tv_lambda=1,delay_steps=0.5"}),
+        (["--lr_scheduler_type", "linear"], {"lr_scheduler_kwargs": None}),
+        (["--bf16", "False", "--fp16", "False"], {"bf16": False, "fp16": False}),
+        (["--dataset_name", "x"], {"dataset_name": "x", "dataset_config_name": None}),
+    ],
+    ids=str,
+)
+def test_a_flag_beats_the_recipe_and_what_contradicts_it_there(flags, expected, tmp_path):
+    (tmp_path / "r.json").write_text(json.dumps(RECIPE))
+    parts = parsed("pretrain_llama", tmp_path / "r.json", *flags)
+    found = {name: value for part in parts for name, value in vars(part).items()}
+    assert {name: found[name] for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--max_steps", 3, "--num_train_epochs", 2], "max_steps=3 and num_train_epochs=2.0 both say how long"),
+        (["--gr_r", 0.1], "gr_r=0.1 has no effect with gr_lambda=0, which is in the recipe. Give gr_lambda, too"),
+    ],
+    ids=str,
+)
+def test_flags_that_contradict_each_other_are_refused(flags, message):
+    with pytest.raises(ValueError, match=message):
+        parsed("pretrain_llama", *flags)
 
 
 def test_pretraining_resumes_bit_identically(data, pretrained, tmp_path):

@@ -891,6 +891,7 @@ def test_refuses_a_warmup_as_long_as_the_run(steps, tmp_path):
     [
         ({}, "gr_warmup='zero' has no effect, because the learning-rate warmup that it follows has no steps"),
         ({"gr_warmup_steps": 0}, "gr_warmup='zero' has no effect with gr_warmup_steps=0"),
+        ({"gr_warmup_steps": 2, "gr_warmup": "none"}, "gr_warmup_steps=2 has no effect with gr_warmup='none'"),
         ({"gr_scope": "local"}, "gr_scope='local' is the same as 'global' here"),
         ({"gr_scope": "micro"}, "gr_scope='micro' is the same as 'global' here"),
         ({"warmup_steps": 9}, "as long as the whole run of 6 or longer: GR would never act. Set gr_warmup_steps"),

@@ -1,0 +1,81 @@
+"""Recipes, files of flags, and how they and the flags of the command line come together."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+#: What the names of the flags begin with that say by which method a script trains.
+METHOD = ("gr_", "ire_", "optim")
+LENGTHS = ("max_steps", "num_train_epochs", "max_train_tokens")
+_CHECKPOINT_HAS = ("model", "dropout", "stem", "weight_init", "image_size", "image_mean", "image_std")
+_DATA_HAS = ("dataset_config_name", "text_column_name", "image_column_name", "label_column_name")
+#: What a flag of the command line takes out of the recipe, besides the recipe's own value of it: its contradictions.
+SUPERSEDES: dict[str, tuple[str, ...]] = {
+    **{flag: tuple(other for other in LENGTHS if other != flag) for flag in LENGTHS},
+    "ire_preset": ("ire_kappa", "ire_gamma", "ire_start_step"),
+    "optim": ("optim_args", "optim_target_modules"),
+    "lr_scheduler_type": ("lr_scheduler_kwargs",),
+    "bf16": ("fp16",),
+    "fp16": ("bf16",),
+    "dataset_name": _DATA_HAS,
+    "model": ("model_name_or_path",),
+    "model_name_or_path": _CHECKPOINT_HAS,
+    "tokenizer_name": ("vocab_size",),
+    "vocab_size": ("tokenizer_name",),
+    "adapter_name_or_path": ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"),
+    "streaming": ("preprocessing_num_workers",),
+}
+
+
+def read_recipe(path: str | Path, known: set[str]) -> dict[str, Any]:
+    """The flags in a file of YAML or JSON.
+
+    Raises:
+        ValueError: there is no such file, it is something else, or it has a name that is not in `known`.
+    """
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))  # JSON is YAML, too
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path}: this recipe cannot be read ({reason}). Give a file of YAML or JSON.") from error
+    content = {} if content is None else content
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: a recipe has a line FLAG: VALUE for each flag; this is a {type(content).__name__}.")
+    if unknown := sorted(str(name) for name in content if name not in known):
+        raise ValueError(f"{path}: unknown argument {', '.join(unknown)}; see --help for the known ones.")
+    return content
+
+
+def method_of(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the flags that say by which method is trained."""
+    return {name: value for name, value in recipe.items() if name.startswith(METHOD)}
+
+
+def under(flags: Mapping[str, Any], recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """What is left of `recipe` where `flags` are given: all that none of them contradicts."""
+    changed = {
+        flag for flag, value in flags.items() if value is not None and value is not False and recipe.get(flag) != value
+    }
+    superseded = {other for flag in changed for other in SUPERSEDES.get(flag, ())}
+    return {name: value for name, value in recipe.items() if name not in superseded}
+
+
+def check_length(given: Mapping[str, Any]) -> None:
+    """Raise `ValueError` where two flags say how long to train: one of them would have no effect."""
+    if (steps := given.get("max_steps")) is not None and steps < 1 and steps != -1:
+        raise ValueError(f"max_steps={steps}: give at least 1, or leave it out to train for num_train_epochs.")
+    lengths = [f"{name}={given[name]}" for name in LENGTHS if given.get(name) not in (None, -1)]
+    if len(lengths) > 1:
+        raise ValueError(f"{' and '.join(lengths)} both say how long to train. Leave one of them out.")
+
+
+def check_gr_is_on(given: Mapping[str, Any], values: Any) -> None:
+    """Raise `ValueError` for a flag of GR on the command line where the recipe has turned GR off."""
+    idle = [flag for flag in ("gr_r", "gr_warmup", "gr_warmup_steps", "gr_scope", "gr_interval") if flag in given]
+    if idle and "gr_lambda" not in given and getattr(values, "gr_lambda", None) == 0:
+        raise ValueError(
+            f"{idle[0]}={given[idle[0]]} has no effect with gr_lambda=0, which is in the recipe. Give gr_lambda, too: "
+            "the value of gr_r makes it SAM."
+        )
