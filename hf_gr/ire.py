@@ -461,7 +461,6 @@ class IRE(Optimizer):
         self._loss_monitor = _LossMonitor()
         vars(self._loss_monitor).update(ire.get("losses", {}))
 
-
     def _load_base(self, state_dict: dict[str, Any]) -> None:
         """Load it into the base optimizer, or raise `ValueError` if it is of another one."""
         before = self.base_optimizer.state_dict()

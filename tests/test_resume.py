@@ -30,7 +30,19 @@ class Plain(torch.nn.Module):
         return {"loss": torch.nn.functional.cross_entropy(self.layers(pixel_values.flatten(1)), labels)}
 
 
+def adapters(*names):
+    """Named adapters, all of them trained."""
+    settings = {"r": 4, "target_modules": ["q_proj", "v_proj"], "lora_dropout": 0.1, "init_lora_weights": False}
+    model = get_peft_model(toys.llama(0.1), LoraConfig(**settings), adapter_name=names[0])
+    for name in names[1:]:
+        model.add_adapter(name, LoraConfig(**settings))
+    model.base_model.set_adapter([*names])
+    return model
+
+
 CASES = {
+    "named adapter": (lambda: adapters("x"), toys.text),
+    "two adapters": (lambda: adapters("default", "x"), toys.text),
     "module": (Plain, toys.images),
     "vit": (lambda: toys.vit(0.1), toys.images),
     "swin": (toys.swin, lambda: toys.images(size=16)),
@@ -54,9 +66,12 @@ def trainer(name, output_dir, accumulation=1, **kwargs):
     return GRTrainer(model=create(), args=GRConfig(**toys.arguments(output_dir, **settings)), train_dataset=data())
 
 
+WHOLE_MODELS = ("module", "vit", "swin", "llama", "lora")
+
+
 @pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.parametrize("warmup", ["zero", "lambda"])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", WHOLE_MODELS)
 def test_resume_is_bit_identical(name, warmup, accumulation, tmp_path):
     # T_w = 4: the checkpoint after step 3 lies before the end of the warmup, the one after step 6 behind it.
     whole = trainer(name, tmp_path, accumulation, gr_warmup=warmup)
@@ -79,6 +94,24 @@ def test_every_weight_is_loaded(name, tmp_path):
     assert not torch.equal(toys.weights(resumed.model), toys.weights(whole.model))
     resumed._load_from_checkpoint(str(tmp_path / "checkpoint-3"))
     assert torch.equal(toys.weights(resumed.model), toys.weights(whole.model))
+
+
+@pytest.mark.parametrize("name", ["named adapter", "two adapters"])
+def test_adapters_resume_bit_identically(name, tmp_path):
+    whole = trainer(name, tmp_path)
+    whole.train()
+    resumed = trainer(name, tmp_path, save_strategy="no")
+    trained = [n for n, p in resumed.model.named_parameters() if p.requires_grad]
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+    assert torch.equal(toys.weights(resumed.model), toys.weights(whole.model))
+    assert [n for n, p in resumed.model.named_parameters() if p.requires_grad] == trained
+    # The best model is loaded alike.
+    resumed.state.best_model_checkpoint = str(tmp_path / "checkpoint-3")
+    resumed._load_best_model()
+    assert not torch.equal(toys.weights(resumed.model), toys.weights(whole.model))
+    (tmp_path / "checkpoint-6" / "x" / "adapter_model.safetensors").unlink()
+    with pytest.raises(ValueError, match="missing"):
+        resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
 
 
 @pytest.fixture
