@@ -2,95 +2,113 @@
 included."""
 
 import sys
-import time
 from typing import Any
 
 import torch
-from transformers import TrainerCallback, TrainerState, TrainingArguments
+from accelerate.utils import find_batch_size
+from torch import Tensor, nn
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
+
+from .recording import Recorder
 
 
 class CostMixin:
-    """Logs with the losses `train_seconds`, evaluations not counted, and `train_passes`, the forward and backward
-    passes over a step's batch so far, with those of GR and of IRE's estimates. Part of `GRMixin`.
+    """Counts what a run does, and keeps it in `run.json`. Part of `GRMixin`.
 
-    A run that is resumed goes on counting from what its checkpoint has logged.
+    Logged with the losses: `train_seconds`, evaluations not counted, and `train_passes`, the forward and backward
+    passes over a step's batch so far, with those of GR and of IRE's estimates. The log of an evaluation has them too,
+    and `evaluated_examples`; its metrics, which a hyperparameter search optimizes, have not. A run that is resumed goes
+    on counting from what its checkpoint has.
     """
 
     def __init__(self, *args, **kwargs):
+        #: Dataclasses with further arguments of the run, recorded like those of the trainer. A `dataset_name` among
+        #: them says what the run trains on.
+        self.script_args: tuple[Any, ...] = ()
         super().__init__(*args, **kwargs)
-        self._train_seconds = 0.0
-        self._running_since: float | None = None
-        #: The first steps of a run that was resumed without a log of them: nobody knows what they took.
-        self.untimed_steps = 0
-        self.add_callback(_SecondsBeforeResume(self))
+        self._evaluated_examples = 0
+        self.recorder = Recorder(self)
+        self.add_callback(self.recorder)
 
-    def train(self, *args, **kwargs):
-        self._train_seconds, self._running_since = 0.0, time.perf_counter()
+    def train(self, resume_from_checkpoint: str | None = None, *args, **kwargs):
+        self.recorder.resumed_from = resume_from_checkpoint or None
         try:
-            return super().train(*args, **kwargs)
+            return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
-            self._stop_clock()
+            self.recorder.finish()
 
-    def _stop_clock(self) -> bool:
-        """Whether it was running."""
-        if self._running_since is None:
-            return False
-        self._train_seconds += time.perf_counter() - self._running_since
-        self._running_since = None
-        return True
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args, **kwargs) -> Tensor:
+        """As in `Trainer`; each call is a forward and backward pass over its share of the step's batch."""
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        self.recorder.segment.passes += 1 / getattr(self, "current_gradient_accumulation_steps", 1)
+        return loss
 
-    def evaluate(self, *args, **kwargs) -> dict[str, float]:
-        was_running = self._stop_clock()
-        try:
-            return super().evaluate(*args, **kwargs)
-        finally:
-            if was_running:
-                self._running_since = time.perf_counter()
+    # ---- Evaluations ----
+
+    def _evaluate(self, *args, **kwargs) -> dict[str, float]:
+        """The evaluations during training, also those of a subclass whose `evaluate` is all its own."""
+        with self.recorder.clock_stopped():
+            return super()._evaluate(*args, **kwargs)
+
+    def evaluation_loop(self, *args, **kwargs) -> EvalLoopOutput:
+        self._evaluated_examples = 0
+        with self.recorder.clock_stopped():
+            return super().evaluation_loop(*args, **kwargs)
+
+    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args, **kwargs) -> tuple:
+        """As in `Trainer`; the examples are counted, without those that only fill up the last batch."""
+        result = super().prediction_step(model, inputs, *args, **kwargs)
+        state = self.accelerator.gradient_state
+        rows = (find_batch_size(inputs) or 0) * self.args.world_size
+        is_filled_up = state.end_of_dataloader and 0 < state.remainder < rows
+        self._evaluated_examples += state.remainder if is_filled_up else rows
+        return result
+
+    # ---- The log ----
+
+    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+        """As in `Trainer`, with the costs so far."""
+        if "loss" in logs:
+            logs |= self._costs_so_far()
+        if not any(key.startswith("eval_") for key in logs):
+            return super().log(logs, *args, **kwargs)
+        # `logs` are the metrics that `evaluate` returns, and get from `Trainer` what they always get.
+        own = self._costs_so_far()
+        if self._evaluated_examples:
+            own["evaluated_examples"] = self._evaluated_examples
+        self._evaluated_examples = 0
+        entry = {**logs, **own}
+        super().log(entry, *args, **kwargs)
+        logs.update({key: value for key, value in entry.items() if key not in own})
+        return None
+
+    def _costs_so_far(self) -> dict[str, float]:
+        return {"train_seconds": self.train_seconds, "train_passes": self.train_passes}
 
     @property
     def train_seconds(self) -> float:
         """Since the beginning of the run, evaluations not counted."""
-        running = 0.0 if self._running_since is None else time.perf_counter() - self._running_since
-        return self._train_seconds + running
+        return self.recorder.seconds
 
     @property
     def train_passes(self) -> float:
         """Forward and backward passes over the batch of a step, in all steps so far."""
-        steps = self.state.global_step
-        passes = steps + self.gr_regularized_steps(steps)
-        ire = self.ire_optimizer
-        estimates = ire.updates if ire is not None and ire.needs_estimate else 0
-        return passes + estimates * self.gr_args.ire_probe_fraction
-
-    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
-        """As in `Trainer`, with the costs so far."""
-        if "loss" in logs or any(key.startswith("eval_") for key in logs):
-            logs["train_seconds"] = self.train_seconds
-            logs["train_passes"] = self.train_passes
-        super().log(logs, *args, **kwargs)
+        return self.recorder.passes
 
     def costs(self) -> dict[str, float]:
         """What training has cost: seconds, passes, the peak of memory in bytes, and tokens if they were counted."""
-        costs = {
-            "train_seconds": self.train_seconds,
-            "train_passes": self.train_passes,
-            "peak_memory_bytes": peak_memory(self.args.device),
-        }
+        costs = {**self._costs_so_far(), "peak_memory_bytes": peak_memory(self.args.device)}
         if self.args.include_num_input_tokens_seen != "no":
             costs["train_tokens"] = self.state.num_input_tokens_seen
         return costs
 
+    # ---- Checkpoints ----
 
-class _SecondsBeforeResume(TrainerCallback):
-    """Adds what the log of the checkpoint has, which is known only when `Trainer` has read it."""
-
-    def __init__(self, trainer: CostMixin):
-        self._trainer = trainer
-
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
-        logged = [entry["train_seconds"] for entry in state.log_history if "train_seconds" in entry]
-        self._trainer._train_seconds += logged[-1] if logged else 0.0
-        self._trainer.untimed_steps = 0 if logged else state.global_step
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """As in `Trainer`; the record comes first, so that a checkpoint that is whole has it."""
+        folder = self._get_output_dir(trial=trial)
+        self.recorder.write(folder, f"{folder}/{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        super()._save_checkpoint(model, trial)
 
 
 def peak_memory(device: torch.device) -> int:

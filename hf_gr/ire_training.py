@@ -184,10 +184,15 @@ class IREMixin:
     def _ire_update_mask(self, batch_samples: list[dict[str, Any]]) -> None:
         if not self._ire.needs_estimate:
             self._ire.update_mask()
+            self.recorder.segment.ire_choices += 1
             return
         # There are gradients only where a data set of unknown length has left an incomplete step behind.
         with gradients_set_aside([*self.model.parameters(), *trainable_parameters(self._ire)]):
-            if self._ire_probe(batch_samples) and not self._ire.update_mask():
+            if not self._ire_probe(batch_samples):
+                return
+            if self._ire.update_mask():
+                self.recorder.segment.ire_choices += 1
+            else:
                 logger.warning(
                     f"Step {self.state.global_step}: the gradient of the sampled labels is not finite. IRE keeps "
                     f"{'its last choice of' if self._ire.has_mask else 'waiting for its first choice of'} coordinates."
@@ -224,6 +229,10 @@ class IREMixin:
         if accelerator.scaler is not None:
             scale_gradients_(trainable_parameters(self._ire), 1 / accelerator.scaler.get_scale())
         self._ire_probe_ran = True
+        segment, share = self.recorder.segment, _row_count(parts) / _row_count(batch_samples)
+        segment.ire_estimates += 1
+        segment.ire_passes += share
+        segment.passes += share
         return True
 
     def _ire_select(self, batch_samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -274,6 +283,7 @@ class IREMixin:
                 if self.gr_args.ire_guard != 0:
                     self._ire_watch(torch.stack(self._ire_losses).sum())
                 self._ire_kappa = self._ire.kappa_in_force
+                self.recorder.segment.ire_steps += self._ire_kappa != 0
         return loss
 
     def _ire_watch(self, loss: Tensor) -> None:
@@ -312,6 +322,10 @@ class IREMixin:
         """As in `Trainer`, with the estimate counted."""
         flops = super().floating_point_ops(inputs)
         return flops + int(flops * self.gr_args.ire_probe_fraction) if self._ire_probe_ran else flops
+
+
+def _row_count(parts: list[dict[str, Any]]) -> int:
+    return sum(find_batch_size(inputs) or 1 for inputs in parts)
 
 
 def _label_count(inputs: dict[str, Any]) -> int:

@@ -71,7 +71,8 @@ def write_model_card(
     """
     folder = Path(trainer.args.output_dir)
     history = trainer.state.log_history
-    if any("loss" in entry for entry in history):
+    has_curves = any("loss" in entry for entry in history)
+    if has_curves:
         plot_curves(history, folder / PICTURE)
     model_name = model_name or (trainer.hub_model_id or str(folder.resolve())).rsplit("/", 1)[-1]
     task = _listed(tasks)[0] if tasks else _pipeline_tag(trainer.model)
@@ -81,7 +82,6 @@ def write_model_card(
     results = _final_metrics(trainer)
     _write_eval_results(folder, results, dataset_ids, dataset_config, split)
     methods = text.methods_used(trainer)
-    ire = trainer.ire_optimizer
 
     metadata = ModelCardData(
         language=language,
@@ -98,19 +98,19 @@ def write_model_card(
     card = ModelCard.from_template(
         metadata,
         template_path=str(TEMPLATE),
-        model_name=model_name,
+        model_name=text.escape(model_name),
         summary=text.summary(trainer, finetuned_from, " and ".join(dataset_names)),
-        results=[(name, f"{value:.4g}") for name, value in results.items()],
+        results=[(text.escape(name), f"{value:.4g}") for name, value in results.items()],
         evaluated=text.evaluated_on(trainer, dataset_names, split),
-        picture=PICTURE if (folder / PICTURE).is_file() else None,
+        picture=PICTURE if has_curves else None,
         layer_picture=LAYER_PICTURE if _has_layer_statistics(trainer) else None,
         methods=list(methods),
         gr_summary=text.gr_summary(trainer),
-        gr_warmup=trainer.gr_args.gr_warmup,
-        gr_table=text.gr_table(trainer),
-        is_sam=trainer.gr_args.gr_degree == trainer.gr_args.gr_r,
-        ire_summary=text.ire_summary(trainer, ire) if ire is not None else None,
-        ire_table=text.ire_table(trainer, ire) if ire is not None else None,
+        gr_warmups=text.gr_warmups(trainer),
+        gr_table=text.method_table(trainer, "gr_lambda"),
+        is_sam=text.is_sam(trainer),
+        ire_summary=text.ire_summary(trainer) if "ire" in methods else None,
+        ire_table=text.method_table(trainer, "ire_kappa"),
         optimizer_summary=text.optimizer_summary(trainer),
         optimizer_table=text.optimizer_table(trainer),
         is_lora=text.has_lora(trainer.model),
@@ -119,9 +119,9 @@ def write_model_card(
         cost=text.cost(trainer),
         command=text.quoted(command) if command else None,
         optimizer=text.optimizer_line(trainer),
-        hyperparameters=text.hyperparameters([*script_args, trainer.args]),
-        seed=trainer.args.seed,
-        versions=text.versions(),
+        hyperparameters=text.hyperparameters(trainer, script_args),
+        seed=text.over_steps(text.recorded(trainer), lambda segment: segment.settings["seed"]),
+        versions=text.versions(trainer),
     )
     card.save(folder / "README.md")
 
@@ -143,13 +143,10 @@ def _pipeline_tag(model: torch.nn.Module) -> str | None:
 
 
 def _final_metrics(trainer: "GRMixin") -> dict[str, float]:
-    """The last evaluation in the log: name without `eval_` -> value. Of several sets each has an entry of its own."""
-    entries = [entry for entry in trainer.state.log_history if any(key.startswith("eval_") for key in entry)]
-    data = trainer.eval_dataset if trainer.evaluated_dataset is None else trainer.evaluated_dataset
-    count = len(data) if isinstance(data, dict) else 1
+    """The last evaluation in the log: name without `eval_` -> value."""
     return {
         key.removeprefix("eval_"): value
-        for entry in entries[-count:]
+        for entry in text.last_evaluation(trainer)
         for key, value in entry.items()
         if key.startswith("eval_") and not key.endswith(SPEED_METRICS)
     }

@@ -1,43 +1,25 @@
 """The sentences, tables and code of the model card, each from what the run recorded. Nothing in them is typed in."""
 
-import dataclasses
-import platform
-import subprocess
-from collections.abc import Iterable
-from enum import Enum
-from importlib.metadata import version
+import re
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 import torch
 from peft import PeftModel
-from transformers import TrainingArguments
 
-from .config import IREArguments
+from .config import GRArguments
 from .optimizer_training import innermost
 from .optimizers import LAMB, LARS, TVLARS
+from .recording import Record, Segment, changed_arguments, count_of, default_of
 
 if TYPE_CHECKING:
-    from .ire import IRE
     from .trainer import GRMixin
 
 #: Rows of a table: flag, symbol in the equations, value.
 Rows = list[tuple[str, str, Any]]
 
-#: Shown even at their default: without them nobody can read the rest.
-ALWAYS_SHOWN = ("seed", "learning_rate", "per_device_train_batch_size", "num_train_epochs", "weight_decay")
-#: Where the run was kept, watched and published, not what it computed.
-BOOKKEEPING = frozenset(
-    """
-    output_dir run_name project report_to disable_tqdm log_level log_level_replica log_on_each_node logging_strategy
-    logging_steps logging_first_step eval_strategy eval_steps per_device_eval_batch_size save_strategy save_steps
-    save_total_limit do_train do_eval do_predict resume_from_checkpoint push_to_hub label_names remove_unused_columns
-    accelerator_config ddp_backend local_rank skip_memory_metrics trackio_space_id trackio_bucket_id
-    trackio_static_space_id layer_statistics_steps dataset_name model_name_or_path license use_cpu dataloader_pin_memory
-    """.split()  # noqa: SIM905
-)
-#: Flags of the Hub, and those that have a table of their own.
-ELSEWHERE = ("hub_", "gr_", "ire_")
 #: The optimizers of hf_gr, which have an equation on the card, and its symbols.
 OWN_OPTIMIZERS = (LARS, TVLARS, LAMB)
 OPTIMIZER_SYMBOLS = {
@@ -70,16 +52,44 @@ def own_optimizer(trainer: "GRMixin") -> torch.optim.Optimizer | None:
 
 
 def methods_used(trainer: "GRMixin") -> dict[str, str]:
-    """Tag -> name of the methods that the run used."""
+    """Tag -> name of the methods that the run used, in any of its steps."""
     methods = {}
-    if trainer.gr_args.gr_degree != 0:
+    if with_method(trainer, "gr_lambda"):
         methods["gradient-regularization"] = "gradient regularization"
-    if trainer.ire_optimizer is not None:
+    if with_method(trainer, "ire_kappa"):
         methods["ire"] = "IRE"
     if (optimizer := own_optimizer(trainer)) is not None:
         name = type(optimizer).__name__
         methods[name.lower()] = name
     return methods
+
+
+def recorded(trainer: "GRMixin") -> list[Segment]:
+    """The segments of which something is known."""
+    return [segment for segment in trainer.recorder.record.segments if segment.is_recorded]
+
+
+def with_method(trainer: "GRMixin", degree: str) -> list[Segment]:
+    """The segments in which a method was on: `gr_lambda` or `ire_kappa` was not 0."""
+    return [segment for segment in recorded(trainer) if segment.settings.get(degree, 0) != 0]
+
+
+def over_steps(segments: Iterable[Segment], value: Callable[[Segment], Any]) -> str:
+    """A value, as text; where it was not always the same, with the steps in which it was what."""
+    parts: list[tuple[str, int, int]] = []
+    for segment in segments:
+        text = str(value(segment))
+        if parts and parts[-1][0] == text:
+            parts[-1] = (text, parts[-1][1], segment.last_step)
+        else:
+            parts.append((text, segment.first_step, segment.last_step))
+    if len(parts) == 1:
+        return parts[0][0]
+    return ", ".join(f"{text} in {_steps(first, last)}" for text, first, last in parts)
+
+
+def _steps(first: int, last: int) -> str:
+    return f"step {first:,}" if first == last else f"steps {first:,} to {last:,}"
 
 
 def has_lora(model: torch.nn.Module) -> bool:
@@ -96,8 +106,8 @@ def summary(trainer: "GRMixin", finetuned_from: str | None, dataset: str) -> str
     name = type(model.get_base_model() if isinstance(model, PeftModel) else model).__name__
     size = f"{count:,} parameters" if trainable == count else f"{count:,} parameters, {trainable:,} of them trained"
     size += _adapter(model)
-    data = f" on {dataset}" if dataset else ""
-    examples = _length(trainer.train_dataset)
+    data = f" on {escape(dataset)}" if dataset else ""
+    examples = count_of(trainer.train_dataset)
     seen = f" ({examples:,} training examples)" if examples else ""
     methods = list(methods_used(trainer).values())
     how = f"with {' and '.join(methods)}" if methods else "without gradient regularization"
@@ -108,7 +118,7 @@ def _origin(model: torch.nn.Module, finetuned_from: str | None) -> str:
     """What is known of the weights before training. The name in a configuration says nothing about them: a model may
     have been made from the configuration alone."""
     if base_model := hub_base_model(finetuned_from):
-        return f"fine-tuned from [{base_model}](https://huggingface.co/{base_model})"
+        return f"fine-tuned from [{escape(base_model)}](https://huggingface.co/{quote(base_model)})"
     if finetuned_from:
         return "trained from a local checkpoint"
     made_in_code = getattr(getattr(model, "config", None), "_name_or_path", None) == ""
@@ -129,8 +139,8 @@ def _adapter(model: torch.nn.Module) -> str:
 
 def evaluated_on(trainer: "GRMixin", dataset_names: list[str], split: str) -> str:
     """On what and when the last evaluation was: after a step of training, or of the best checkpoint, loaded again."""
-    data = " and ".join(dataset_names) or "the evaluation set"
-    where = data + (f", split `{split}`" if split else "") + _examples(trainer)
+    data = escape(" and ".join(dataset_names)) or "the evaluation set"
+    where = data + (f", split `{_in_code(split)}`" if split else "") + _examples(trainer)
     history, best = trainer.state.log_history, trainer.state.best_model_checkpoint
     index = last_entry(history, "eval_")
     if trainer.args.load_best_model_at_end and best and index > last_entry(history, "train_runtime"):
@@ -138,79 +148,106 @@ def evaluated_on(trainer: "GRMixin", dataset_names: list[str], split: str) -> st
     return f"{where}, after step {history[index]['step']:,} of {trainer.state.max_steps:,}" if index >= 0 else where
 
 
+def last_evaluation(trainer: "GRMixin") -> list[dict[str, float]]:
+    """The log entries of the last evaluation; of several sets each has one of its own."""
+    entries = [entry for entry in trainer.state.log_history if any(key.startswith("eval_") for key in entry)]
+    data = trainer.eval_dataset if trainer.evaluated_dataset is None else trainer.evaluated_dataset
+    return entries[-len(data) :] if isinstance(data, dict) else entries[-1:]
+
+
 def _examples(trainer: "GRMixin") -> str:
-    """How many the last evaluation was of; nothing where this process has seen none, or they cannot be counted."""
+    """How many were counted in the last evaluation; nothing where this process has seen none, or counted none."""
     data = trainer.evaluated_dataset
-    if isinstance(data, str):
-        data = {data: trainer.eval_dataset[data]}
-    counts = {name: _length(part) for name, part in (data if isinstance(data, dict) else {"": data}).items()}
-    if None in counts.values():
+    counts = [entry.get("evaluated_examples") for entry in last_evaluation(trainer)]
+    if data is None or None in counts:
         return ""
-    return f" ({', '.join(f'{name} {count:,}'.strip() for name, count in counts.items())} examples)"
-
-
-def _length(dataset: Any) -> int | None:
-    return getattr(dataset, "__len__", lambda: None)()
+    names = list(data) if isinstance(data, dict) else [data if isinstance(data, str) else ""]
+    shown = ", ".join(f"{escape(name)} {count:,}".strip() for name, count in zip(names, counts, strict=True))
+    return f" ({shown} examples)"
 
 
 # ---- The methods ----
 
 
 def gr_summary(trainer: "GRMixin") -> str:
-    gr = trainer.gr_args
-    if gr.gr_degree == 0:
-        return "None: `gr_lambda` was 0, every step used the plain gradient of the loss."
-    regularized = trainer.gr_regularized_steps(trainer.state.global_step)
-    sam = " With lambda = r this is SAM." if gr.gr_degree == gr.gr_r else ""
+    record, segments = trainer.recorder.record, with_method(trainer, "gr_lambda")
+    if not segments:
+        every = "every step" if record.is_whole() else "every step that was recorded"
+        return f"None: `gr_lambda` was 0, {every} used the plain gradient of the loss."
+    sam = " With lambda = r this is SAM." if is_sam(trainer) else ""
     return (
         "The optimizer was given g, in which g1 is the gradient of the loss of a batch at the weights theta, and g2 "
-        f"that of the same batch at theta + r g1/||g1||.{sam} So it was in {regularized:,} of "
-        f"{trainer.state.global_step:,} steps; the others were plain, g = g1."
+        f"that of the same batch at theta + r g1/||g1||.{sam} So it was in {record.total('regularized_steps'):,} of "
+        f"{record.total('steps'):,} steps; the others were plain, g = g1."
     )
 
 
-def gr_table(trainer: "GRMixin") -> Rows:
-    gr = trainer.gr_args
-    rows: Rows = [("gr_r", "r", gr.gr_r), ("gr_lambda", "lambda", gr.gr_degree), ("gr_warmup", "", gr.gr_warmup)]
-    if gr.gr_warmup != "none":
-        rows.append(("gr_warmup_steps", "T_w", f"{trainer.gr_warmup_steps(trainer.state.max_steps):,} steps"))
-    return [*rows, ("gr_scope", "", gr.gr_scope), ("gr_interval", "", gr.gr_interval)]
+def is_sam(trainer: "GRMixin") -> bool:
+    segments = with_method(trainer, "gr_lambda")
+    return bool(segments) and all(s.settings["gr_lambda"] == s.settings["gr_r"] for s in segments)
 
 
-def ire_summary(trainer: "GRMixin", ire: "IRE") -> str:
-    steps = trainer.state.global_step
-    start = trainer.ire_start_step(trainer.state.max_steps)
+def gr_warmups(trainer: "GRMixin") -> list[str]:
+    return list(dict.fromkeys(segment.settings["gr_warmup"] for segment in with_method(trainer, "gr_lambda")))
+
+
+#: Flag -> its symbol in the equations.
+SYMBOLS = {"gr_r": "r", "gr_lambda": "lambda", "gr_warmup_steps": "T_w",
+           "ire_kappa": "kappa", "ire_gamma": "gamma", "ire_interval": "K"}  # fmt: skip
+
+
+def method_table(trainer: "GRMixin", degree: str) -> Rows:
+    """The settings of a method that was on; its degree is shown for all steps, the others for those that it was on in.
+
+    Args:
+        degree: the flag that turns it off at 0, `gr_lambda` or `ire_kappa`.
+    """
+    segments = with_method(trainer, degree)
+    names = dict.fromkeys(name for s in segments for name in s.settings if name.startswith(degree.split("_")[0] + "_"))
+    rows: Rows = []
+    for name in names:
+        of = recorded(trainer) if name == degree else [s for s in segments if name in s.settings or _has_default(name)]
+        unit = " steps" if name in ("gr_warmup_steps", "ire_start_step") else ""
+        default = GRArguments.__dataclass_fields__[name].default
+        text = over_steps(of, lambda s, n=name, d=default, u=unit: _number(s.settings.get(n, d), u))
+        rows.append((name, SYMBOLS.get(name, ""), escape(text)))
+    return rows
+
+
+def _has_default(name: str) -> bool:
+    """Whether a setting that is left out has its default, and is not one without effect."""
+    return name not in ("gr_warmup_steps", "ire_gamma")
+
+
+def _number(value: Any, unit: str) -> str:
+    return f"{value:,}{unit}" if unit else str(value)
+
+
+def ire_summary(trainer: "GRMixin") -> str:
+    record, segment = trainer.recorder.record, with_method(trainer, "ire_kappa")[-1]
+    settings, ire = segment.settings, trainer.ire_optimizer
+    steps, acted = record.total("steps"), record.total("ire_steps")
+    if not acted:
+        start = settings["ire_start_step"]
+        return f"IRE was to start after step {start:,}, and the run has {steps:,}: every step was the base optimizer's."
+    gamma = settings.get("ire_gamma", 1)
     which = {
-        "flat": f"the flat coordinates: the fraction {ire.gamma:g} of all in which the squared gradient of the loss, "
+        "flat": f"the flat coordinates: the fraction {gamma:g} of all in which the squared gradient of the loss, "
         "with labels drawn from the model itself, is smallest",
         "inverted": "the coordinates that are not flat, as a control",
-        "random": f"coordinates chosen at random, each with probability {ire.gamma:g}, as a control",
+        "random": f"coordinates chosen at random, each with probability {gamma:g}, as a control",
         "uniform": "all coordinates, as a control",
-    }[ire.mask]
-    if steps <= start:
-        return f"IRE was to start after step {start:,}, and the run has {steps:,}: every step was the base optimizer's."
+    }[settings.get("ire_mask", "flat")]
     text = (
-        f"From step {start + 1:,} to {steps:,} the optimizer took (1 + kappa) times its step along {which}. They were "
-        f"chosen {ire.updates:,} times."
+        f"In {acted:,} of {steps:,} steps the optimizer took (1 + kappa) times its step along {which}. They were "
+        f"chosen {record.total('ire_choices'):,} times."
     )
-    if ire.kappa_scale != 1:
+    if ire is not None and ire.kappa_scale != 1:
         text += f" The loss diverged on the way, and kappa was reduced to {ire.kappa * ire.kappa_scale:g}."
-    if fractions := trainer.ire_flat_fractions():
+    if ire is not None and (fractions := trainer.ire_flat_fractions()):
         shares = ", ".join(f"{kind} {fraction:.2f}" for kind, fraction in fractions.items())
         text += f" Share of such coordinates at the last choice: {shares}."
     return text
-
-
-def ire_table(trainer: "GRMixin", ire: "IRE") -> Rows:
-    flags = trainer.gr_args
-    rows: Rows = [("ire_kappa", "kappa", ire.kappa)]
-    if ire.mask != "uniform":
-        rows.append(("ire_gamma", "gamma", ire.gamma))
-    rows.append(("ire_interval", "K", flags.ire_interval))
-    rows.append(("ire_start_step", "", f"{trainer.ire_start_step(trainer.state.max_steps):,} steps"))
-    shown = {"ire_kappa", "ire_gamma", "ire_interval", "ire_start_step"}
-    others = ((field, getattr(flags, field.name)) for field in dataclasses.fields(IREArguments))
-    return rows + [(f.name, "", value) for f, value in others if f.name not in shown and value != f.default]
 
 
 def optimizer_summary(trainer: "GRMixin") -> str:
@@ -246,25 +283,37 @@ def _settings(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
 
 
 def cost(trainer: "GRMixin") -> str:
-    """Steps, passes, seconds, memory. The clock of a resumed run knows of the steps before what their log says."""
-    steps = trainer.state.global_step
-    passes = steps + trainer.gr_regularized_steps(steps)
+    """Steps, passes, seconds, memory, as they were counted."""
+    record, segments = trainer.recorder.record, recorded(trainer)
+    passes = record.total("passes") - record.total("ire_passes")
     text = (
-        f"{steps:,} optimizer steps, {passes:,} forward and backward passes over a batch of "
-        f"{trainer.get_total_train_batch_size(trainer.args):,} examples"
+        f"{record.total('steps'):,} optimizer steps, {passes:,.6g} forward and backward passes over a batch of "
+        f"{over_steps(segments, lambda s: f'{s.batch_size:,} examples')}"
     )
-    ire = trainer.ire_optimizer
-    if ire is not None and ire.needs_estimate:
-        share = trainer.gr_args.ire_probe_fraction
-        text += f" and {ire.updates:,} over {'it' if share == 1 else f'{share:g} of it'} for IRE"
-    since = trainer.untimed_steps
-    which = f"steps {since + 1:,} to {steps:,} in" if since else "in"
-    text += f", {which} {trainer.train_seconds:,.0f} seconds, evaluations not counted"
+    if estimates := record.total("ire_estimates"):
+        share = record.total("ire_passes") / estimates
+        text += f" and {estimates:,} over {'it' if share == 1 else f'{share:.4g} of it'} for IRE"
+    text += f", in {trainer.train_seconds:,.0f} seconds, evaluations not counted"
     device = trainer.args.device
     hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
-    processes = f"{trainer.args.world_size} processes, each on " if trainer.args.world_size > 1 else ""
+    processes = over_steps(segments, lambda s: f"{s.world_size} process{'es' if s.world_size > 1 else ''}")
+    processes = "" if processes == "1 process" else f"{processes}, each on "
     memory = f"{trainer.costs()['peak_memory_bytes'] / 2**30:.2f} GiB of memory at the peak"
-    return f"{text}, on {processes}{hardware}, with {memory}."
+    return f"{text}, on {processes}{hardware}, with {memory}.{_exceptions(record)}"
+
+
+def _exceptions(record: Record) -> str:
+    """What did not go as in one undisturbed run."""
+    text = ""
+    if skipped := record.total("skipped_steps"):
+        text += f" {skipped:,} steps changed nothing, because their gradient was not finite."
+    if resumed := [f"{segment.first_step - 1:,}" for segment in record.segments[1:]]:
+        text += f" The run was resumed after step {', '.join(resumed)}."
+    for segment in record.segments:
+        if not segment.is_recorded:
+            steps = _steps(segment.first_step, segment.last_step)
+            text += f" What was done in {steps} was not recorded: neither the settings nor the costs are known."
+    return text
 
 
 def optimizer_line(trainer: "GRMixin") -> str:
@@ -274,59 +323,31 @@ def optimizer_line(trainer: "GRMixin") -> str:
     settings = ", ".join(f"{k}={v}" for k, v in _settings(optimizer).items())
     settings = "see above" if own_optimizer(trainer) is not None else settings
     text = f"`{type(optimizer).__name__}` ({settings})"
+    rates = [rate for segment in recorded(trainer) for rate in segment.learning_rates if rate is not None]
+    if rates:
+        text += f", at a learning rate of {rates[0]:.4g} in the first step and {rates[-1]:.4g} in the last"
     if trainer.gr_args.lr_scaling != "none":
         text += f", with `learning_rate` times {trainer.describe_lr_scaling()}"
     return text
 
 
-def hyperparameters(arguments: Iterable[Any]) -> list[tuple[str, Any]]:
-    """What differs from its default in some dataclasses, and `ALWAYS_SHOWN`. New flags appear by themselves."""
-    rows = []
-    for args in arguments:
-        values = args.to_dict() if isinstance(args, TrainingArguments) else dataclasses.asdict(args)
-        for field in dataclasses.fields(args):
-            name = field.name
-            if name not in values or name in BOOKKEEPING or name.startswith(ELSEWHERE):
-                continue
-            if name == "num_train_epochs" and values.get("max_steps", -1) > 0:
-                continue  # it was not what ended the run
-            default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-            default = default.value if isinstance(default, Enum) else default
-            differs = values[name] != default and not (_is_unset(values[name]) and _is_unset(default))
-            if differs or name in ALWAYS_SHOWN:
-                rows.append((name, values[name]))
-    return rows
+def hyperparameters(trainer: "GRMixin", script_args: Iterable[Any]) -> list[tuple[str, str]]:
+    """What was not at its default, in any of the steps. Arguments of a script that the trainer was not told of before
+    it trained are those of now."""
+    segments, told = recorded(trainer), trainer.script_args
+    of_methods = ("gr_", "ire_")  # these have tables of their own
+    names = [name for s in reversed(segments) for name in s.settings if not name.startswith(of_methods)]
+    known = [f for args in (*script_args, *told, trainer.args) for f in args.__dataclass_fields__.values()]
+    defaults = {argument.name: default_of(argument) for argument in known}
+    late = [changed_arguments(args) for args in script_args if not any(args is other for other in told)]
+    rows = {name: str(value) for arguments in late for name, value in arguments.items()}
+    for name in dict.fromkeys(names):
+        rows[name] = over_steps(segments, lambda s, n=name: s.settings.get(n, defaults.get(n, "its default")))
+    return [(name, escape(value)) for name, value in rows.items()]
 
 
-def _is_unset(value: Any) -> bool:
-    """None, False and empty: `TrainingArguments.__post_init__` turns one into another."""
-    return value is None or value is False or value in ("", [], {})
-
-
-def versions() -> str:
-    from . import __version__  # not yet there when this module is imported
-
-    commit = _commit()
-    own = f"hf_gr {__version__}" + (f" (commit {commit})" if commit else "")
-    packages = ("transformers", "torch", "accelerate", "datasets", "peft")
-    return f"{own}, Python {platform.python_version()}, " + ", ".join(f"{p} {version(p)}" for p in packages) + "."
-
-
-def _commit() -> str | None:
-    """Of the checkout that this package runs from, marked if its files differ from it; None where there is none."""
-    root = Path(__file__).parent.parent
-    if not (root / ".git").exists():
-        return None
-    try:
-        done = subprocess.run(
-            ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude", "*"],
-            capture_output=True,
-            text=True,
-            timeout=10,
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() or None
+def versions(trainer: "GRMixin") -> str:
+    return over_steps(recorded(trainer), lambda s: ", ".join(f"{name} {v}" for name, v in s.versions.items())) + "."
 
 
 # ---- How to use it ----
@@ -364,3 +385,17 @@ def adapter_usage(hub_model_id: str | None, task: str | None, model_name: str) -
 def quoted(text: str) -> str:
     """Text that ends no code block around it."""
     return text.replace("```", "` ` `")
+
+
+def _in_code(text: str) -> str:
+    """Text between single backticks."""
+    return " ".join(text.replace("`", "'").split())
+
+
+#: What Markdown would take for its own. An underscore within a word is none, nor are brackets without an address.
+_MARKDOWN = re.compile(r"[\\`*|#$~&]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])|\](?=\()|<(?=[A-Za-z/!?])")
+
+
+def escape(text: Any) -> str:
+    """Text that is shown as it is, in a sentence, a heading or the cell of a table."""
+    return _MARKDOWN.sub(r"\\\g<0>", " ".join(str(text).split()))

@@ -50,6 +50,7 @@ class NonFiniteGuard(TrainerCallback):
             return
         for p in params:  # optimizers leave out what has no gradient
             p.grad = None
+        self._trainer.recorder.segment.skipped_steps += 1
         self._skip(state.global_step + 1)
 
     def on_optimizer_step(

@@ -103,13 +103,6 @@ class GRMixin(CostMixin, IREMixin, OptimizerMixin, UploadMixin):
     def _gr_strength(self) -> GRStrength:
         return self.gr_args.gr_strength(self.state.global_step, self.gr_warmup_steps(self.state.max_steps))
 
-    def gr_regularized_steps(self, steps: int) -> int:
-        """How many of the first `steps` optimizer steps have a second pass."""
-        if self.gr_args.gr_degree == 0:
-            return 0
-        warmup_steps = self.gr_warmup_steps(self.state.max_steps)
-        return sum(self.gr_args.gr_strength(step, warmup_steps).is_active for step in range(steps))
-
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
         """As in `Trainer`; the GR warmup is checked here, where the number of steps is first known."""
         gr = self.gr_args
@@ -241,6 +234,7 @@ class GRMixin(CostMixin, IREMixin, OptimizerMixin, UploadMixin):
                 perturbation.restore()
             if ends_window:  # until then the sum keeps the factor r/lambda
                 scale_gradients_(params, gr.lambda_t / gr.r_t)
+                self.recorder.segment.regularized_steps += 1
         if ends_window:
             self._gr_logs["gr_grad_norm"] = sum(self._gr_norms) / len(self._gr_norms)
             self._gr_norms.clear()

@@ -95,7 +95,7 @@ class Clocked(CausalLMTrainer):
 
 @pytest.fixture
 def clock(monkeypatch):
-    monkeypatch.setattr("hf_gr.costs.time.perf_counter", lambda: Clocked.now)
+    monkeypatch.setattr("hf_gr.recording.time.perf_counter", lambda: Clocked.now)
 
 
 def test_the_clock_stops_for_evaluations(clock, tmp_path):

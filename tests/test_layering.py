@@ -39,6 +39,7 @@ def test_maths_is_pure_torch(module):
         "checkpoints",
         "compatibility",
         "costs",
+        "recording",
         "nonfinite",
         "uploads",
     ],

@@ -146,6 +146,7 @@ def recorded(trainer: GRTrainer, passes: dict[str, int]) -> set[float]:
     """Every number that the run has: nothing here is taken from the code that writes cards."""
     args, model = trainer.args, trainer.model
     flags = {f.name: getattr(args, f.name) for f in dataclasses.fields(args) if f.name.startswith(("gr_", "ire_"))}
+    first_losses = next(entry for entry in trainer.state.log_history if "loss" in entry)
     last_losses = [entry for entry in trainer.state.log_history if "loss" in entry][-1]
     evaluations = [e for e in trainer.state.log_history if any(k.startswith("eval_") for k in e)][-2:]
     groups = [{k: v for k, v in g.items() if k != "params"} for g in trainer.optimizer.param_groups]
@@ -156,7 +157,8 @@ def recorded(trainer: GRTrainer, passes: dict[str, int]) -> set[float]:
         sum(p.numel() for p in model.parameters() if p.requires_grad), len(trainer.train_dataset),
         passes["train"], passes["estimate"], trainer.state.global_step, passes["train"] - trainer.state.global_step,
         args.per_device_train_batch_size, args.per_device_train_batch_size / 256, round(trainer.train_seconds),
-        args.warmup_steps + 1, [len(data) for data in trainer.eval_dataset.values()],
+        first_losses["learning_rate"], trainer.recorder.record.total("ire_steps"),
+        [len(data) for data in trainer.eval_dataset.values()],
     ]  # fmt: skip
     if hasattr(model, "active_peft_config"):
         everything += [model.active_peft_config.r, model.active_peft_config.lora_alpha]
@@ -386,18 +388,44 @@ def test_arguments_of_the_script_are_listed(tmp_path):
     assert "crop_padding" not in text and "image_size" not in text and "/some/folder" not in text
 
 
-@pytest.mark.parametrize("logging_strategy", ["steps", "no"])
-def test_seconds_of_a_resumed_run_are_not_passed_off_as_those_of_all_steps(logging_strategy, tmp_path):
-    """With a log they are those of all steps; without one nobody knows what the first ones took."""
-    flags = {"gr_warmup": "none", "logging_strategy": logging_strategy}
-    trained(tmp_path, save_strategy="steps", save_steps=4, **flags)
-    args = GRConfig(**toys.arguments(tmp_path, **flags))
-    trainer = GRTrainer(model=toys.vit(), args=args, train_dataset=toys.images())
-    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+def resumed(folder, checkpoint: str, **flags) -> GRTrainer:
+    trainer = GRTrainer(model=toys.vit(), args=GRConfig(**toys.arguments(folder, **flags)), train_dataset=toys.images())
+    trainer.train(resume_from_checkpoint=f"{folder}/{checkpoint}")
     trainer.create_model_card()
-    which = "in" if logging_strategy == "steps" else "steps 5 to 6 in"
+    return trainer
+
+
+def test_a_checkpoint_without_a_record_is_named(tmp_path):
+    trained(tmp_path, save_strategy="steps", save_steps=4, gr_warmup="none")
+    (tmp_path / "checkpoint-4" / "run.json").unlink()
+    resumed(tmp_path, "checkpoint-4", gr_warmup="none")
     text = ModelCard.load(tmp_path / "README.md").text
-    assert re.search(rf"examples, {which} \d+ seconds, evaluations not counted, on CPU", text)
+    assert "in 2 of 2 steps" in text
+    assert re.search(r"2 optimizer steps, 4 forward and backward passes .* in \d+ seconds, evaluations not", text)
+    assert "What was done in steps 1 to 4 was not recorded: neither the settings nor the costs are known." in text
+    assert "The run was resumed after step 4." in text
+
+
+def test_a_run_resumed_with_other_flags_is_described_as_it_was(tmp_path):
+    """Four plain steps, then two with GR and a learning rate that the checkpoint's optimizer overrules."""
+    flags = {"save_strategy": "steps", "save_steps": 4, "learning_rate": 5e-5, "gr_warmup": "none"}
+    trained(tmp_path, gr_lambda=0, **flags)
+    trainer = resumed(tmp_path, "checkpoint-4", **{**flags, "learning_rate": 5.0}, gr_r=0.07)
+    text = ModelCard.load(tmp_path / "README.md").text
+    for sentence in (
+        "with gradient regularization, using",
+        "So it was in 2 of 6 steps",
+        "| `gr_r` | r | 0.07 |",
+        "| `gr_lambda` | lambda | 0 in steps 1 to 4, 0.07 in steps 5 to 6 |",
+        "6 optimizer steps, 8 forward and backward passes over a batch of 2 examples",
+        "| `learning_rate` | 5e-05 |",
+        "at a learning rate of 5e-05 in the first step and 8.333e-06 in the last",
+        "The run was resumed after step 4.",
+    ):
+        assert sentence in text
+    assert "| 5.0" not in text
+    assert trainer.costs()["train_passes"] == 8
+    assert [e["train_passes"] for e in trainer.state.log_history if "loss" in e] == [1, 2, 3, 4, 6, 8]
 
 
 @pytest.mark.parametrize(
@@ -453,7 +481,7 @@ def test_ire_is_described_as_it_ran(tmp_path):
     last = [e for e in trainer.state.log_history if "loss" in e][-1]
     for text in (
         "with IRE, using the library",
-        "From step 2 to 6 the optimizer took (1 + kappa) times its step along the flat coordinates: the fraction 0.7",
+        "In 5 of 6 steps the optimizer took (1 + kappa) times its step along the flat coordinates: the fraction 0.7",
         "They were chosen 3 times.",
         f"attention {last['ire_flat_fraction_attention']:.2f}",
         "| `ire_kappa` | kappa | 3.0 |",
