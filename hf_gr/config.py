@@ -10,7 +10,7 @@ from transformers.training_args import OptimizerNames
 
 from .gr_warmup import GR_WARMUPS, GRStrength, gr_strength
 from .ire import ESTIMATED_MASKS, IRE_PRESETS, KAPPA_SCHEDULES, MASKS, SCOPES, check_ire_arguments
-from .value_checks import check_types, refuse_booleans
+from .value_checks import NOT_NEGATIVE, SHARE, check_ranges, check_types, refuse_booleans, refuse_nan
 
 GR_SCOPES = ("global", "local", "micro")
 ON_NONFINITE = ("stop", "skip")
@@ -20,6 +20,17 @@ TIME_VARYING = "time_varying"
 LR_SCALINGS = ("none", "linear", "sqrt")
 #: The batch for which the learning rate is meant, where it is scaled.
 BASE_BATCH_SIZE = 256
+#: Flags of transformers of which an optimizer makes weights that are not finite without a word.
+TRAINING_LIMITS = {
+    "learning_rate": NOT_NEGATIVE,
+    "weight_decay": NOT_NEGATIVE,
+    "adam_beta1": SHARE,
+    "adam_beta2": SHARE,
+    "adam_epsilon": NOT_NEGATIVE,
+}
+#: Beyond them float32 overflows before anything is learned: of r and lambda, and of lambda / r.
+MAX_RADIUS = 1e6
+MAX_RATIO = 1e6
 
 
 class _UnsetNumber(float):
@@ -357,6 +368,9 @@ class GRArguments(IREArguments, OptimizerArguments):
         self.check_gr_arguments()
         if isinstance(self, TrainingArguments):
             refuse_booleans(self, TrainingArguments)
+            refuse_nan(self, TrainingArguments)
+            check_types(self, TrainingArguments, TRAINING_LIMITS)
+            check_ranges(self, TRAINING_LIMITS)
         super().__post_init__()
 
     def check_gr_arguments(self) -> None:
@@ -368,10 +382,23 @@ class GRArguments(IREArguments, OptimizerArguments):
             raise ValueError(
                 f"gr_lambda={self.gr_lambda}: the degree must be >= 0 (0 turns GR off), or None for gr_lambda = gr_r."
             )
+        self._refuse_absurd_strength()
         if self.gr_interval < 1:
             raise ValueError(f"gr_interval={self.gr_interval}: must be a whole number of steps, at least 1.")
         if self.gr_warmup_steps is not None:
             _check_steps("gr_warmup_steps", self.gr_warmup_steps)
+
+    def _refuse_absurd_strength(self) -> None:
+        for flag, value in (("gr_r", self.gr_r), ("gr_lambda", self.gr_degree)):
+            if value > MAX_RADIUS:
+                raise ValueError(
+                    f"{flag}={value}: must be at most {MAX_RADIUS:g}; the paper has 0.05 and 0.1. Lower it."
+                )
+        if self.gr_degree / self.gr_r > MAX_RATIO:
+            raise ValueError(
+                f"gr_lambda={self.gr_degree}: must be at most {MAX_RATIO:g} times gr_r={self.gr_r}. Raise gr_r, or leave "
+                "gr_lambda out for gr_lambda = gr_r."
+            )
 
     @property
     def gr_degree(self) -> float:

@@ -21,6 +21,7 @@ which needs no g1 after the perturbation, has `.grad` free until the second back
     scale_gradients_(params, lambda_ / r)                       # .grad = (1 - lambda/r) g1 + (lambda/r) g2
 """
 
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
@@ -42,10 +43,19 @@ def gradient_norm(params: Iterable[Tensor]) -> float:
 
 @torch.no_grad()
 def _total_norm(tensors: list[Tensor]) -> float:
-    if not tensors:
-        return 0.0
-    norm = torch.nn.utils.get_total_norm(tensors)
-    return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+    return as_float(torch.nn.utils.get_total_norm(tensors)) if tensors else 0.0
+
+
+def as_float(value: Tensor | float) -> float:
+    """Of one element, gathered from all processes if it is sharded."""
+    return float(value.full_tensor() if hasattr(value, "full_tensor") else value)
+
+
+@torch.no_grad()
+def are_finite(tensors: Iterable[Tensor]) -> bool:
+    """Whether no element is infinite or NaN; of sharded tensors, those that this process holds. One reduction."""
+    local = [part for t in tensors if (part := _local(t.detach())).numel() > 0]
+    return not local or math.isfinite(torch.nn.utils.get_total_norm(local, norm_type=math.inf))
 
 
 def _local(tensor: Tensor) -> Tensor:

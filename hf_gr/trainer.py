@@ -293,9 +293,11 @@ class GRMixin(CostMixin, IREMixin, OptimizerMixin, UploadMixin):
             check_checkpoint(resume_from_checkpoint)
         self._check_checkpoints_ahead(resume_from_checkpoint or None)
         try:
-            return super().train(resume_from_checkpoint, *args, **kwargs)
+            output = super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             self._gr_reset()
+        self.nonfinite_guard.require_trained()
+        return output
 
     def _check_checkpoints_ahead(self, resume_from: str | None) -> None:
         self.accelerator.wait_for_everyone()  # to read what is there, before the main process moves any of it
@@ -327,8 +329,14 @@ class GRMixin(CostMixin, IREMixin, OptimizerMixin, UploadMixin):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = f"{self._get_output_dir(trial=trial)}/{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        self.nonfinite_guard.require_finite_weights()
         with explain_failed_save(folder):
             super()._save_checkpoint(model, trial)
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        self.nonfinite_guard.norm_before_clipping = norm
+        return norm
 
     def _save_rng_state(self, output_dir: str) -> None:
         """As in `Trainer`. The state of the run, which is written next, says that all processes have written theirs."""

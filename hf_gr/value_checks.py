@@ -65,6 +65,14 @@ def refuse_booleans(args: Any, cls: type) -> None:
     check_types(args, cls, [name for name in numeric if isinstance(getattr(args, name, None), bool)])
 
 
+def refuse_nan(args: Any, cls: type) -> None:
+    """Raise `ValueError` where `args` has NaN for a number of `cls`."""
+    for field in fields(cls):
+        value = getattr(args, field.name, None)
+        if isinstance(value, float) and math.isnan(value):
+            raise ValueError(f"{field.name}={value}: give a number. NaN is none.")
+
+
 def _check(field: Field, value: Any, hint: Any) -> None:
     kinds, choices = _kinds(hint), field.metadata.get("choices")
     if value is None and (field.default is None or NoneType in kinds):

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import TrainerCallback
 
 import faults_worker
 import toys
@@ -220,8 +221,54 @@ def test_with_a_gradient_scaler_only_skips_that_no_scale_helps_count(tmp_path):
     assert torch.equal(toys.weights(trainer.model), recorder.path[2])
 
 
+class BreaksWeights(TrainerCallback):
+    """From the second step on the learning rate is NaN, as a schedule may make it."""
+
+    def on_step_begin(self, args, state, control, optimizer=None, **kwargs):
+        if state.global_step == 1:
+            optimizer.param_groups[0]["lr"] = float("nan")
+
+
+@pytest.mark.parametrize("save_strategy", ["steps", "no"])
+@pytest.mark.parametrize("method", METHODS)
+def test_weights_that_are_not_finite_get_into_no_checkpoint_and_end_the_run(method, save_strategy, tmp_path):
+    """Two steps, fewer than what ends a run for its gradients."""
+    flags = {"save_strategy": save_strategy, "save_steps": 1, **METHODS[method], "max_steps": 2}
+    trainer, _ = poisoned(tmp_path, (), **{**flags, "gr_warmup_steps": None})
+    trainer.add_callback(BreaksWeights())
+    after = 1 if save_strategy == "steps" else 0
+    with pytest.raises(FloatingPointError, match=f"weights are not finite after step 2. After step {after} they were"):
+        trainer.train()
+    assert [p.name for p in tmp_path.glob("checkpoint-*")] == ["checkpoint-1"][:after]
+
+
+def test_weights_that_are_not_finite_are_not_taken_for_gradients(tmp_path):
+    """Even where bad gradients are left out for as long as they come, the third step says what has happened."""
+    trainer, _ = poisoned(tmp_path, (), gr_warmup="none", gr_on_nonfinite="skip")
+    trainer.add_callback(BreaksWeights())
+    with pytest.raises(FloatingPointError, match="weights are not finite after step 2. After step 0 they were"):
+        trainer.train()
+    with pytest.raises(FloatingPointError, match="weights are not finite before step 1"):
+        trainer.train()
+
+
+def test_a_run_that_skips_all_its_steps_fails(tmp_path):
+    trainer, _ = poisoned(tmp_path, {1, 2}, max_steps=2, gr_warmup="none")
+    with pytest.raises(FloatingPointError, match="gradients of all 2 steps are not finite: nothing was trained"):
+        trainer.train()
+
+
+def test_a_norm_that_overflows_is_not_finite(tmp_path, caplog):
+    """Each element fits into float32, their norm does not, and clipping makes them 0."""
+    trainer, recorder = poisoned(tmp_path, {2}, value=1e30, gr_warmup="none", max_steps=3)
+    trainer.train()
+    assert trainer.nonfinite_guard.skipped_steps == 1 and "Step 2: the gradient is not finite" in caplog.text
+    assert torch.equal(recorder.path[2], recorder.path[1]) and not torch.equal(recorder.path[3], recorder.path[2])
+
+
 def test_without_gr_and_ire_nothing_is_guarded(tmp_path, caplog):
     trainer, recorder = poisoned(tmp_path, {2}, gr_lambda=0, gr_on_nonfinite="skip", max_steps=2)
     trainer.train()
     assert not recorder.path[-1].isfinite().any()
     assert "gr_on_nonfinite: no effect with gr_lambda=0 and without IRE" in caplog.text
+    assert "The weights are not finite after step 2. After step 0 they were" in caplog.text
