@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from .plots import BLUE, ORANGE
+from .run_files import History
 
 #: What a run is measured in -> its key in the log.
 AXES = {
@@ -18,36 +19,45 @@ AXES = {
     "seconds": "train_seconds",
 }
 
-History = list[dict[str, float]]
-
 
 def curve(history: History, axis: str, metric: str = "loss", window: int = 1) -> tuple[np.ndarray, np.ndarray]:
     """(x, y) of one run: `metric` against `axis`, each point the mean of the `window` points up to it.
 
     Raises:
-        ValueError: the run has fewer than `window` points.
+        ValueError: the run has fewer than `window` points, or none that is finite.
     """
+    if window < 1:
+        raise ValueError(f"window={window}: a mean needs points. Give 1 or more.")
     points = [(e[AXES[axis]], e[metric]) for e in history if metric in e and AXES[axis] in e]
-    if len(points) < max(1, window):
-        raise ValueError(f"The run has {len(points)} entries with {metric!r} and {AXES[axis]!r}, and window={window}.")
+    if not points:
+        found = ", ".join(sorted({key for entry in history for key in entry if key.endswith(("loss", "error"))}))
+        raise ValueError(
+            f"metric={metric!r}: the run has not logged it. Choose one of {found or 'none, it has no log'}."
+        )
+    if len(points) < window:
+        raise ValueError(f"window={window}: the run has logged {metric!r} {len(points)} times. Give that or less.")
     x, y = np.array(points, dtype=float).T
-    return x[window - 1 :], np.convolve(y, np.ones(window) / window, mode="valid")
+    y = np.convolve(y, np.ones(window) / window, mode="valid")
+    if not np.isfinite(y).any():
+        raise ValueError(f"metric={metric!r}: the run has no finite value of it. Leave the run out.")
+    return x[window - 1 :], y
 
 
 def first_reached(x: np.ndarray, y: np.ndarray, target: float) -> float:
-    """Where the curve first is at `target` or below, between two points on their line; infinite if nowhere."""
+    """Where the curve first is at `target` or below, between two points on their line; infinite if nowhere. A
+    point that is not finite is not below, and no line begins there."""
     below = np.flatnonzero(y <= target)
     if not len(below):
         return math.inf
     i = below[0]
-    if i == 0 or y[i] == target:
+    if i == 0 or y[i] == target or not np.isfinite(y[i - 1]):
         return float(x[i])
     return float(x[i - 1] + (x[i] - x[i - 1]) * (y[i - 1] - target) / (y[i - 1] - y[i]))
 
 
 def common_target(runs: Sequence[History], metric: str = "loss", window: int = 1) -> float:
     """The lowest loss that every run reaches: the highest of their minima."""
-    return max(float(curve(run, "steps", metric, window)[1].min()) for run in runs)
+    return max(float(np.nanmin(curve(run, "steps", metric, window)[1])) for run in runs)
 
 
 def speedups(
@@ -59,8 +69,8 @@ def speedups(
 ) -> dict[str, tuple[float, float, float]]:
     """For each axis that was logged: (mean where the baseline reaches `target`, mean of the candidate, their quotient).
 
-    Several seeds each; a run that does not reach the target makes its mean infinite. Without a target it is
-    `common_target`.
+    Several seeds each; a run that does not reach the target makes its mean infinite. The quotient is NaN if neither
+    mean is finite. Without a target it is `common_target`.
     """
     runs = [*baseline, *candidate]
     target = common_target(runs, metric, window) if target is None else target
@@ -71,9 +81,14 @@ def speedups(
                 statistics.mean(first_reached(*curve(run, axis, metric, window), target) for run in group)
                 for group in (baseline, candidate)
             ]
-            quotient = means[0] / means[1] if math.isfinite(means[1]) else 0.0
-            result[axis] = (*means, quotient)
+            result[axis] = (*means, _quotient(*means))
     return result
+
+
+def _quotient(baseline: float, candidate: float) -> float:
+    if math.isinf(candidate):
+        return math.nan if math.isinf(baseline) else 0.0
+    return baseline / candidate if candidate else math.inf
 
 
 def plot_comparison(

@@ -1,85 +1,34 @@
-"""A grid of runs of one script, each in a process of its own, handed out by optuna.
+"""A grid of runs of one script, each in a process of its own.
 
-What is finished is told by the folder of a run, which has its results; optuna's storage says who takes the next one, so
-that any number of workers, on any machines that share the storage and the folder, can take part.
+The folder of a run has its results when it is finished, and a lock while it is being run. Any number of workers, on any
+machines that see the folder, can take part.
 """
 
+import fcntl
+import hashlib
 import itertools
 import json
+import logging
 import os
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-from filelock import FileLock, Timeout
+from .grid_file import Grid
+from .redaction import flag_name, redact, take_hub_tokens
+from .run_files import History, read_history, read_json, read_mapping
+
+logger = logging.getLogger(__name__)
 
 #: `Run.settings`, in the folder of a run.
 SETTINGS = "settings.json"
-
-
-@dataclass
-class Grid:
-    """Arms, which are compared with each other, at every combination of axes and seeds.
-
-    Args:
-        script: the training script, in the folder above that of the grid's file.
-        arms: name -> flags that make it.
-        baseline: the arm that the others are held against.
-        metric: a key of the evaluation; of which less is better.
-        percent: whether to show it times 100.
-        recipe: what the script begins with, in `recipes` beside the script.
-        flags: given to all runs.
-        axes: flag -> values.
-        published: `file` (columns table, model, dataset, optimizer, method, mean, std), `arms` (name -> method) and
-            `names` (value of a flag -> name in the file).
-        published_like: model, dataset and optimizer to look up where the runs themselves are of something else.
-    """
-
-    script: str
-    arms: dict[str, dict[str, Any]]
-    baseline: str
-    metric: str = "eval_loss"
-    percent: bool = False
-    recipe: str | None = None
-    flags: dict[str, Any] = field(default_factory=dict)
-    axes: dict[str, list[Any]] = field(default_factory=dict)
-    seeds: list[int] = field(default_factory=lambda: [0])
-    published: dict[str, Any] | None = None
-    published_like: dict[str, str] | None = None
-
-    def __post_init__(self):
-        if self.baseline not in self.arms:
-            raise ValueError(f"baseline={self.baseline!r}: choose one of the arms, {', '.join(self.arms)}.")
-        for name, values in {**self.axes, "seeds": self.seeds}.items():
-            if not values or len(set(values)) < len(values):
-                raise ValueError(f"{name}={values}: list each value once, and at least one.")
-
-
-def load_grid(path: Path, scale: str | None = None) -> Grid:
-    """The grid in a YAML file. Under `scales` it has what changes with the size: recipe, flags, axes, seeds.
-
-    Raises:
-        ValueError: there is no such file or scale, or it has a key that is not known.
-    """
-    if not path.is_file():
-        others = ", ".join(sorted(p.stem for p in path.parent.glob("*.yaml")))
-        raise ValueError(f"{path} does not exist. Give a file, or one of {others}.")
-    content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    scales = content.pop("scales", {})
-    if scale is not None:
-        if scale not in scales:
-            raise ValueError(f"scale={scale!r}: {path.stem} has {', '.join(scales) or 'none'}.")
-        content |= {key: {**content.get(key, {}), **value} if isinstance(value, dict) else value
-                    for key, value in scales[scale].items()}  # fmt: skip
-    if unknown := sorted(set(content) - {f.name for f in fields(Grid)}):
-        raise ValueError(f"{path}: unknown key {', '.join(unknown)}.")
-    return Grid(**content)
 
 
 @dataclass(frozen=True)
@@ -89,6 +38,8 @@ class Run:
     point: Mapping[str, Any]
     arguments: list[str]
     folder: Path
+    #: What was given by --hub_token. The script gets the last by its environment, which no one else can read.
+    hub_tokens: Sequence[str] = field(default=(), repr=False)
 
     @property
     def name(self) -> str:
@@ -100,49 +51,68 @@ class Run:
         return (self.folder / "trainer_state.json").is_file() and (self.folder / "eval_results.json").is_file()
 
     @contextmanager
-    def lock(self) -> Iterator[bool]:
-        """Whether this process is the one to run it."""
-        locks = self.folder.parent / "locks"
-        locks.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(locks / self.name, blocking=False)
+    def lock(self) -> Iterator[int | None]:
+        """The file descriptor of the lock, or None if another process has it.
+
+        `flock` belongs to the open file: a child that inherits the descriptor holds the lock as long as it lives, also
+        when this process is killed.
+        """
+        path = self.folder.parent / "locks" / self.name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            lock.acquire()
-        except Timeout:
-            yield False
-            return
-        try:
-            yield True
+            yield descriptor if _try_to_lock(descriptor, path) else None
         finally:
-            lock.release()
+            os.close(descriptor)  # not unlocked: that would take the lock from a child, too
 
     def is_locked(self) -> bool:
-        with self.lock() as is_ours:
-            return not is_ours
+        with self.lock() as descriptor:
+            return descriptor is None
 
     @property
     def settings(self) -> list[str]:
-        """The arguments, without what depends on where they are given: the folder, and that of the recipe."""
+        """The arguments, without what depends on where they are given, and without secrets."""
         *arguments, _, _ = self.arguments
-        return [Path(argument).name if argument.endswith(".yaml") else argument for argument in arguments]
+        return _as_settings(arguments, self.hub_tokens)
 
     def refuse_other_settings(self) -> None:
-        """Raise `ValueError` if what is in the folder was run with other ones."""
-        if not self.is_finished:
-            return
+        """Raise `ValueError` if what is in the folder, or is on its way to it, was started with other ones."""
         path = self.folder / SETTINGS
-        had = json.loads(path.read_text()) if path.is_file() else []
-        if had != self.settings:
-            differing = sorted({*had} ^ {*self.settings}) or ["their order"]
-            raise ValueError(
-                f"{self.folder} was run with other arguments (differing: {' '.join(differing)}), and finished runs are "
-                "not run again. Give the arguments it had, or another --output_dir."
-            )
+        had = _as_settings(read_json(path)) if path.is_file() else []
+        if had == self.settings or not (self.is_finished or (had and self._holds_work())):
+            return
+        differing = sorted({*had} ^ {*self.settings}) or ["their order"]
+        raise ValueError(
+            f"{self.folder} was run with other arguments (differing: {' '.join(differing)}), and its results are kept. "
+            "Give the arguments it had, or another --output_dir."
+        )
+
+    def _holds_work(self) -> bool:
+        return any(self.folder.glob("checkpoint-*")) or self.is_locked()
 
     def results(self) -> dict[str, float]:
-        return json.loads((self.folder / "all_results.json").read_text())
+        return read_mapping(self.folder / "all_results.json")
 
-    def history(self) -> list[dict[str, float]]:
-        return json.loads((self.folder / "trainer_state.json").read_text())["log_history"]
+    def history(self) -> History:
+        return read_history(self.folder)
+
+
+def _try_to_lock(descriptor: int, path: Path) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        raise ValueError(
+            f"output_dir={path.parent.parent}: its file system has no locks ({error.strerror}), by which workers keep "
+            "out of each other's way. Choose a folder on another one."
+        ) from error
+    return True
+
+
+def _as_settings(arguments: Iterable[str], hub_tokens: Iterable[str] = ()) -> list[str]:
+    words, _ = take_hub_tokens(redact(map(str, arguments), hub_tokens))
+    return [Path(word).name if word.endswith(".yaml") else word for word in words]
 
 
 def expand(grid: Grid, folder: Path, recipes: Path, extra: Iterable[str] = ()) -> list[Run]:
@@ -153,37 +123,54 @@ def expand(grid: Grid, folder: Path, recipes: Path, extra: Iterable[str] = ()) -
         extra: further arguments of all runs; they overrule the grid's flags.
 
     Raises:
-        ValueError: a flag is both an axis and of an arm, or given to all runs and one of those.
+        ValueError: an argument has no effect, because the grid sets it for each run or because it is given twice.
     """
-    _refuse_flags_without_effect(grid, extra := list(extra))
+    extra, hub_tokens = take_hub_tokens(extra)
+    extra = with_underscores(extra)
+    _refuse_flags_without_effect(grid, extra)
     base = [str(recipes / grid.recipe)] if grid.recipe else []
     base += [*_as_arguments(grid.flags), *extra]
+    names = [folder_names(values) for values in (*grid.axes.values(), list(grid.arms), grid.seeds)]
     runs = []
     for seed, *values in itertools.product(grid.seeds, *grid.axes.values()):
         at = dict(zip(grid.axes, values, strict=True))
         for arm, flags in grid.arms.items():
             point = {**at, "arm": arm, "seed": seed}
-            where = folder / "_".join(_as_name(value) for value in point.values())
+            where = folder / "_".join(known[str(value)] for known, value in zip(names, point.values(), strict=True))
             arguments = [*base, *_as_arguments({**at, **flags, "seed": seed, "output_dir": where})]
-            runs.append(Run(point, arguments, where))
+            runs.append(Run(point, arguments, where, hub_tokens))
     return runs
 
 
+def with_underscores(words: Iterable[str]) -> list[str]:
+    """Flags as the grid spells them: `--gr-r=0.1` is `--gr_r=0.1`."""
+    return [f"--{name}{word[2 + len(name) :]}" if (name := flag_name(word)) else word for word in words]
+
+
 def _refuse_flags_without_effect(grid: Grid, extra: list[str]) -> None:
-    in_arms = {flag for flags in grid.arms.values() for flag in flags}
-    if both := sorted(in_arms & set(grid.axes)):
-        raise ValueError(
-            f"{', '.join(both)}: an axis has no effect on a flag that the arms set. Leave one of them out."
-        )
-    given = {argument[2:].split("=")[0] for argument in extra if argument.startswith("--")}
-    if idle := sorted(given & (in_arms | set(grid.axes) | {"seed", "output_dir"})):
+    given = [name.removeprefix("no_") for name in map(flag_name, extra) if name]
+    own = {flag for flags in grid.arms.values() for flag in flags} | {*grid.axes, "seed", "output_dir"}
+    if idle := sorted(set(given) & own):
         raise ValueError(
             f"--{', --'.join(idle)}: no effect, the grid sets it for each run. Use an axis, or another grid."
         )
+    if twice := sorted({name for name in given if given.count(name) > 1}):
+        raise ValueError(f"--{', --'.join(twice)}: given twice, and only one can be in force. Leave the others out.")
 
 
 def _as_arguments(flags: Mapping[str, Any]) -> list[str]:
     return [str(part) for flag, value in flags.items() for part in (f"--{flag}", value)]
+
+
+def folder_names(values: Iterable[Any]) -> dict[str, str]:
+    """text of a value -> what stands for it in the name of a folder: its last part, and where that is the same for
+    several values (also where case does not count) a hash."""
+    short = {str(value): _as_name(value) for value in values}
+    taken = [name.casefold() for name in short.values()]
+    return {
+        value: name if taken.count(name.casefold()) == 1 else f"{name}-{hashlib.sha256(value.encode()).hexdigest()[:8]}"
+        for value, name in short.items()
+    }
 
 
 def _as_name(value: Any) -> str:
@@ -193,67 +180,80 @@ def _as_name(value: Any) -> str:
 def run_grid(
     script: Path,
     runs: list[Run],
-    storage: str,
     workers: int = 1,
     on_end: Callable[[Run, bool], None] = lambda run, went_well: None,
     launcher: Iterable[str] = (sys.executable,),
 ) -> None:
     """Run what is not finished, once. What a run prints goes to `log.txt` in its folder.
 
-    A run that is being run, here or elsewhere, holds a lock, which the operating system takes back from a process that
-    is killed; so its run is taken up again.
+    Runs that are being run elsewhere, or here by what a killed worker has left behind, are waited for. They hold a
+    lock, which the operating system takes back from a process that ends in whatever way.
 
     Args:
-        storage: a file, or the URL of a database, in which workers, here and elsewhere, see what is left to do.
         workers: runs at a time in this process.
-        on_end: called with each run that ends, and whether it went well.
+        on_end: called with each run that ends, and whether it went well. If it raises, no further run is started.
         launcher: what to start the script with.
 
     Raises:
-        ValueError: a run that is finished had other arguments.
+        ValueError: a run that is finished or under way has other arguments.
     """
-    import optuna
-
     for run in runs:
         run.refuse_other_settings()
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    if "://" not in storage:
-        storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(storage))
-    study = optuna.create_study(study_name="runs", storage=storage, load_if_exists=True)
-    by_name = {run.name: run for run in runs}
-    tried: set[str] = set()
-
-    def objective(trial: optuna.Trial) -> float:
-        run = by_name.get(trial.user_attrs.get("run"))
-        if run is None:  # the queue was empty, and optuna has made one up; or it is of another grid
-            raise optuna.TrialPruned
-        with run.lock() as is_ours:
-            if is_ours and not run.is_finished:
-                tried.add(run.name)
-                on_end(run, _run(script, run, launcher))
-        return 0.0
-
-    while left := [run for run in runs if not run.is_finished and run.name not in tried]:
-        trials = study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.WAITING,))
-        waiting = {trial.user_attrs.get("run") for trial in trials}
-        for run in left:
-            if run.name not in waiting and not run.is_locked():
-                study.enqueue_trial({}, user_attrs={"run": run.name})
-                waiting.add(run.name)
-        if waiting:
-            study.optimize(objective, n_trials=len(waiting), n_jobs=min(workers, len(waiting)))
-        else:  # others are at work on all that is left
-            time.sleep(1)
+    worker = _Worker(script, on_end, list(launcher))
+    is_waiting = False
+    while left := [run for run in runs if not run.is_finished and run.name not in worker.tried]:
+        if worker.take_all(left, workers):
+            continue
+        if not is_waiting:
+            logger.warning(f"Waiting for others, who are at work on {', '.join(run.name for run in left)}.")
+        is_waiting = True
+        time.sleep(1)
+    for run in runs:
+        run.refuse_other_settings()  # others may have run some of them in the meantime
 
 
-def _run(script: Path, run: Run, launcher: Iterable[str]) -> bool:
+@dataclass
+class _Worker:
+    script: Path
+    on_end: Callable[[Run, bool], None]
+    launcher: list[str]
+    tried: set[str] = field(default_factory=set)
+    stop: threading.Event = field(default_factory=threading.Event)
+
+    def take_all(self, runs: list[Run], count: int) -> bool:
+        """Run what nobody else is running, `count` at a time. Whether there was any."""
+        before = len(self.tried)
+        with ThreadPoolExecutor(count) as pool:
+            try:
+                for future in as_completed([pool.submit(self.take, run) for run in runs]):
+                    future.result()
+            finally:
+                self.stop.set()  # after Ctrl-C what is under way may end, and nothing is begun
+        self.stop.clear()
+        return len(self.tried) > before
+
+    def take(self, run: Run) -> None:
+        with run.lock() as descriptor:
+            if descriptor is None or run.is_finished or self.stop.is_set():
+                return
+            self.tried.add(run.name)
+            try:
+                self.on_end(run, _run(self.script, run, self.launcher, descriptor))
+            except BaseException:
+                self.stop.set()  # before this thread takes the next one
+                raise
+
+
+def _run(script: Path, run: Run, launcher: Iterable[str], lock: int) -> bool:
     run.folder.mkdir(parents=True, exist_ok=True)
     (run.folder / SETTINGS).write_text(json.dumps(run.settings))
+    token = {"HF_TOKEN": run.hub_tokens[-1]} if run.hub_tokens else {}
     with (run.folder / "log.txt").open("w") as log:
         done = subprocess.run(
             [*launcher, str(script), *run.arguments, "--disable_tqdm", "True"],
             stdout=log,
             stderr=subprocess.STDOUT,
-            env={"OMP_NUM_THREADS": "1", **os.environ},
+            env={"OMP_NUM_THREADS": "1", **os.environ, **token},
+            pass_fds=(lock,),
         )
     return done.returncode == 0

@@ -1,6 +1,7 @@
 """What a grid of runs says: a tidy table, a table for people with the published numbers beside it, and pictures."""
 
 import csv
+import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -12,13 +13,29 @@ from matplotlib.figure import Figure
 from scipy import stats
 
 from .comparison import first_reached
-from .grid import Grid, Run
+from .grid import Run
+from .grid_file import Grid
 from .plots import COLORS, make_logarithmic
+from .run_files import History
 
 #: What arms are compared at, besides at equal steps -> its key in the log.
 EQUAL_COSTS = {"passes": "train_passes", "seconds": "train_seconds"}
 #: What a run's row of the tidy table has besides its coordinates and the metrics of its last evaluation.
 COSTS = ("train_seconds", "train_passes", "train_tokens", "peak_memory_bytes")
+#: Pixels that matplotlib can draw, a little below 2 ** 16.
+LARGEST_PICTURE = 65_000
+PUBLISHED_COLUMNS = ("model", "dataset", "optimizer", "method", "mean", "std")
+
+
+def require_metric(grid: Grid, run: Run) -> None:
+    """Raise `ValueError` if the results of a finished run do not have the grid's metric."""
+    results = run.results()
+    if grid.metric not in results:
+        found = ", ".join(sorted(key for key in results if key.startswith("eval_")))
+        raise ValueError(
+            f"metric={grid.metric!r}: {run.folder} does not have it. Change it in the grid to one of "
+            f"{found or 'none'}, and give the command again: finished runs are kept."
+        )
 
 
 def write_results(runs: Sequence[Run], path: Path) -> None:
@@ -41,6 +58,7 @@ def markdown_table(grid: Grid, runs: Sequence[Run], published: Path | None = Non
     Beside them: the difference to the baseline over the seeds that both have, with the p-value of a paired t-test (two
     seeds or more); the metric at equal passes and at equal seconds, which is that of the last evaluation within what
     the cheapest arm took on average, on a schedule made for more; the costs; and the published numbers, marked as such.
+    What does not come from all seeds says from how many.
     """
     unit = " (%)" if grid.percent else ""
     metric = grid.metric.removeprefix("eval_")
@@ -49,16 +67,20 @@ def markdown_table(grid: Grid, runs: Sequence[Run], published: Path | None = Non
     known = _published(grid, published)
     if grid.published:
         head.append("published, **not ours**")
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    lines = [_row(head), "|---" * len(head) + "|"]
     for at, group in _by(runs, grid.axes):
         arms = {arm: list(members) for (arm,), members in _by(group, ["arm"])}
         limits = {key: min(_mean_cost(members, key) for members in arms.values()) for key in EQUAL_COSTS.values()}
         for arm, members in arms.items():
-            cells = [*map(str, at), arm, *_cells(grid, members, arms.get(grid.baseline, []), limits)]
+            cells = [*at, arm, *_cells(grid, members, arms.get(grid.baseline, []), limits)]
             if grid.published:
                 cells.append(known(dict(zip(grid.axes, at, strict=True)), arm))
-            lines.append(f"| {' | '.join(cells)} |")
+            lines.append(_row(cells))
     return "\n".join(lines) + "\n"
+
+
+def _row(cells: Iterable[Any]) -> str:
+    return f"| {' | '.join(str(cell).replace('|', chr(92) + '|') for cell in cells)} |"
 
 
 def table_like_the_papers(grid: Grid, runs: Sequence[Run], published: Path | None = None) -> str:
@@ -66,52 +88,54 @@ def table_like_the_papers(grid: Grid, runs: Sequence[Run], published: Path | Non
     first, *others = grid.axes
     known = _published(grid, published)
     columns = [at for at, _ in _by(runs, others)]
-    lines = [
-        f"| {first} |  | {' | '.join(', '.join(map(str, at)) for at in columns)} |",
-        "|---" * (2 + len(columns)) + "|",
-    ]
+    lines = [_row([first, "", *(", ".join(map(str, at)) for at in columns)]), "|---" * (2 + len(columns)) + "|"]
     for (value, arm), group in _by(runs, [first, "arm"]):
         cells = dict(_by(group, others))
         row = []
         for at in columns:
-            cell = _mean_and_std([_metric(grid, run) for run in cells[at]]) if at in cells else ""
+            cell = _mean_and_std([_metric(grid, run) for run in cells[at]], len(grid.seeds)) if at in cells else ""
             beside = known({first: value, **dict(zip(others, at, strict=True))}, arm)
             row.append(f"{cell}<br>published: {beside}" if beside else cell)
-        lines.append(f"| {value} | {arm} | {' | '.join(row)} |")
+        lines.append(_row([value, arm, *row]))
     return "\n".join(lines) + "\n"
 
 
 def _cells(grid: Grid, members: Sequence[Run], baseline: Sequence[Run], limits: dict[str, float]) -> list[str]:
     values = {run.point["seed"]: _metric(grid, run) for run in members}
     reference = {run.point["seed"]: _metric(grid, run) for run in baseline}
-    common = [] if members is baseline else sorted(set(values) & set(reference))
+    shared = [] if members is baseline else sorted(set(values) & set(reference))
+    common = [seed for seed in shared if math.isfinite(values[seed] - reference[seed])]
     differences = [values[seed] - reference[seed] for seed in common]
     p = ""
     if len(common) > 1:
         same = max(differences) == min(differences)  # the test divides by their spread
         p = "" if same else f"{stats.ttest_rel([values[s] for s in common], [reference[s] for s in common]).pvalue:.2g}"
+    seeds = len(grid.seeds)
     return [
-        _mean_and_std(list(values.values())),
+        _mean_and_std(list(values.values()), seeds),
         ", ".join(f"{value:.4g}" for value in values.values()),
-        f"{_mean(differences):+.3g}" if differences else "",
+        f"{_mean(differences):+.3g}{_share(differences, seeds)}" if differences else "",
         p,
         *(_mean_within(grid, members, key, limit) for key, limit in limits.items()),
-        *(f"{_mean_cost(members, key):,.0f}" for key in limits),
+        *("" if math.isinf(cost := _mean_cost(members, key)) else f"{cost:,.0f}" for key in limits),
     ]
 
 
 def _mean_cost(members: Sequence[Run], key: str) -> float:
-    return _mean(run.results()[key] for run in members)
+    """Infinite where the script does not count it."""
+    costs = [run.results().get(key) for run in members]
+    return math.inf if None in costs else _mean(costs)
 
 
 def _mean_within(grid: Grid, members: Sequence[Run], key: str, limit: float) -> str:
     """Of the last evaluation of each run that is within a cost, with a little leeway: logs are not written every
-    moment."""
+    moment. Empty where no run has one; where only some have one it says so, as these may be the quickest."""
     found = []
     for run in members:
-        within = [e[grid.metric] for e in run.history() if grid.metric in e and e.get(key, np.inf) <= 1.02 * limit]
-        found += within[-1:]
-    return f"{_mean(found) * (100 if grid.percent else 1):.4g}" if found else ""
+        evaluations = [e for e in run.history() if grid.metric in e and key in e and e[key] <= 1.02 * limit]
+        found += [_as_float(e[grid.metric]) for e in evaluations[-1:]]
+    scale = 100 if grid.percent else 1
+    return f"{scale * _mean(_finite(found)):.4g}{_share(found, len(grid.seeds))}" if found else ""
 
 
 def _by(runs: Iterable[Run], names: Iterable[str]) -> list[tuple[tuple[Any, ...], list[Run]]]:
@@ -122,13 +146,26 @@ def _by(runs: Iterable[Run], names: Iterable[str]) -> list[tuple[tuple[Any, ...]
     return list(groups.items())
 
 
+def _finite(values: Iterable[float]) -> list[float]:
+    return [value for value in values if math.isfinite(value)]
+
+
 def _mean(values: Iterable[float]) -> float:
-    return statistics.mean(values)
+    """NaN of no values."""
+    values = list(values)
+    return statistics.mean(values) if values else math.nan
 
 
-def _mean_and_std(values: Sequence[float]) -> str:
-    spread = f" ± {statistics.stdev(values):.2g}" if len(values) > 1 else ""
-    return f"{_mean(values):.4g}{spread}"
+def _mean_and_std(values: Sequence[float], seeds: int) -> str:
+    finite = _finite(values)
+    spread = f" ± {statistics.stdev(finite):.2g}" if len(finite) > 1 else ""
+    return f"{_mean(finite):.4g}{spread}{_share(values, seeds)}"
+
+
+def _share(values: Sequence[float], seeds: int) -> str:
+    """How many seeds a number comes from, where that is not all of them."""
+    count = len(_finite(values))
+    return "" if count == seeds else f" ({count} of {seeds} seeds)"
 
 
 def explanation(grid: Grid) -> str:
@@ -136,7 +173,8 @@ def explanation(grid: Grid) -> str:
     lines = [
         f"Mean and standard deviation over the seeds, p of a paired t-test against {grid.baseline}. At equal passes "
         "and seconds: the last evaluation within what the cheapest arm took on average, of runs whose schedule was "
-        "made for more. Passes: forward and backward passes over the batch of a step, until the end."
+        "made for more. Passes: forward and backward passes over the batch of a step, until the end. (2 of 3 seeds): "
+        "the others have not finished, are not finite (nan, inf), or have no evaluation within that cost."
     ]
     if grid.published:
         lines.append("Published numbers are the paper's, for the model, data and optimizer in brackets.")
@@ -147,16 +185,41 @@ def _published(grid: Grid, path: Path | None) -> Callable[[dict[str, Any], str],
     """(values of the axes, arm) -> the paper's number, as text; empty where there is none."""
     if path is None or grid.published is None:
         return lambda at, arm: ""
-    with path.open(newline="", encoding="utf-8") as file:
-        known = {
-            (row["model"], row["dataset"], row["optimizer"], row["method"]): (
-                row["mean"]
-                + (f" ± {row['std']}" if row["std"] else "")
-                + f" ({row['model']}, {row['dataset']}, {row['optimizer']})"
-            )
-            for row in csv.DictReader(file)
-        }
+    known = {
+        (row["model"], row["dataset"], row["optimizer"], row["method"]): (
+            row["mean"]
+            + (f" ± {row['std']}" if row["std"] else "")
+            + f" ({row['model']}, {row['dataset']}, {row['optimizer']})"
+        )
+        for row in _read_published(path)
+    }
     return lambda at, arm: known.get(_published_key(grid, at, arm), "")
+
+
+def check_published(grid: Grid, path: Path) -> None:
+    """Raise `ValueError` if the file of published numbers, or a name that the grid looks up in it, is not there."""
+    rows = _read_published(path)
+    for key, columns in (("arms", ("method",)), ("names", ("model", "dataset", "optimizer"))):
+        there = {row[column] for row in rows for column in columns}
+        if missing := sorted(set(grid.published[key].values()) - there):
+            raise ValueError(
+                f"published.{key}: {', '.join(missing)} is not in the column {' or '.join(columns)} of {path}. "
+                f"Write it as it is there: {', '.join(sorted(there))}."
+            )
+
+
+def _read_published(path: Path) -> list[dict[str, str]]:
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            reader = csv.DictReader(file)
+            rows = list(reader)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"published.file={path}: it cannot be read ({error}). Give a CSV beside the grid.") from error
+    if missing := sorted(set(PUBLISHED_COLUMNS) - set(reader.fieldnames or [])):
+        raise ValueError(f"published.file={path}: it has no column {', '.join(missing)}. Add it.")
+    if not all(row[column] is not None for row in rows for column in PUBLISHED_COLUMNS):
+        raise ValueError(f"published.file={path}: a row has fewer values than there are columns. Complete it.")
+    return rows
 
 
 def _published_key(grid: Grid, at: dict[str, Any], arm: str) -> tuple[str, str, str, str]:
@@ -195,10 +258,10 @@ def plot_arms(grid: Grid, runs: Sequence[Run], path: Path) -> None:
         row[0].set_title(
             ", ".join(f"{n} = {v}" for n, v in zip(grid.axes, at, strict=True)), loc="left", fontsize="medium"
         )
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=min(120, LARGEST_PICTURE / figure.get_figheight()))
 
 
-Histories = dict[str, list[list[dict[str, float]]]]
+Histories = dict[str, list[History]]
 
 
 def _plot_metric(axis: Axes, grid: Grid, arms: Histories, colors: dict[str, str], against: str, xlabel: str) -> None:
@@ -222,6 +285,9 @@ def _plot_speedup(
     axis: Axes, curves: dict[str, tuple[np.ndarray, np.ndarray]], colors: dict[str, str], baseline: str
 ) -> None:
     target = float(curves[baseline][1][-1])
+    if not math.isfinite(target):
+        axis.set_title(f"{baseline} ends with {target}", loc="right", fontsize="small", color="gray")
+        return
     axis.axhline(target, color="gray", linestyle=":", linewidth=0.8)
     reached = {arm: first_reached(x, y, target) for arm, (x, y) in curves.items()}
     own = reached.pop(baseline)
@@ -288,7 +354,7 @@ def plot_sensitivity(grid: Grid, runs: Sequence[Run], path: Path) -> None:
     figure = Figure(figsize=(6, 4.2), layout="constrained")
     axis = figure.subplots()
     for ((arm,), members), color in zip(_by(runs, ["arm"]), COLORS * 3, strict=False):
-        cells = {value: [_metric(grid, run) for run in cell] for (value,), cell in _by(members, [name])}
+        cells = {value: _finite(_metric(grid, run) for run in cell) for (value,), cell in _by(members, [name])}
         there = [i for i, value in enumerate(values) if value in cells]
         means = [_mean(cells[values[i]]) for i in there]
         spread = [statistics.stdev(cells[values[i]]) if len(cells[values[i]]) > 1 else 0 for i in there]
@@ -308,13 +374,19 @@ def plot_sensitivity(grid: Grid, runs: Sequence[Run], path: Path) -> None:
 
 def _as_number(value: Any) -> float | None:
     try:
-        return float(value)
+        number = float(value)
     except ValueError:
         return None
+    return number if math.isfinite(number) else None
 
 
 def _metric(grid: Grid, run: Run) -> float:
-    return run.results()[grid.metric] * (100 if grid.percent else 1)
+    return _as_float(run.results()[grid.metric]) * (100 if grid.percent else 1)
+
+
+def _as_float(value: float | None) -> float:
+    """JSON has no NaN; some write null for it."""
+    return math.nan if value is None else float(value)
 
 
 def plot_heat_map(grid: Grid, runs: Sequence[Run], path: Path) -> None:
@@ -326,7 +398,7 @@ def plot_heat_map(grid: Grid, runs: Sequence[Run], path: Path) -> None:
         values = np.full((len(grid.axes[first]), len(grid.axes[second])), np.nan)
         for (a, b), cell in _by(members, [first, second]):
             where = grid.axes[first].index(a), grid.axes[second].index(b)
-            values[where] = _mean(_metric(grid, run) for run in cell)
+            values[where] = _mean(_finite(_metric(grid, run) for run in cell))
         image = axis.imshow(values, cmap="viridis")
         for (row, column), value in np.ndenumerate(values):
             color = "black" if image.norm(value) > 0.6 else "white"

@@ -3,8 +3,8 @@
 python -m hf_gr.plots FOLDER    # draws curves.png of a finished run, or of its last checkpoint, anew
 """
 
-import argparse
-import json
+import math
+import os
 from pathlib import Path
 
 from matplotlib import colormaps
@@ -13,6 +13,9 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+
+from .mistakes import ArgumentParser, run
+from .run_files import read_history
 
 # Colour-blind safe (Okabe and Ito, 2008).
 BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
@@ -127,7 +130,10 @@ def plot_layer_statistics(table: dict[str, list], path: str | Path) -> None:
 
 
 def make_logarithmic(axis: Axes) -> None:
-    """The y axis, with plain numbers, also between the powers of ten where there are few of those."""
+    """The y axis, with plain numbers, also between the powers of ten where there are few of those. It stays linear
+    where nothing that is drawn has a logarithm: zeros, NaN."""
+    if not any(0 < y < math.inf for line in axis.get_lines() for y in line.get_ydata()):
+        return
     axis.set_yscale("log")
     axis.yaxis.set_major_formatter("{x:g}")
     low, high = axis.get_ylim()
@@ -143,19 +149,32 @@ def _line(axis: Axes, log_history: list[dict], key: str, label: str, color: str,
     return bool(points)
 
 
+def require_picture(flag: str, path: Path) -> None:
+    """Raise `ValueError` if no picture can be written to `path`."""
+    kinds = Figure().canvas.get_supported_filetypes()
+    if path.suffix.removeprefix(".").lower() not in kinds:
+        raise ValueError(f"{flag}={path}: its ending is of no kind of picture. Use .png, or one of {', '.join(kinds)}.")
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise ValueError(f"{flag}={path}: it cannot be written. Choose a file in a folder that exists and is yours.")
+
+
+def _last_state(folder: Path) -> Path:
+    """`folder`, or its last checkpoint if the run has not finished."""
+    found = [path for path in folder.glob("checkpoint-*") if path.name[11:].isdigit()]
+    folders = [folder, *sorted(found, key=lambda path: -int(path.name[11:]))]
+    return next((path for path in folders if (path / "trainer_state.json").is_file()), folder)
+
+
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m hf_gr.plots", description="Draw the curves of a run anew.")
+    parser = ArgumentParser(prog="python -m hf_gr.plots", description="Draw the curves of a run anew.")
     parser.add_argument("folder", type=Path, help="the output folder of a run, or one of its checkpoints")
     parser.add_argument("--picture", type=Path, help="default: curves.png in the folder")
     options = parser.parse_args(argv)
-    states = [options.folder / "trainer_state.json"]
-    states += sorted(options.folder.glob("checkpoint-*/trainer_state.json"), key=lambda p: -int(p.parent.name[11:]))
-    state = next((path for path in states if path.is_file()), None)
-    if state is None:
-        raise ValueError(f"{options.folder}: there is no trainer_state.json. Give the output folder of a run.")
-    history = json.loads(state.read_text(encoding="utf-8"))["log_history"]
-    plot_curves(history, options.picture or options.folder / "curves.png")
+    history = read_history(_last_state(options.folder))
+    picture = options.picture or options.folder / "curves.png"
+    require_picture("picture", picture)
+    plot_curves(history, picture)
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

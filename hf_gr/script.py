@@ -18,6 +18,7 @@ from . import recipes
 from .checkpoints import checkpoints, last_complete_checkpoint
 from .config import GRConfig
 from .mistakes import ArgumentParser, Failure, run
+from .redaction import redact
 from .trainer import GRTrainer
 from .value_checks import COUNT, NOT_NEGATIVE, POSITIVE, SHARE, Limit, check_ranges, check_types
 
@@ -124,11 +125,8 @@ def command_line(script: str, argv: list[str], args: GRConfig) -> str:
             launcher.
     """
     launcher = f"accelerate launch --num_processes {args.world_size}" if args.world_size > 1 else "python"
-    words = [_without_folders(os.path.relpath(script)), *map(_without_folders, argv)]
-    command = f"{launcher} {shlex.join(words)}"
-    for token in filter(None, (args.hub_token, os.environ.get("HF_TOKEN"))):
-        command = command.replace(token, "...")
-    return command
+    words = redact([os.path.relpath(script), *argv], known=(args.hub_token,))
+    return f"{launcher} {shlex.join(map(_without_folders, words))}"
 
 
 def _without_folders(argument: str) -> str:

@@ -13,27 +13,42 @@ two heat_map.png.
 """
 
 import argparse
+import importlib.util
 import os
 import shlex
+import shutil
 import sys
+from dataclasses import is_dataclass, replace
 from pathlib import Path
 
 from tqdm.auto import tqdm
+from transformers import TrainingArguments
 
 from hf_gr import script
 from hf_gr.config import require_writable
-from hf_gr.grid import Grid, Run, expand, load_grid, run_grid
+from hf_gr.grid import Run, expand, run_grid, with_underscores
+from hf_gr.grid_file import Grid, load_grid
 from hf_gr.grid_report import (
+    check_published,
     explanation,
     markdown_table,
     plot_arms,
     plot_heat_map,
     plot_sensitivity,
+    require_metric,
     table_like_the_papers,
     write_results,
 )
+from hf_gr.mistakes import Failure
+from hf_gr.redaction import redact
 
 SCRIPTS = Path(__file__).parent
+#: What our scripts report of which less is better. Those of another script are known after its first run.
+METRICS = {
+    "train_vit.py": ("eval_error", "eval_loss"),
+    "pretrain_llama.py": ("eval_loss", "eval_perplexity"),
+    "finetune_llama_lora.py": ("eval_loss", "eval_perplexity"),
+}
 
 
 def parse_args(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -45,46 +60,106 @@ def parse_args(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--axis", action="append", default=[], metavar="FLAG=VALUE,VALUE")
     parser.add_argument("--workers", type=int, default=1, help="runs at a time, with one CPU thread each")
     parser.add_argument("--launcher", default=sys.executable, help="e.g. 'accelerate launch --num_processes 8'")
-    parser.add_argument("--storage", help="URL of a database; default: a file in the output folder")
-    return parser.parse_known_args(argv)
+    return parser.parse_known_args(with_underscores(argv))
 
 
 def main(argv: list[str] | None = None) -> None:
-    options, extra = parse_args(sys.argv[1:] if argv is None else argv)
+    argv = sys.argv[1:] if argv is None else argv
+    options, extra = parse_args(argv)
     path = Path(options.preset)
     path = path if path.suffix in (".yaml", ".yml") else SCRIPTS / "grids" / f"{options.preset}.yaml"
     grid = load_grid(path, options.scale)
-    grid.seeds = options.seeds or grid.seeds
-    for axis in options.axis:
-        flag, _, values = axis.partition("=")
-        if not values:
-            raise ValueError(f"--axis {axis}: write FLAG=VALUE,VALUE.")
-        grid.axes[flag] = values.split(",")
+    grid = replace(grid, seeds=options.seeds or grid.seeds, axes=grid.axes | _axes(options.axis))
+    launcher = _launcher(options.launcher)
+    if options.workers < 1:
+        raise ValueError(f"workers={options.workers}: at least one run at a time is needed. Give 1 or more.")
     folder = options.output_dir or Path("outputs") / "-".join(filter(None, (path.stem, options.scale)))
-    require_writable(str(folder))
     runs = expand(grid, folder, SCRIPTS / "recipes", extra)
+    check_command_lines(grid, runs)
+    published = path.parent / grid.published["file"] if grid.published else None
+    if published:
+        check_published(grid, published)
+    require_writable(str(folder))
 
     unfinished = [run for run in runs if not run.is_finished]
+    for run in runs:
+        if run not in unfinished:
+            require_metric(grid, run)
+            run.history()
     print(f"{len(runs)} runs, {len(runs) - len(unfinished)} of them finished.")
     with tqdm(total=len(unfinished), unit="run") as progress:
 
         def on_end(run: Run, went_well: bool) -> None:
             progress.update()
-            if not went_well:
+            if went_well:
+                require_metric(grid, run)
+            else:
                 progress.write(f"{run.name} failed: {run.folder / 'log.txt'}")
 
-        storage = options.storage or str(folder / "runs.log")
-        run_grid(SCRIPTS / grid.script, runs, storage, options.workers, on_end, shlex.split(options.launcher))
+        run_grid(SCRIPTS / grid.script, runs, options.workers, on_end, launcher)
 
     finished = [run for run in runs if run.is_finished]
     if not finished:
-        raise RuntimeError(f"No run has finished; their output is in {folder}/*/log.txt.")
-    published = path.parent / grid.published["file"] if grid.published else None
-    command = shlex.join(["python", os.path.relpath(__file__), *(sys.argv[1:] if argv is None else argv)])
+        raise Failure(f"No run has finished; their output is in {folder}/*/log.txt.")
+    command = shlex.join(redact(["python", os.path.relpath(__file__), *argv]))
     table = report(grid, finished, folder, published, command)
     print(f"\n{table}")
     if len(finished) < len(runs):
-        raise RuntimeError(f"{len(runs) - len(finished)} of {len(runs)} runs failed, see log.txt in their folders.")
+        raise Failure(f"{len(runs) - len(finished)} of {len(runs)} runs failed, see log.txt in their folders.")
+
+
+def _axes(given: list[str]) -> dict[str, list[str]]:
+    axes = {}
+    for axis in given:
+        flag, _, text = axis.partition("=")
+        flag, values = flag.removeprefix("--").replace("-", "_"), text.split(",")
+        if not flag or not all(values):
+            raise ValueError(f"--axis {axis}: a flag or a value is missing. Write FLAG=VALUE,VALUE.")
+        if flag in axes:
+            raise ValueError(f"--axis {axis}: {flag} has an axis already. Write all its values in one --axis.")
+        axes[flag] = values
+    return axes
+
+
+def _launcher(text: str) -> list[str]:
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise ValueError(f"launcher={text!r}: {error}. Close the quotation.") from error
+    if not words or shutil.which(words[0]) is None:
+        raise ValueError(f"launcher={text!r}: there is no such program. Give one, e.g. 'accelerate launch'.")
+    return words
+
+
+def check_command_lines(grid: Grid, runs: list[Run]) -> None:
+    """Raise `ValueError` for what would make every run fail: a flag, a value, a file, or a metric."""
+    path = SCRIPTS / grid.script
+    for key, file in (("script", path), ("recipe", grid.recipe and SCRIPTS / "recipes" / grid.recipe)):
+        if file and not file.is_file():
+            raise ValueError(f"{key}={getattr(grid, key)!r}: there is no file {file}. Give one that is there.")
+    if path.parent != SCRIPTS:
+        return  # who knows what happens if it is imported
+    if grid.script not in METRICS:
+        raise ValueError(f"script={grid.script!r} does not train. Choose one of {', '.join(METRICS)}.")
+    if grid.metric not in METRICS[grid.script]:
+        raise ValueError(
+            f"metric={grid.metric!r}: {grid.script} reports nothing of that name of which less is better. Choose one "
+            f"of {', '.join(METRICS[grid.script])}."
+        )
+    parser = _parser_of(path)
+    for run in runs:
+        words = run.arguments[1:] if grid.recipe else run.arguments
+        parser.refuse(parser.parse_known_args(words)[1])
+
+
+def _parser_of(path: Path) -> script.ArgumentParser:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    kinds = [kind for kind in vars(module).values() if isinstance(kind, type) and is_dataclass(kind)]
+    own = [k for k in kinds if k.__module__ == module.__name__ or issubclass(k, TrainingArguments)]
+    return script.ArgumentParser(own)
 
 
 def report(grid: Grid, runs: list[Run], folder: Path, published: Path | None, command: str) -> str:

@@ -3,6 +3,7 @@
 import csv
 import importlib.util
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -15,7 +16,9 @@ import yaml
 from matplotlib.figure import Figure
 from PIL import Image
 
-from hf_gr.grid import Grid, Run, expand, load_grid, run_grid
+from bad_inputs import load_script
+from hf_gr.grid import Run, expand, run_grid
+from hf_gr.grid_file import Grid, load_grid
 from hf_gr.grid_report import (
     _plot_metric,
     _published_key,
@@ -32,7 +35,7 @@ ARMS = {"off": {"gr_lambda": 0}, "on": {"gr_lambda": 0.1}}
 
 #: Stands for a training: writes down that it ran, takes its time, and leaves the files of one.
 TRAINING = """
-import json, pathlib, sys, time
+import json, os, pathlib, sys, time
 flags = dict(zip(sys.argv[1::2], sys.argv[2::2]))
 folder = pathlib.Path(flags["--output_dir"])
 with open(folder.parent / "started.txt", "a") as log:
@@ -40,10 +43,16 @@ with open(folder.parent / "started.txt", "a") as log:
 told = folder.parent / "told.json"
 told = json.loads(told.read_text()) if told.exists() else {}
 time.sleep(told.get("sleep", 0))
+while "until" in told and not pathlib.Path(told["until"]).exists():
+    time.sleep(0.02)
 if flags["--gr_lambda"] == told.get("fails_at"):
     sys.exit("no luck")
 degree = float(flags["--gr_lambda"])
+if (folder.parent / "environment").is_dir():
+    (folder.parent / "environment" / folder.name).write_text(json.dumps([sys.argv, os.environ.get("HF_TOKEN")]))
 loss = degree * (1 + int(flags["--seed"]) / 10) + int(flags["--seed"]) * 0.01
+if [flags["--gr_lambda"], flags["--seed"]] in told.get("diverges", []):
+    loss = float("nan")
 passes = 2 if degree else 1
 history = [{"step": s, "eval_loss": loss + 1 - s / 10, "grad_norm": 1.0, "train_seconds": s * (1 + degree),
             "train_passes": passes * s} for s in range(1, 11)]
@@ -62,10 +71,6 @@ def training(tmp_path) -> Path:
 
 def started(folder: Path) -> list[str]:
     return (folder / "started.txt").read_text().split()
-
-
-def storage(folder: Path) -> str:
-    return str(folder / "runs.log")
 
 
 def test_every_combination_is_expanded_once(tmp_path):
@@ -109,7 +114,7 @@ def test_flags_without_effect_are_refused(axes, extra, message, tmp_path):
 def test_a_grid_that_is_not_there_and_a_scale_that_is_not_there():
     with pytest.raises(ValueError, match=r"Give a file, or one of gr-table1, gr-table2, gr-table4, gr-table5, ire"):
         load_grid(SCRIPTS / "grids" / "nothing.yaml")
-    with pytest.raises(ValueError, match="scale='huge': gr-table2 has smoke, cpu, paper"):
+    with pytest.raises(ValueError, match=r"gr-table2\.yaml: scale='huge': choose one of smoke, cpu, paper"):
         load_grid(SCRIPTS / "grids" / "gr-table2.yaml", "huge")
 
 
@@ -131,11 +136,11 @@ def test_what_is_finished_is_not_run_again(training, tmp_path):
     ended = []
     for _ in range(2):
         runs = expand(grid, tmp_path, tmp_path)
-        run_grid(training, runs, storage(tmp_path), 2, lambda run, well: ended.append((run.name, well)))
+        run_grid(training, runs, 2, lambda run, well: ended.append((run.name, well)))
         assert all(run.is_finished for run in runs)
     assert sorted(started(tmp_path)) == sorted(run.name for run in runs) and len(ended) == 4
     grid.seeds = [0, 1, 2]  # more of them later
-    run_grid(training, expand(grid, tmp_path, tmp_path), storage(tmp_path))
+    run_grid(training, expand(grid, tmp_path, tmp_path))
     assert sorted(started(tmp_path)[4:]) == ["off_2", "on_2"]
 
 
@@ -144,33 +149,33 @@ def test_what_fails_is_said_and_run_again_the_next_time(training, tmp_path):
     ended = []
     (tmp_path / "told.json").write_text(json.dumps({"fails_at": "0.1"}))
     failing = expand(grid, tmp_path, tmp_path)
-    run_grid(training, failing, storage(tmp_path), on_end=lambda run, well: ended.append((run.name, well)))
+    run_grid(training, failing, on_end=lambda run, well: ended.append((run.name, well)))
     assert ended == [("off_0", True), ("on_0", False)]
     assert "no luck" in (tmp_path / "on_0" / "log.txt").read_text()
     (tmp_path / "told.json").unlink()
-    run_grid(training, expand(grid, tmp_path, tmp_path), storage(tmp_path))
+    run_grid(training, expand(grid, tmp_path, tmp_path))
     assert started(tmp_path) == ["off_0", "on_0", "on_0"]
 
 
 def test_what_is_finished_is_not_passed_off_as_what_another_command_would_have_run(training, tmp_path):
     grid = Grid(training.name, ARMS, "off")
-    run_grid(training, expand(grid, tmp_path, tmp_path, ["--image_size", "16"]), storage(tmp_path))
+    run_grid(training, expand(grid, tmp_path, tmp_path, ["--image_size", "16"]))
     for other, differing in (([], "--image_size 16"), (["--image_size", "8"], "16 8")):
         with pytest.raises(ValueError, match=rf"off_0 was run with other arguments \(differing: {differing}\)"):
-            run_grid(training, expand(grid, tmp_path, tmp_path, other), storage(tmp_path))
+            run_grid(training, expand(grid, tmp_path, tmp_path, other))
     (tmp_path / "x").mkdir()
     elsewhere = tmp_path / "x" / ".."  # the same folder, by another name
-    run_grid(training, expand(grid, elsewhere, elsewhere, ["--image_size", "16"]), storage(tmp_path))
+    run_grid(training, expand(grid, elsewhere, elsewhere, ["--image_size", "16"]))
     assert len(started(tmp_path)) == 2
 
 
 def test_killed_in_the_middle_only_the_unfinished_are_run(training, tmp_path):
     """What the killed worker had taken is run again."""
     code = (
-        "import sys; from pathlib import Path; import hf_gr.grid as g\n"
-        f"folder = Path({str(tmp_path)!r}); grid = g.Grid('x', {ARMS!r}, 'off', seeds=[0, 1])\n"
+        "import sys; from pathlib import Path; import hf_gr.grid as g; from hf_gr.grid_file import Grid\n"
+        f"folder = Path({str(tmp_path)!r}); grid = Grid('x', {ARMS!r}, 'off', seeds=[0, 1])\n"
         "runs = g.expand(grid, folder, folder)\n"
-        f"g.run_grid(Path({str(training)!r}), runs, {storage(tmp_path)!r})"
+        f"g.run_grid(Path({str(training)!r}), runs)"
     )
     (tmp_path / "told.json").write_text(json.dumps({"sleep": 1}))
     worker = subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
@@ -181,19 +186,184 @@ def test_killed_in_the_middle_only_the_unfinished_are_run(training, tmp_path):
     worker.wait()
     runs = expand(Grid("x", ARMS, "off", seeds=[0, 1]), tmp_path, tmp_path)
     assert [run.is_finished for run in runs] == [True, False, False, False]
-    run_grid(training, runs, storage(tmp_path))
+    run_grid(training, runs)
     assert all(run.is_finished for run in runs)
     assert [started(tmp_path).count(run.name) for run in runs] in ([1, 2, 1, 1], [1, 1, 1, 1])
 
 
+def test_a_run_whose_worker_was_killed_is_waited_for_not_started_again(training, tmp_path, monkeypatch):
+    """The child goes on without its worker, and has the lock."""
+    grid = Grid("x", ARMS, "off")
+    code = (
+        "from pathlib import Path; from hf_gr.grid import expand, run_grid; from hf_gr.grid_file import Grid\n"
+        f"folder = Path({str(tmp_path)!r})\n"
+        f"run_grid(Path({str(training)!r}), expand(Grid('x', {ARMS!r}, 'off'), folder, folder))"
+    )
+    (tmp_path / "told.json").write_text(json.dumps({"until": str(tmp_path / "go")}))
+    worker = subprocess.Popen([sys.executable, "-c", code])
+    until = time.monotonic() + 120
+    while time.monotonic() < until and not (tmp_path / "started.txt").exists():
+        time.sleep(0.02)
+    os.kill(worker.pid, signal.SIGKILL)
+    worker.wait()
+    runs = expand(grid, tmp_path, tmp_path)
+    assert started(tmp_path) == ["off_0"] and [run.is_locked() for run in runs] == [True, False]
+    waiting = []
+
+    def end(message):
+        waiting.append(message)
+        (tmp_path / "go").touch()
+
+    (tmp_path / "told.json").unlink()  # for the second run; the first has read it
+    monkeypatch.setattr(logging.getLogger("hf_gr.grid"), "warning", end)
+    run_grid(training, runs)
+    assert waiting == ["Waiting for others, who are at work on off_0."]
+    assert all(run.is_finished for run in runs) and started(tmp_path) == ["off_0", "on_0"]
+
+
+def test_other_arguments_are_refused_while_a_run_is_under_way(training, tmp_path):
+    (run, _) = expand(Grid("x", ARMS, "off"), tmp_path, tmp_path, ["--image_size", "16"])
+    run.folder.mkdir()
+    (run.folder / "settings.json").write_text(json.dumps(run.settings))
+    with (
+        run.lock(),
+        pytest.raises(ValueError, match=r"off_0 was run with other arguments \(differing: --image_size 16"),
+    ):
+        run_grid(training, expand(Grid("x", ARMS, "off"), tmp_path, tmp_path))
+    assert not (tmp_path / "started.txt").exists()
+
+
+def test_values_with_the_same_name_get_folders_of_their_own(tmp_path):
+    """Those whose name is unambiguous keep it, so that their finished runs are found."""
+    grid = Grid(
+        "x", {"a b": {}, "a-b": {}, "c": {}}, "c", axes={"data": ["/one/cifar", "/two/cifar", "Mnist", "mnist"]}
+    )
+    runs = expand(grid, tmp_path, tmp_path)
+    assert len({run.name.casefold() for run in runs}) == len(runs) == 12
+    assert [run.name for run in expand(Grid("x", {"a b": {}, "c": {}}, "c", axes={"data": ["/one/cifar"]}), tmp_path,
+                                       tmp_path)] == ["cifar_a-b_0", "cifar_c_0"]  # fmt: skip
+    swapped = Grid(
+        "x", {"c": {}, "a-b": {}, "a b": {}}, "c", axes={"data": ["mnist", "/two/cifar", "Mnist", "/one/cifar"]}
+    )
+    assert {run.name: run.point for run in expand(swapped, tmp_path, tmp_path)} == {run.name: run.point for run in runs}
+
+
+SECRETS = ["hf_the_first_secret", "hf_the_second_secret"]
+
+
+def grid_file(folder: Path, training: Path, **changes) -> Path:
+    content = {"script": str(training), "arms": ARMS, "baseline": "off", **changes}
+    (folder / "grid.yaml").write_text(yaml.safe_dump(content))
+    return folder / "grid.yaml"
+
+
+def compare_here(*argv) -> None:
+    load_script("compare").main([str(word) for word in argv])
+
+
+@pytest.mark.parametrize("flags", [["--hub_token"] * 2, ["--hub-token"] * 2, ["--hub_tok"] * 2], ids=lambda f: f[0])
+def test_no_token_gets_into_files_or_command_lines(flags, training, tmp_path, monkeypatch):
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    out = tmp_path / "out"
+    (out / "environment").mkdir(parents=True)
+    argv = [word for pair in zip(flags, SECRETS, strict=True) for word in pair]
+    path = grid_file(tmp_path, training, flags={"hub_model_id": f"me/hf_{'1a' * 17}"})
+    compare_here("--preset", path, "--output_dir", out, *argv, "--run_name", SECRETS[0])
+    arguments, token = json.loads((out / "environment" / "on_0").read_text())
+    assert token == SECRETS[1] and not any("hub_tok" in word.replace("-", "_") for word in arguments)
+    for file in out.rglob("*"):
+        if file.is_file() and file.parent.name != "environment":
+            content = file.read_bytes().decode(errors="replace")
+            assert not any(secret in content for secret in (*SECRETS, "1a" * 17)), file
+    assert "--run_name ..." in (out / "table.md").read_text()
+
+
+def test_folders_that_were_begun_with_a_token_are_found(training, tmp_path):
+    runs = expand(Grid("x", ARMS, "off"), tmp_path, tmp_path, ["--hub_token", SECRETS[0], "--image-size", "8"])
+    run_grid(training, runs)
+    for run in runs:  # as it was written once
+        (run.folder / "settings.json").write_text(json.dumps(["--hub_token", SECRETS[0], *run.settings]))
+    run_grid(training, expand(Grid("x", ARMS, "off"), tmp_path, tmp_path, ["--image_size", "8"]))
+    assert len(started(tmp_path)) == 2
+
+
+def test_a_metric_that_is_not_reported_stops_after_the_first_run(training, tmp_path):
+    path = grid_file(tmp_path, training, metric="eval_eror", seeds=[0, 1, 2])
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"metric='eval_eror': \S+off_0 does not have it.* one of eval_loss"):
+            compare_here("--preset", path, "--output_dir", tmp_path / "out")
+        assert started(tmp_path / "out") == ["off_0"]
+
+
+def test_published_numbers_that_are_not_there_are_named_before_the_first_run(training, tmp_path):
+    published = {"file": "p.csv", "arms": {"on": "gr"}, "names": {"vit": "ViT"}}
+    path = grid_file(tmp_path, training, published=published)
+    with pytest.raises(ValueError, match=r"published.file=\S+p.csv: it cannot be read"):
+        compare_here("--preset", path, "--output_dir", tmp_path / "out")
+    header = "table,model,dataset,optimizer,method,mean,std\n"
+    for content, message in (
+        ("a,b\n", "it has no column dataset, mean, method, model, optimizer, std"),
+        (f"{header}T,ViT,c,o,other,1,\n", "published.arms: gr is not in the column method"),
+        (f"{header}T,x,c,o,gr,1,\n", "published.names: ViT is not in the column model or dataset or optimizer"),
+        (f"{header}T,ViT,c\n", "a row has fewer values"),
+    ):
+        (tmp_path / "p.csv").write_text(content)
+        with pytest.raises(ValueError, match=message):
+            compare_here("--preset", path, "--output_dir", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["all_results.json", "trainer_state.json", "settings.json"])
+def test_a_truncated_file_is_named(name, training, tmp_path):
+    path = grid_file(tmp_path, training)
+    compare_here("--preset", path, "--output_dir", tmp_path / "out")
+    file = tmp_path / "out" / "on_0" / name
+    file.write_text(file.read_text()[:9])
+    with pytest.raises(ValueError, match=rf"on_0/{name} is not valid JSON .* delete its folder and run again"):
+        compare_here("--preset", path, "--output_dir", tmp_path / "out")
+
+
 # ---- Reports ----
+
+
+@pytest.mark.parametrize(("axis", "picture"), [(["--axis", "a=1,2"], "sensitivity.png"),
+                                               (["--axis", "a=1", "--axis", "b=1"], "heat_map.png")])  # fmt: skip
+def test_runs_that_have_diverged_are_shown_as_such(axis, picture, training, tmp_path):
+    (tmp_path / "out").mkdir()
+    diverging = [["0.1", "0"], ["0.1", "1"], ["0", "1"]]
+    (tmp_path / "out" / "told.json").write_text(json.dumps({"diverges": diverging}))
+    path = grid_file(tmp_path, training, seeds=[0, 1], percent=True)
+    compare_here("--preset", path, "--output_dir", tmp_path / "out", "--workers", 2, *axis)
+    table = (tmp_path / "out" / "table.md").read_text()
+    assert "| off | 0 (1 of 2 seeds) | 0, nan |  |  | 0 (1 of 2 seeds) | 0 (1 of 2 seeds) |" in table
+    assert "| on | nan (0 of 2 seeds) | nan, nan |  |  | nan (0 of 2 seeds) |" in table
+    assert {"curves.png", picture} <= {file.name for file in (tmp_path / "out").iterdir()}
+
+
+def test_a_mean_over_some_of_the_seeds_says_so(training, tmp_path):
+    """At equal seconds: seed 1 of `on` has its first evaluation when `off` is long done."""
+    grid = Grid(training.name, ARMS, "off", seeds=[0, 1])
+    runs = expand(grid, tmp_path, tmp_path)
+    run_grid(training, runs)
+    path = tmp_path / "on_1" / "trainer_state.json"
+    history = json.loads(path.read_text())["log_history"]
+    path.write_text(json.dumps({"log_history": [{**e, "train_seconds": 99} for e in history]}))
+    line = markdown_table(grid, runs).splitlines()[3]
+    assert line == "| on | 0.11 ± 0.014 | 0.1, 0.12 | +0.105 | 0.03 | 0.61 | 0.2 (1 of 2 seeds) | 20 | 11 |"
+
+
+def test_names_do_not_break_the_table(training, tmp_path):
+    grid = Grid(training.name, {"a|b": {"gr_lambda": 0}}, "a|b")
+    runs = expand(grid, tmp_path, tmp_path)
+    run_grid(training, runs)
+    assert markdown_table(grid, runs).splitlines()[2].startswith(r"| a\|b | 0 |")
 
 
 @pytest.fixture
 def finished(training, tmp_path) -> tuple[Grid, list[Run]]:
     grid = Grid(training.name, ARMS, "off", axes={"gr_r": [0.1, 0.2]}, seeds=[0, 1, 2])
     runs = expand(grid, tmp_path, tmp_path)
-    run_grid(training, runs, storage(tmp_path), 2)
+    run_grid(training, runs, 2)
     return grid, runs
 
 
@@ -231,18 +401,19 @@ def test_published_numbers_are_beside_ours_and_marked(finished, tmp_path):
 
 def test_a_table_in_the_shape_of_the_papers(training, tmp_path):
     axes = {"model": ["vit", "vit2"], "dataset_name": ["c", "d"]}
-    grid = Grid(training.name, ARMS, "off", axes=axes, seeds=[0, 1], published_like={"optim": "adam"})
+    grid = Grid(training.name, ARMS, "off", axes=axes, seeds=[0, 1])
+    grid.published_like = {"optim": "adam"}
     grid.published = {"arms": {"on": "gr"}, "names": {"vit": "ViT", "c": "cifar", "adam": "Adam"}}
     (tmp_path / "p.csv").write_text(
         "table,model,dataset,optimizer,method,mean,std\nTable 2,ViT,cifar,Adam,gr,13.61,0.2\n"
     )
     runs = expand(grid, tmp_path, tmp_path)
-    run_grid(training, runs, storage(tmp_path), 2)
+    run_grid(training, runs, 2)
     lines = table_like_the_papers(grid, runs[:-1], tmp_path / "p.csv").splitlines()
     assert lines[0] == "| model |  | c | d |" and len(lines) == 6
     assert lines[2] == "| vit | off | 0.005 ± 0.0071 | 0.005 ± 0.0071 |"
     assert lines[3] == ("| vit | on | 0.11 ± 0.014<br>published: 13.61 ± 0.2 (ViT, cifar, Adam) | 0.11 ± 0.014 |")
-    assert lines[5] == "| vit2 | on | 0.11 ± 0.014 | 0.1 |"  # one run is missing
+    assert lines[5] == "| vit2 | on | 0.11 ± 0.014 | 0.1 (1 of 2 seeds) |"  # one run is missing
     grid.published = None
     assert "published" not in table_like_the_papers(grid, runs) + markdown_table(grid, runs)
 

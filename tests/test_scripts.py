@@ -112,6 +112,9 @@ def test_the_command_on_the_card_is_the_one_that_was_given(finished):
     [
         (["--hub_token", "hf_secret", "--gr_r=0.1"], "python train.py --hub_token ... --gr_r=0.1"),
         (["--hub-tok=hf_secret"], "python train.py --hub-tok=..."),
+        (["--hub_token", "one", "--hub_token", "hf_secret"], "python train.py --hub_token ... --hub_token ..."),
+        (["--hub_model_id", "me/hf_secret"], "python train.py --hub_model_id me/..."),
+        (["--hub_model_id", f"hf_{'a1' * 17}"], "python train.py --hub_model_id ..."),
         (["--dataset_name", "/home/me/data/"], "python train.py --dataset_name data"),
         (["r.yaml", "--dataset_name=../../data.parquet"], "python train.py r.yaml --dataset_name=data.parquet"),
         (["--sample_prompt", "It's a"], "python train.py --sample_prompt 'It'\"'\"'s a'"),
