@@ -180,7 +180,8 @@ class _LayerwiseOptimizer(Optimizer):
     def _check_state_dict(self, state_dict: dict[str, Any]) -> None:
         name = type(self).__name__
         for own, saved in zip(self.param_groups, state_dict["param_groups"], strict=False):
-            if lacking := sorted(self.defaults.keys() - saved.keys() - {"foreach"}):  # that one changes no result
+            # torch adds settings to `defaults` alone; `foreach` changes no result.
+            if lacking := sorted((self.defaults.keys() & own.keys()) - saved.keys() - {"foreach"}):
                 raise ValueError(
                     f"The state to be loaded is not of {name}: its groups have no {', '.join(lacking)}. Make the "
                     "optimizer that it was saved from, or start without it."

@@ -1,6 +1,8 @@
 """Other people's trainers behind `GRMixin`, and what they do that `Trainer` does not."""
 
 import copy
+from dataclasses import dataclass
+from functools import cache
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from torch.nn import functional as F
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 import toys
-from hf_gr import LAMB, LARS, TVLARS, GRConfig, GRMixin
+from hf_gr import LAMB, LARS, TVLARS, GRArguments, GRConfig, GRMixin
 from reference import train as reference_train
 
 # ---- A loss with weights of its own ----
@@ -168,3 +170,124 @@ def test_what_the_optimizer_does_not_train_is_not_perturbed_and_keeps_the_gradie
     expected = [p.grad for name, p in plain.named_parameters() if "classifier" not in name]
     for grad, expected_grad in zip(gradients[0], expected, strict=True):
         torch.testing.assert_close(grad, expected_grad, rtol=1e-5, atol=1e-7)
+
+
+# ---- sentence-transformers ----
+
+
+@pytest.fixture(scope="module")
+def sentence_models(tmp_path_factory):
+    """Folders of a BERT and of one that classifies, with a tokenizer, and pairs of sentences with a label."""
+    pytest.importorskip("sentence_transformers")
+    from datasets import Dataset
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import BertConfig, BertForSequenceClassification, BertModel, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("sentences")
+    words = {"<unk>": 0, **{f"word{i}": i for i in range(1, 30)}}
+    tokenizer = Tokenizer(models.WordLevel(words, "<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<unk>", sep_token="word1")
+    config = BertConfig(vocab_size=30, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
+                        max_position_embeddings=32, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+                        num_labels=1)  # fmt: skip
+    for cls in (BertModel, BertForSequenceClassification):
+        set_seed(0)
+        cls(config).save_pretrained(folder / cls.__name__)
+        fast.save_pretrained(folder / cls.__name__)
+    generator = torch.Generator().manual_seed(0)
+
+    def sentence():
+        return " ".join(f"word{int(i)}" for i in torch.randint(1, 30, (5,), generator=generator))
+
+    return folder, Dataset.from_list([{"a": sentence(), "b": sentence(), "label": i % 2 / 1} for i in range(24)])
+
+
+@cache
+def with_gr(trainer, config):
+    """The two classes behind ours; known to this module by name, as checkpoints pickle the arguments."""
+    config = dataclass(type(f"GR{config.__name__}", (GRArguments, config), {"__module__": __name__}))
+    globals()[config.__name__] = config
+    return type(f"GR{trainer.__name__}", (GRMixin, trainer), {}), config
+
+
+def sentence_trainer(kind, folder, data, output_dir, has_gr=True, has_head=True, **flags):
+    import sentence_transformers as st
+    from datasets import Value
+    from sentence_transformers.cross_encoder.losses import BinaryCrossEntropyLoss
+    from sentence_transformers.sentence_transformer.losses import CosineSimilarityLoss, SoftmaxLoss
+    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+
+    if kind == "CrossEncoder":
+        model = st.CrossEncoder(str(folder / "BertForSequenceClassification"), num_labels=1, device="cpu")
+        loss = BinaryCrossEntropyLoss(model)
+    else:
+        body = Transformer(str(folder / "BertModel"))
+        model = st.SentenceTransformer(modules=[body, Pooling(body.get_embedding_dimension())], device="cpu")
+        set_seed(1)
+        loss = SoftmaxLoss(model, 8, 2) if has_head else CosineSimilarityLoss(model)
+        data = data.cast_column("label", Value("int64")) if has_head else data
+    trainer_class, config = getattr(st, f"{kind}Trainer"), getattr(st, f"{kind}TrainingArguments")
+    if has_gr:
+        trainer_class, config = with_gr(trainer_class, config)
+    settings = {"optim": "sgd", "learning_rate": 0.1, "lr_scheduler_type": "constant", "max_grad_norm": 0.0,
+                "max_steps": 4, **flags}  # fmt: skip
+    return trainer_class(
+        model=model, args=config(**toys.arguments(output_dir, **settings)), train_dataset=data, loss=loss
+    )
+
+
+KINDS = ["SentenceTransformer", "CrossEncoder"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_sentence_transformers_with_gr_is_a_loop_of_two_passes_bit_for_bit(kind, sentence_models, tmp_path):
+    r = 0.05
+    trainer = sentence_trainer(kind, *sentence_models, tmp_path, gr_warmup="none", gr_r=r)
+    trainer.train()
+
+    by_hand = sentence_trainer(kind, *sentence_models, tmp_path, has_gr=False)
+    by_hand.model.train()
+    loss, batches = by_hand.loss, iter(by_hand.get_train_dataloader())
+    optimizer = by_hand.create_optimizer()
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+
+    def backward(batch):
+        loss(*by_hand.collect_features(dict(batch))).backward()
+
+    for _ in range(4):
+        batch = next(batches)
+        backward(batch)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in params if p.grad is not None]).item()
+        theta = [p.detach().clone() for p in params]
+        with torch.no_grad():
+            for p in params:
+                if p.grad is not None:
+                    p.add_(p.grad, alpha=r / (norm + 1e-12))
+        optimizer.zero_grad()
+        backward(batch)
+        with torch.no_grad():
+            for p, value in zip(params, theta, strict=True):
+                p.copy_(value)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert torch.equal(toys.weights(trainer.loss), toys.weights(loss))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_sentence_transformers_without_gr_and_resumed_are_bit_for_bit_the_same(kind, sentence_models, tmp_path):
+    plain = sentence_trainer(kind, *sentence_models, tmp_path / "plain", has_gr=False)
+    off = sentence_trainer(kind, *sentence_models, tmp_path / "off", gr_lambda=0)
+    for trainer in (plain, off):
+        trainer.train()
+    assert torch.equal(toys.weights(plain.loss), toys.weights(off.loss))
+
+    flags = {"save_strategy": "steps", "save_steps": 2, "optim": "lars", "gr_warmup_steps": 1}
+    # Their checkpoints leave out the weights of a loss: one without.
+    whole, resumed = (sentence_trainer(kind, *sentence_models, tmp_path, has_head=False, **flags) for _ in range(2))
+    whole.train()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert torch.equal(toys.weights(resumed.model), toys.weights(whole.model))
+    assert not torch.equal(toys.weights(whole.model), toys.weights(plain.model))
+    whole.create_model_card()
+    assert "- hf_gr\n" in (tmp_path / "README.md").read_text()
