@@ -1,18 +1,28 @@
 """Image data: loading, finding the columns and splits, preprocessing, augmentation."""
 
 import functools
-from collections.abc import Callable
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value, load_dataset
+from PIL import Image as PILImage
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .mistakes import explained
+from .mistakes import explained, one_line
+from .pixels import is_deep, to_rgb
+
+logger = logging.getLogger(__name__)
 
 EVAL_SPLITS = ("test", "validation", "valid")
 DIGITS_EVAL_SIZE = 360
+#: The column of `number_rows`.
+ROW = "_row"
 
 
 def load_image_dataset(name: str, config: str | None = None) -> DatasetDict:
@@ -74,7 +84,13 @@ def find_label_column(features: Features, name: str | None = None) -> tuple[str,
             f"label_column_name={name!r} holds {_type(features[name])}, not class labels. Give the column its classes, "
             f"dataset = dataset.class_encode_column({name!r}), and save the data set again."
         )
-    return name, features[name].names
+    names = features[name].names
+    if len(names) < 2:
+        raise ValueError(
+            f"label_column_name={name!r} has {len(names)} class ({_list(names)}): there is nothing to tell "
+            "apart. Choose another column or dataset."
+        )
+    return name, names
 
 
 def _only_column(features: Features, kind: type, what: str, flag: str) -> str:
@@ -91,39 +107,88 @@ def _type(feature: Any) -> str:
     return feature.dtype if isinstance(feature, Value) else type(feature).__name__
 
 
-def _list(features: Features) -> str:
-    return ", ".join(features)
+def _list(features: Iterable) -> str:
+    return ", ".join(map(str, features))
+
+
+def number_rows(dataset: DatasetDict) -> DatasetDict:
+    """With a column that keeps, through shuffles and selections, which row of its split an example was."""
+    return DatasetDict({name: _numbered(split) for name, split in dataset.items()})
+
+
+def _numbered(split: Dataset) -> Dataset:
+    return split if ROW in split.column_names else split.add_column(ROW, np.arange(len(split)))
 
 
 def split_train_eval(
-    dataset: DatasetDict, label_column: str, eval_fraction: float | None, seed: int
+    dataset: DatasetDict,
+    label_column: str,
+    eval_fraction: float | None,
+    seed: int,
+    skipped: Counter[str] | None = None,
 ) -> tuple[Dataset, Dataset, str]:
-    """(train, evaluation, name of the evaluation split).
+    """(train, evaluation, name of the evaluation split), with a class in every row.
 
     The evaluation split is `test`, `validation` or `valid`, whichever is there first with labels (benchmarks hide those
     of their test split, and put -1). Without any, it is a share of `train`, drawn per class with `seed`: 10 % unless
     `eval_fraction` says otherwise.
+
+    Args:
+        skipped: rows without a class are left out, and counted in here by split; by default they are an error.
     """
     if "train" not in dataset:
         raise ValueError(f"The data set has no split 'train', only {', '.join(dataset)}.")
+    train = _with_labels(dataset["train"], "train", label_column, skipped)
+    _warn_of_absent_classes(train, label_column)
     for name in EVAL_SPLITS:
-        if name in dataset and _is_labelled(dataset[name], label_column):
+        if name in dataset and (_labels(dataset[name], label_column) >= 0).any():
             if eval_fraction is not None:
                 raise ValueError(
                     f"eval_fraction={eval_fraction} has no effect: the data set has a split {name!r} to evaluate on. "
                     "Leave it out."
                 )
-            return dataset["train"], dataset[name], name
+            return train, _with_labels(dataset[name], name, label_column, skipped), name
     fraction = 0.1 if eval_fraction is None else eval_fraction
     if not 0 < fraction < 1:
         raise ValueError(f"eval_fraction={eval_fraction}: must be a share between 0 and 1.")
-    parts = dataset["train"].train_test_split(test_size=fraction, stratify_by_column=label_column, seed=seed)
+    remedy = "Every class needs two examples or more, and each part one of every class. Give another eval_fraction."
+    with explained(f"eval_fraction={fraction}: the split 'train' could not be divided", remedy):
+        parts = train.train_test_split(test_size=fraction, stratify_by_column=label_column, seed=seed)
     return parts["train"], parts["test"], f"{fraction:g} of train"
 
 
-def _is_labelled(dataset: Dataset, label_column: str) -> bool:
-    label = dataset.select_columns([label_column])[0][label_column] if len(dataset) else None
-    return label is not None and label >= 0
+def _labels(dataset: Dataset, label_column: str) -> np.ndarray:
+    """All class ids, -1 where there is none."""
+    column = dataset.select_columns([label_column]).with_format("arrow")[:].column(label_column)
+    return column.fill_null(-1).to_numpy()
+
+
+def _with_labels(dataset: Dataset, split: str, label_column: str, skipped: Counter[str] | None) -> Dataset:
+    labels, classes = _labels(dataset, label_column), dataset.features[label_column].num_classes
+    is_good = (labels >= 0) & (labels < classes)
+    if is_good.all():
+        return dataset
+    what = f"label_column_name={label_column!r} has no class of 0 to {classes - 1} there"
+    _skip_or_raise(split, np.flatnonzero(~is_good), what, skipped)
+    return dataset.select(np.flatnonzero(is_good))
+
+
+def _warn_of_absent_classes(train: Dataset, label_column: str) -> None:
+    names, present = train.features[label_column].names, set(_labels(train, label_column))
+    if absent := [name for i, name in enumerate(names) if i not in present]:
+        logger.warning(f"Of {len(names)} classes {len(absent)} have no training example: {_some(absent)}.")
+
+
+def _skip_or_raise(split: str, rows: np.ndarray, what: str, skipped: Counter[str] | None) -> None:
+    where = f"split {split!r}, row{'s' * (len(rows) > 1)} {_some(rows)}: {what}"
+    if skipped is None:
+        raise ValueError(f"{where}. Mend or remove such examples, or leave them out with --skip_bad_examples.")
+    logger.warning(f"{where}. {len(rows)} left out.")
+    skipped[split] += len(rows)
+
+
+def _some(values: Any) -> str:
+    return _list(values[:5]) + (f" and {len(values) - 5} more" if len(values) > 5 else "")
 
 
 def keep_first(dataset: Dataset, count: int | None, seed: int, flag: str) -> Dataset:
@@ -135,17 +200,121 @@ def keep_first(dataset: Dataset, count: int | None, seed: int, flag: str) -> Dat
     return dataset.shuffle(seed=seed).select(range(count))
 
 
-def preprocess(dataset: Dataset, image_processor: Callable, image_column: str, label_column: str) -> Dataset:
-    """Examples as the model takes them, made when they are asked for: `pixel_values` and `labels`."""
+@dataclass(frozen=True)
+class ImageReader:
+    """Reads the images of one split, as RGB, and names the row of one that it cannot read.
+
+    Args:
+        column: of the images, as their files are.
+        split: its name.
+        max_value: what is white in images of more than 8 bits; see `to_rgb`.
+        mode: of 8 bits, which the dataset wants its images in.
+    """
+
+    column: str
+    split: str
+    max_value: float | None
+    mode: str | None
+
+    def __call__(self, batch: dict) -> list[PILImage.Image]:
+        """The images of `batch`, which has the column `ROW`, too. Raises `ValueError` if one cannot be read."""
+        return [self._named(file, row) for file, row in zip(batch[self.column], batch[ROW], strict=True)]
+
+    def _named(self, file: dict | None, row: int) -> PILImage.Image:
+        try:
+            return self.read(file)
+        except Exception as error:  # a broken file is whatever its decoder runs into
+            path = f" ({file['path']})" if file and file["path"] else ""
+            raise ValueError(
+                f"split {self.split!r}, row {row}{path}: the image cannot be used ({one_line(error)}). Mend or remove "
+                "it, or leave out all such examples with --skip_bad_examples."
+            ) from error
+
+    def read(self, file: dict | None) -> PILImage.Image:
+        """One image. Raises whatever its decoder does."""
+        if file is None:
+            raise ValueError("there is none")
+        return to_rgb(Image().decode_example(file), self.max_value, self.mode)
+
+    def can_read(self, file: dict | None) -> bool:
+        try:
+            self.read(file)
+        except Exception:
+            return False
+        return True
+
+
+def _image_files(dataset: Dataset, column: str, split: str, max_value: float | None) -> tuple[Dataset, ImageReader]:
+    """`dataset` with images as their files are, and what reads them."""
+    mode = dataset.features[column].mode
+    reader = ImageReader(column, split, max_value, mode)
+    return dataset.cast_column(column, Image(mode=mode, decode=False)), reader
+
+
+def keep_readable(
+    dataset: Dataset,
+    split: str,
+    skipped: Counter[str],
+    image_column: str,
+    max_value: float | None = None,
+    num_proc: int | None = None,
+) -> Dataset:
+    """The examples of `dataset` whose images can be read; to find out, all are.
+
+    Args:
+        dataset: of `number_rows`.
+        skipped: counts the others by split.
+        max_value: see `to_rgb`.
+        num_proc: processes that read.
+    """
+    files, reader = _image_files(dataset, image_column, split, max_value)
+    kept = files.filter(reader.can_read, input_columns=image_column, num_proc=num_proc)
+    bad = np.setdiff1d(dataset[ROW][:], kept[ROW][:])
+    if len(bad):
+        _skip_or_raise(split, bad, "the image cannot be used", skipped)
+    if not len(kept):
+        raise ValueError(f"split {split!r}: no image can be used. Without --skip_bad_examples the error says why.")
+    return kept
+
+
+def preprocess(
+    dataset: Dataset,
+    image_processor: Callable,
+    image_column: str,
+    label_column: str,
+    split: str = "train",
+    max_value: float | None = None,
+) -> Dataset:
+    """Examples as the model takes them, made when they are asked for: `pixel_values` and `labels`.
+
+    Args:
+        split: named in errors.
+        max_value: what is white in images of more than 8 bits; see `to_rgb`.
+    """
+    dataset = _numbered(dataset).select_columns([image_column, label_column, ROW])
+    dataset, reader = _image_files(dataset, image_column, split, max_value)
     transform = functools.partial(
-        _to_model_inputs, image_processor=image_processor, image_column=image_column, label_column=label_column
+        _to_model_inputs, image_processor=image_processor, read=reader, label_column=label_column
     )
     return dataset.with_transform(transform)
 
 
-def _to_model_inputs(batch: dict, image_processor: Callable, image_column: str, label_column: str) -> dict:
-    images = [image.convert("RGB") for image in batch[image_column]]
-    return {"pixel_values": image_processor(images, return_tensors="pt")["pixel_values"], "labels": batch[label_column]}
+def _to_model_inputs(batch: dict, image_processor: Callable, read: ImageReader, label_column: str) -> dict:
+    pixels = image_processor(read(batch), return_tensors="pt")["pixel_values"]
+    return {"pixel_values": pixels, "labels": batch[label_column]}
+
+
+def check_first_example(inputs: Dataset, image_column: str, max_value: float | None, crop_padding: int) -> None:
+    """Read the first example of `preprocess`, and refuse or warn of what does not go with it before training starts."""
+    height, width = inputs[0]["pixel_values"].shape[-2:]
+    if crop_padding >= min(height, width):
+        raise ValueError(
+            f"crop_padding={crop_padding}: an image of {height} x {width} pixels cannot be reflected so far. Give at "
+            f"most {min(height, width) - 1}, or 0 (off)."
+        )
+    file = inputs.with_format(None)[0][image_column]
+    if max_value is not None and not is_deep(Image().decode_example(file)):
+        logger.warning(f"image_max_value={max_value:g}: no effect on images of 8 bits, such as the first one.")
 
 
 def random_crop(images: Tensor, padding: int) -> Tensor:

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .language_modeling import generate_text
-from .metrics import AnswerMatch
+from .metrics import AnswerMatch, compute
 
 ALPACA_COLUMNS = ("instruction", "output")  # and "input", which may be missing or empty
 #: The prompts that the Alpaca models were trained with; what is to be compared with them needs them to the letter.
@@ -95,5 +95,4 @@ def answer_metrics(
     """Exact match and ROUGE-L of greedy answers, between 0 and 1."""
     pairs = [prompt_and_answer(example, tokenizer) for example in examples]
     answers = [generate_text(model, tokenizer, prompt, max_new_tokens) for prompt, _ in pairs]
-    metric = AnswerMatch(keep_in_memory=True)
-    return metric.compute(predictions=answers, references=[answer for _, answer in pairs])
+    return compute(AnswerMatch, predictions=answers, references=[answer for _, answer in pairs])

@@ -12,11 +12,12 @@ from transformers import (
     TrainingArguments,
 )
 
+from .full_evaluation import FullEvaluation
 from .trainer import GRTrainer
 
 
-class CausalLMTrainer(GRTrainer):
-    """`GRTrainer` with `eval_perplexity` beside `eval_loss`."""
+class CausalLMTrainer(FullEvaluation, GRTrainer):
+    """`GRTrainer` with `eval_perplexity` beside `eval_loss`, on every evaluation example."""
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         if "eval_loss" in logs:

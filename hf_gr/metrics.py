@@ -1,11 +1,17 @@
 """Classification metrics that need no download: `evaluate.load("accuracy")` fetches its code from the Hub."""
 
+import tempfile
+from typing import Any
+
 import datasets
 import evaluate
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import EvalPrediction
+
+#: The label that PyTorch's cross entropy leaves out.
+IGNORED = -100
 
 
 class TopKAccuracy(evaluate.Metric):
@@ -45,9 +51,24 @@ def rank_classes(logits: Tensor | tuple, labels: Tensor) -> Tensor:
 
 
 def classification_metrics(prediction: EvalPrediction) -> dict[str, float]:
-    """For `Trainer(compute_metrics=...)`, after `rank_classes`. `Trainer` has gathered all processes' examples."""
-    metric = TopKAccuracy(keep_in_memory=True)
-    return metric.compute(predictions=prediction.predictions, references=prediction.label_ids)
+    """For `Trainer(compute_metrics=...)`, after `rank_classes`. `Trainer` has gathered all processes' examples.
+
+    Those labelled `IGNORED` do not count, as in the loss.
+    """
+    counted = prediction.label_ids != IGNORED
+    if not counted.any():
+        raise ValueError("The evaluation data has no labelled example.")
+    return compute(TopKAccuracy, predictions=prediction.predictions[counted], references=prediction.label_ids[counted])
+
+
+def compute(kind: type[evaluate.Metric], **inputs: Any) -> dict[str, float]:
+    """What a metric of the class `kind` says of `inputs`.
+
+    `evaluate` makes a cache folder in the home directory, into which a metric that is kept in memory writes nothing;
+    here it need not be writable.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        return kind(keep_in_memory=True, cache_dir=folder).compute(**inputs)
 
 
 class AnswerMatch(evaluate.Metric):

@@ -67,12 +67,16 @@ def _report(error: Exception, main: Callable) -> None:
 
 def one_line(error: BaseException) -> str:
     """The message of `error`, or its type if it has none."""
-    return " ".join(str(error).split()) or type(error).__name__
+    message = str(error)
+    if "in DataLoader worker process" in message:  # which sends its traceback in place of the message
+        message = message.rpartition(f"\n{type(error).__name__}: ")[2]
+    return " ".join(message.split()) or type(error).__name__
 
 
 def _origin(error: Exception, main: Callable) -> str:
     """Where an error comes from that our own code has not raised: its message may need that."""
-    path = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+    frames = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
+    path = Path(next(name for name in reversed(frames) if not name.startswith("<")))
     if path.parent in (Path(__file__).parent, Path(main.__code__.co_filename).parent):
         return ""
     return f" ({type(error).__name__} in {path.parent.name}/{path.name}; --traceback shows all)"

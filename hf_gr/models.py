@@ -114,7 +114,7 @@ def create_image_model(
         stem: of a ResNet.
     """
     if preset in RESNET_PRESETS:
-        return create_resnet(preset, label_names, stem or "imagenet")
+        return create_resnet(preset, label_names, "imagenet" if stem is None else stem)
     for presets, create in ((VIT_PRESETS, create_vit), (SWIN_PRESETS, create_swin), (CAIT_PRESETS, create_cait)):
         if preset in presets:
             chosen = {} if dropout is None else {"dropout": dropout}
@@ -131,8 +131,9 @@ def _shape(presets: dict[str, dict[str, Any]], preset: str, image_size: int | No
     if preset not in presets:
         raise ValueError(f"model={preset!r}: choose one of {', '.join(presets)}.")
     shape = dict(presets[preset])
-    shape["image_size"] = image_size or shape["image_size"]
-    if shape["image_size"] % shape["patch_size"]:
+    if image_size is not None:
+        shape["image_size"] = image_size
+    if shape["image_size"] < 1 or shape["image_size"] % shape["patch_size"]:
         raise ValueError(
             f"image_size={image_size}: {preset} cuts images into patches of {shape['patch_size']} pixels; choose a "
             "multiple of that."
@@ -291,7 +292,7 @@ def create_llama(
             num_hidden_layers=shape.num_hidden_layers,
             num_attention_heads=shape.num_attention_heads,
             num_key_value_heads=shape.num_attention_heads,
-            max_position_embeddings=context or shape.context,
+            max_position_embeddings=shape.context if context is None else context,
             tie_word_embeddings=shape.tie_word_embeddings,
             bos_token_id=eos_token_id,
             eos_token_id=eos_token_id,

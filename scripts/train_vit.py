@@ -10,10 +10,14 @@ is scripts/recipes/vit_digits.yaml. With --dataset_name or --model_name_or_path 
 used, and so it is with a recipe that does not mention the method: the data never changes the method.
 """
 
+import math
 import sys
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
+from datasets import Dataset
 from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
@@ -27,13 +31,17 @@ from hf_gr import GRConfig, GRTrainer, script
 from hf_gr.config import require_writable
 from hf_gr.data import (
     add_augmentation,
+    check_first_example,
     find_image_column,
     find_label_column,
     keep_first,
+    keep_readable,
     load_image_dataset,
+    number_rows,
     preprocess,
     split_train_eval,
 )
+from hf_gr.full_evaluation import FullEvaluation
 from hf_gr.metrics import classification_metrics, rank_classes
 from hf_gr.mistakes import explained
 from hf_gr.models import (
@@ -91,6 +99,7 @@ class ModelArguments:
     )
 
     def __post_init__(self):
+        self._check_ranges()
         if self.model_name_or_path is not None:
             names = ("model", "dropout", "stem", "weight_init", "image_size", "image_mean", "image_std")
             self._refuse(names, f"model_name_or_path={self.model_name_or_path!r}, which brings its own")
@@ -98,6 +107,17 @@ class ModelArguments:
             self._refuse(("dropout",), f"model={self.model!r}, which has none")
         else:
             self._refuse(("stem",), f"model={self.model or 'vit-ti'!r}, which is not a ResNet")
+
+    def _check_ranges(self) -> None:
+        if self.image_size is not None and self.image_size < 1:
+            raise ValueError(f"image_size={self.image_size}: give the pixels per side, at least 1, or leave it out.")
+        if self.dropout is not None and not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout={self.dropout}: must be at least 0 and below 1.")
+        for name, is_good in (("image_mean", math.isfinite), ("image_std", lambda value: 0 < value < math.inf)):
+            values = getattr(self, name)
+            if values is not None and not (len(values) == 3 and all(map(is_good, values))):
+                range_ = "numbers" if name == "image_mean" else "numbers above 0"
+                raise ValueError(f"{name}={values}: give three {range_}, one per color, or leave it out.")
 
     def _refuse(self, names: tuple[str, ...], reason: str) -> None:
         for name in names:
@@ -120,10 +140,34 @@ class DataArguments:
     )
     max_train_samples: int | None = field(default=None, metadata={"help": "Train on this many examples only."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on this many examples only."})
+    image_max_value: float | None = field(
+        default=None,
+        metadata={
+            "help": "What is white in images of more than 8 bits, which are scaled by it to 8: 65535 for 16 bits, 4095 "
+            "for 12 bits, 1 for shares of white. Scale such images alike before the trained model gets them."
+        },
+    )
+    skip_bad_examples: bool = field(
+        default=False,
+        metadata={
+            "help": "Leave out, and count, examples without a class or with an image that cannot be read. All images "
+            "are read before training, to find out."
+        },
+    )
     random_flip: bool = field(default=True, metadata={"help": "Mirror training images at random."})
     crop_padding: int = field(
         default=4, metadata={"help": "Shift training images by up to so many pixels, border reflected; 0 is off."}
     )
+
+    def __post_init__(self):
+        if self.image_max_value is not None and not 0 < self.image_max_value < math.inf:
+            raise ValueError(f"image_max_value={self.image_max_value}: must be above 0, the value of white.")
+        if self.crop_padding < 0:
+            raise ValueError(f"crop_padding={self.crop_padding}: give a number of pixels, or 0 (off).")
+
+
+class ImageTrainer(FullEvaluation, GRTrainer):
+    """`GRTrainer` that evaluates on every image."""
 
 
 def parse_args(argv: list[str]) -> tuple[ModelArguments, DataArguments, GRConfig]:
@@ -148,15 +192,45 @@ def create_model(args: ModelArguments, label_names: list[str]) -> tuple[PreTrain
     if args.model_name_or_path is not None:
         return _load_model(args.model_name_or_path, label_names)
     model = create_image_model(args.model or "vit-ti", label_names, args.image_size, args.dropout, args.stem)
-    image_size = args.image_size or getattr(model.config, "image_size", 32)
+    image_size = getattr(model.config, "image_size", 32) if args.image_size is None else args.image_size
     if args.weight_init is not None:
         initialize_weights(model, args.weight_init)
     image_processor = ViTImageProcessorPil(
         size={"height": image_size, "width": image_size},
-        image_mean=args.image_mean or [0.5, 0.5, 0.5],
-        image_std=args.image_std or [0.5, 0.5, 0.5],
+        image_mean=[0.5] * 3 if args.image_mean is None else args.image_mean,
+        image_std=[0.5] * 3 if args.image_std is None else args.image_std,
     )
     return model, image_processor
+
+
+class Data(NamedTuple):
+    train: Dataset
+    evaluation: Dataset
+    eval_split: str
+    image_column: str
+    label_column: str
+    label_names: list[str]
+    skipped: dict[str, int]  # examples left out, as metrics; empty unless asked for
+
+
+def load_data(args: DataArguments, training: GRConfig) -> Data:
+    dataset = load_image_dataset(args.dataset_name, args.dataset_config_name)
+    features = next(iter(dataset.values())).features
+    image_column = find_image_column(features, args.image_column_name)
+    label_column, label_names = find_label_column(features, args.label_column_name)
+    skipped = Counter() if args.skip_bad_examples else None
+    train, evaluation, eval_split = split_train_eval(
+        number_rows(dataset), label_column, args.eval_fraction, training.seed, skipped
+    )
+    train = keep_first(train, args.max_train_samples, training.seed, "max_train_samples")
+    evaluation = keep_first(evaluation, args.max_eval_samples, training.seed, "max_eval_samples")
+    metrics = {}
+    if skipped is not None:
+        how = (image_column, args.image_max_value, training.dataloader_num_workers or None)
+        train = keep_readable(train, "train", skipped, *how)
+        evaluation = keep_readable(evaluation, eval_split, skipped, *how)
+        metrics = {"train_skipped_examples": skipped["train"], "eval_skipped_examples": skipped[eval_split]}
+    return Data(train, evaluation, eval_split, image_column, label_column, label_names, metrics)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -169,21 +243,20 @@ def main(argv: list[str] | None = None) -> None:
     script.print_method(args)
 
     with args.main_process_first(desc="loading the data"):
-        dataset = load_image_dataset(data_args.dataset_name, data_args.dataset_config_name)
-    features = next(iter(dataset.values())).features
-    image_column = find_image_column(features, data_args.image_column_name)
-    label_column, label_names = find_label_column(features, data_args.label_column_name)
-    train, evaluation, eval_split = split_train_eval(dataset, label_column, data_args.eval_fraction, args.seed)
-    train = keep_first(train, data_args.max_train_samples, args.seed, "max_train_samples")
-    evaluation = keep_first(evaluation, data_args.max_eval_samples, args.seed, "max_eval_samples")
-
-    model, image_processor = create_model(model_args, label_names)
+        data = load_data(data_args, args)
+    script.require_full_batch(len(data.train), args)
+    model, image_processor = create_model(model_args, data.label_names)
+    train, evaluation = (
+        preprocess(split, image_processor, data.image_column, data.label_column, name, data_args.image_max_value)
+        for split, name in ((data.train, "train"), (data.evaluation, data.eval_split))
+    )
+    check_first_example(train, data.image_column, data_args.image_max_value, data_args.crop_padding)
     add_augmentation(model, flip=data_args.random_flip, crop_padding=data_args.crop_padding)
-    trainer = GRTrainer(
+    trainer = ImageTrainer(
         model=model,
         args=args,
-        train_dataset=preprocess(train, image_processor, image_column, label_column),
-        eval_dataset=preprocess(evaluation, image_processor, image_column, label_column),
+        train_dataset=train,
+        eval_dataset=evaluation,
         processing_class=image_processor,
         compute_metrics=classification_metrics,
         preprocess_logits_for_metrics=rank_classes,
@@ -191,7 +264,7 @@ def main(argv: list[str] | None = None) -> None:
 
     result = trainer.train(resume_from_checkpoint=script.checkpoint_to_resume(args))
     script.save_model(trainer)
-    script.save_metrics(trainer, "train", {**result.metrics, **trainer.costs()})
+    script.save_metrics(trainer, "train", {**result.metrics, **trainer.costs(), **data.skipped})
     metrics = trainer.evaluate()
     script.save_metrics(trainer, "eval", metrics)
     trainer.save_state()
@@ -200,7 +273,7 @@ def main(argv: list[str] | None = None) -> None:
         data_args.dataset_name,
         embedded={"digits": "scikit-learn digits"},
         tasks="image-classification",
-        dataset_args=eval_split,
+        dataset_args=data.eval_split,
         dataset_config=data_args.dataset_config_name,
         finetuned_from=model_args.model_name_or_path,
         script_args=(model_args, data_args),
@@ -208,7 +281,7 @@ def main(argv: list[str] | None = None) -> None:
         command=script.command_line(__file__, argv, args),
     )
     if trainer.is_world_process_zero():
-        print(f"Test error {100 * metrics['eval_error']:.2f} % on {len(evaluation)} images.")
+        print(f"Test error {100 * metrics['eval_error']:.2f} % on {len(data.evaluation)} images.")
         print(f"Model    {folder}\nCard     {folder / 'README.md'}\nPicture  {folder / 'curves.png'}")
 
 

@@ -1,5 +1,8 @@
 """Columns and splits are found, augmentation does what it says, and bad data is named."""
 
+import logging
+from collections import Counter
+
 import numpy as np
 import pytest
 import torch
@@ -13,7 +16,9 @@ from hf_gr.data import (
     find_image_column,
     find_label_column,
     keep_first,
+    keep_readable,
     load_image_dataset,
+    number_rows,
     preprocess,
     random_crop,
     random_flip,
@@ -60,6 +65,10 @@ def test_columns_are_found_by_type():
         (lambda f: find_label_column(f, "note"), "label_column_name='note' holds string, not class labels"),
         (lambda f: find_label_column(Features({"photo": Image()})), "has no class label column; its columns are photo"),
         (
+            lambda f: find_label_column(Features({"kind": ClassLabel(names=["cat"])})),
+            "label_column_name='kind' has 1 class (cat): there is nothing to tell apart",
+        ),
+        (
             lambda f: find_label_column(Features({"fine": ClassLabel(names=["a"]), "coarse": ClassLabel(names=["b"])})),
             "several class label columns: fine, coarse. Choose one with --label_column_name",
         ),
@@ -102,6 +111,78 @@ def test_keep_first():
     assert len(keep_first(pictures(20), None, 0, "max_train_samples")) == 20
     with pytest.raises(ValueError, match="max_train_samples=0: give at least 1"):
         keep_first(pictures(20), 0, 0, "max_train_samples")
+
+
+def relabelled(labels):
+    data = pictures(len(labels))
+    return data.remove_columns("kind").add_column("kind", labels, feature=data.features["kind"])
+
+
+@pytest.mark.parametrize("wrong", [-1, -100, 2, None])
+def test_rows_without_a_class_are_named_or_left_out(wrong, caplog):
+    good = [0, 1] * 5
+    dataset = number_rows(DatasetDict(train=relabelled([*good, wrong, 0, wrong]), validation=relabelled([0, 1, wrong])))
+    message = r"split 'train', rows 10, 12: label_column_name='kind' has no class of 0 to 1 there.*--skip_bad_examples"
+    with pytest.raises(ValueError, match=message):
+        split_train_eval(dataset, "kind", None, 0)
+    with pytest.raises(ValueError, match="split 'validation', row 2: "):
+        split_train_eval(DatasetDict(dataset | {"train": dataset["validation"].select(range(2))}), "kind", None, 0)
+    skipped = Counter()
+    train, evaluation, _ = split_train_eval(dataset, "kind", None, 0, skipped)
+    assert train["kind"][:] == [*good, 0] and evaluation["kind"][:] == [0, 1]
+    assert skipped == {"train": 2, "validation": 1}
+    assert "split 'train', rows 10, 12" in caplog.text and "2 left out" in caplog.text
+
+
+def test_training_data_without_any_class_is_refused():
+    with pytest.raises(ValueError, match=r"split 'train', rows 0, 1, 2, 3, 4 and 3 more: "):
+        split_train_eval(DatasetDict(train=relabelled([-1] * 8)), "kind", None, 0)
+
+
+def test_a_class_without_training_examples_is_named(caplog):
+    with caplog.at_level(logging.WARNING):
+        split_train_eval(DatasetDict(train=relabelled([1] * 4), test=relabelled([0, 1])), "kind", None, 0)
+    assert "Of 2 classes 1 have no training example: cat." in caplog.text
+
+
+def test_a_class_that_cannot_be_divided_is_explained():
+    with pytest.raises(ValueError, match=r"eval_fraction=0\.1: the split 'train' could not be divided .* two examples"):
+        split_train_eval(DatasetDict(train=relabelled([0] * 19 + [1])), "kind", None, 0)
+
+
+def broken(count=6, bad=(2, 5)):
+    """Images of which some are cut off in the middle, one is none at all."""
+    data = pictures(count)
+    files = [row["photo"] for row in data.cast_column("photo", Image(decode=False))]
+    for i in bad:
+        files[i] = {"path": "cats/broken.png", "bytes": files[i]["bytes"][:50]}
+    columns = {"photo": files, "kind": data["kind"][:]}
+    return number_rows({"train": Dataset.from_dict(columns, features=data.select_columns(["photo", "kind"]).features)})
+
+
+PROCESSOR = ViTImageProcessorPil(size={"height": 4, "width": 4}, image_mean=[0.5] * 3, image_std=[0.25] * 3)
+
+
+def test_an_image_that_cannot_be_read_is_named_by_its_row_before_shuffling():
+    train = broken()["train"].shuffle(seed=1)
+    position = train["_row"][:].index(5)
+    inputs = preprocess(train, PROCESSOR, "photo", "kind", "train")
+    with pytest.raises(
+        ValueError, match=r"split 'train', row 5 \(cats/broken.png\): the image cannot be used \(.*skip_b"
+    ):
+        inputs[position]
+    with pytest.raises(ValueError, match=r"split 'train', row [25] "):
+        inputs[:]
+
+
+def test_images_that_cannot_be_read_are_left_out_and_counted(caplog):
+    skipped = Counter()
+    kept = keep_readable(broken()["train"], "test", skipped, "photo")
+    assert kept["_row"][:] == [0, 1, 3, 4] and skipped == {"test": 2}
+    assert "split 'test', rows 2, 5: the image cannot be used. 2 left out." in caplog.text
+    assert preprocess(kept, PROCESSOR, "photo", "kind")[:]["pixel_values"].shape == (4, 3, 4, 4)
+    with pytest.raises(ValueError, match="no image can be used"):
+        keep_readable(broken(2, bad=(0, 1))["train"], "test", skipped, "photo")
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L"])

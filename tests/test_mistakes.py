@@ -1,6 +1,7 @@
 """A mistake is one line and exit code 2, whatever raised it; what is no mistake keeps its traceback."""
 
 import pytest
+import torch
 
 from bad_inputs import SCRIPTS, check, error_line, load_script
 from hf_gr import mistakes, script
@@ -52,6 +53,19 @@ def test_an_error_of_a_library_says_where_it_comes_from():
     assert line.startswith("error: invalid literal for int()")
     line = error_line(lambda argv: __import__("json").loads("{"), [])
     assert line.endswith(" (JSONDecodeError in json/decoder.py; --traceback shows all)")
+
+
+class Rows(torch.utils.data.Dataset):
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, index):
+        raise ValueError("row 0: the image cannot be used")
+
+
+def test_the_message_of_a_data_loaders_process_arrives_without_its_traceback():
+    line = error_line(lambda argv: list(torch.utils.data.DataLoader(Rows(), num_workers=1)), [])
+    assert line.startswith("error: row 0: the image cannot be used")
 
 
 @pytest.mark.parametrize("by", ["flag", "variable"])

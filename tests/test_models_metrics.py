@@ -188,6 +188,14 @@ def test_metrics_equal_counting(classes):
         assert metrics["top5_accuracy"] == pytest.approx(np.mean(five))
 
 
+def test_unlabelled_examples_do_not_count_as_errors():
+    labels = np.array([1, -100, 0])
+    metrics = classification_metrics(EvalPrediction(predictions=np.array([[1], [1], [0]]), label_ids=labels))
+    assert metrics == {"accuracy": 1.0, "error": 0.0}
+    with pytest.raises(ValueError, match="no labelled example"):
+        classification_metrics(EvalPrediction(predictions=np.zeros((1, 1)), label_ids=np.array([-100])))
+
+
 def test_rank_classes_takes_the_logits_out_of_a_tuple():
     logits = torch.tensor([[0.1, 0.9]])
     assert rank_classes((logits, torch.zeros(1)), None).tolist() == [[1]]

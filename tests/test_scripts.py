@@ -14,7 +14,7 @@ import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-from datasets import Dataset, DatasetDict, Features, Image, Value
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
 from PIL import Image as PILImage
 from transformers import AutoModelForImageClassification, pipeline
 
@@ -207,8 +207,6 @@ def test_fine_tuning_a_checkpoint_with_another_number_of_classes(finished, main,
     folder, _ = finished
     pixels = np.random.default_rng(0).integers(0, 255, (12, 8, 8), dtype=np.uint8)
     names = ["odd", "even", "zero"]
-    from datasets import ClassLabel
-
     data = Dataset.from_dict(
         {"picture": list(pixels), "parity": [i % 3 for i in range(12)]},
         features=Features({"picture": Image(), "parity": ClassLabel(names=names)}),
@@ -223,6 +221,31 @@ def test_fine_tuning_a_checkpoint_with_another_number_of_classes(finished, main,
     assert list(model.config.id2label.values()) == names and model.classifier.weight.shape[0] == 3
     card = (tmp_path / "out" / "README.md").read_text()
     assert "trained from a local checkpoint on data.parquet (9 training examples)" in card
+
+
+def test_what_cannot_be_used_is_counted_and_nothing_else_is_lost(main, tmp_path, monkeypatch, capsys):
+    """Bad examples are left out by order; evaluation sees all others, whatever training drops; the home directory may
+    be read-only."""
+    monkeypatch.setattr("evaluate.config.HF_METRICS_CACHE", "/proc/no/such/folder")
+    gray = np.random.default_rng(0).integers(0, 65535, (20, 8, 8), dtype=np.uint16)
+    features = Features({"image": Image(), "label": ClassLabel(names=["odd", "even"])})
+    train = Dataset.from_dict({"image": list(gray), "label": [0, 1] * 9 + [-1, -1]}, features=features)
+    files = train.cast_column("image", Image(decode=False))["image"][:]
+    files[3] = {"bytes": b"no image", "path": None}
+    test = Dataset.from_dict({"image": files[:6], "label": [0, 1] * 3}, features=features)
+    (tmp_path / "data").mkdir()
+    train.to_parquet(tmp_path / "data" / "train.parquet")
+    test.to_parquet(tmp_path / "data" / "test.parquet")
+    main(
+        f"--dataset_name {tmp_path}/data --output_dir {tmp_path}/out --model vit-micro --skip_bad_examples --use_cpu "
+        "--image_max_value 65535 --per_device_train_batch_size 8 --per_device_eval_batch_size 8 --max_steps 2 "
+        "--dataloader_drop_last --report_to none --gr_warmup none --crop_padding 0".split()
+    )
+    results = json.loads((tmp_path / "out" / "all_results.json").read_text())
+    assert (results["train_skipped_examples"], results["eval_skipped_examples"]) == (2, 1)
+    assert results["epoch"] == 1.0  # two batches of 8 from 18
+    assert round(results["eval_accuracy"] * 5, 6) == round(results["eval_accuracy"] * 5)
+    assert "on 5 images" in capsys.readouterr().out
 
 
 def parquet(folder, features, columns):
