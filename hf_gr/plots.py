@@ -143,7 +143,7 @@ def make_logarithmic(axis: Axes) -> None:
 
 def _line(axis: Axes, log_history: list[dict], key: str, label: str, color: str, scale: float = 1, **style) -> bool:
     """Draw one logged value; False if it was never logged. A single point is drawn as a dot."""
-    points = [(entry["step"], entry[key] * scale) for entry in log_history if key in entry]
+    points = [(entry["step"], entry[key] * scale) for entry in log_history if entry.get(key) is not None]
     if points:
         axis.plot(*zip(*points, strict=True), label=label, color=color, marker="o" if len(points) == 1 else "", **style)
     return bool(points)
@@ -171,6 +171,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--picture", type=Path, help="default: curves.png in the folder")
     options = parser.parse_args(argv)
     history = read_history(_last_state(options.folder))
+    if not history:
+        raise ValueError(f"folder={options.folder}: the run has logged nothing to draw. Give one that has.")
     picture = options.picture or options.folder / "curves.png"
     require_picture("picture", picture)
     plot_curves(history, picture)

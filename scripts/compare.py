@@ -13,6 +13,7 @@ two heat_map.png.
 """
 
 import argparse
+import functools
 import importlib.util
 import os
 import shlex
@@ -56,7 +57,7 @@ def parse_args(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--preset", required=True, help="a YAML file, or the name of one in scripts/grids")
     parser.add_argument("--scale", help="one of the grid's scales, e.g. smoke, cpu, paper")
     parser.add_argument("--output_dir", type=Path, help="default: outputs/GRID-SCALE")
-    parser.add_argument("--seeds", type=int, nargs="+", help="instead of the grid's")
+    parser.add_argument("--seeds", type=int, nargs="+", action="extend", help="instead of the grid's")
     parser.add_argument("--axis", action="append", default=[], metavar="FLAG=VALUE,VALUE")
     parser.add_argument("--workers", type=int, default=1, help="runs at a time, with one CPU thread each")
     parser.add_argument("--launcher", default=sys.executable, help="e.g. 'accelerate launch --num_processes 8'")
@@ -152,8 +153,9 @@ def check_command_lines(grid: Grid, runs: list[Run]) -> None:
         parser.refuse(parser.parse_known_args(words)[1])
 
 
+@functools.cache
 def _parser_of(path: Path) -> script.ArgumentParser:
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    spec = importlib.util.spec_from_file_location(f"{path.stem}_arguments", path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)

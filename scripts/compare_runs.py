@@ -19,14 +19,16 @@ from hf_gr.run_files import History, read_history
 
 def main(argv: list[str] | None = None) -> None:
     parser = script.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--baseline", nargs="+", required=True, help="output folders")
-    parser.add_argument("--candidate", nargs="+", required=True, help="output folders")
+    parser.add_argument("--baseline", nargs="+", action="extend", required=True, help="output folders")
+    parser.add_argument("--candidate", nargs="+", action="extend", required=True, help="output folders")
     parser.add_argument("--names", nargs=2, default=["baseline", "candidate"])
     parser.add_argument("--metric", default="loss", help="loss, or eval_loss")
     parser.add_argument("--window", type=int, default=1, help="points in the running mean")
     parser.add_argument("--target", type=float)
     parser.add_argument("--picture", type=Path, help="where to draw the curves")
     options = parser.parse_args(argv)
+    if options.names[0] == options.names[1]:
+        raise ValueError(f"names={' '.join(options.names)}: the groups could not be told apart. Give two names.")
     if options.picture:
         require_picture("picture", options.picture)
     baseline, candidate = (
