@@ -48,6 +48,7 @@ from .ire_training import IREMixin
 from .model_card import write_model_card
 from .nonfinite import NonFiniteGuard
 from .optimizer_training import OptimizerMixin, trainable_parameters
+from .process_groups import end_cleanly
 from .replay import MicroBatch, RNGState, preserve_buffers
 from .uploads import UploadMixin
 
@@ -79,6 +80,7 @@ class GRMixin(CostMixin, IREMixin, OptimizerMixin, UploadMixin):
         self._gr_perturbation: Perturbation | None = None
         self._gr_norms: list[float] = []
         self._gr_logs: dict[str, float] = {}
+        end_cleanly(self)
         self.nonfinite_guard = NonFiniteGuard(self)
         self.add_callback(self.nonfinite_guard)
         if self.gr_args.gr_degree != 0:

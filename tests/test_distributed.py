@@ -1,5 +1,6 @@
 """Two and four real processes (gloo): DDP and FSDP2 against references, and the ranks against each other."""
 
+import os
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -177,3 +178,26 @@ def test_another_number_of_processes_resumes(whole, resumed, results):
     paths = {**results, **results["resume"]}
     assert torch.equal(paths[whole][2], paths[resumed][0])
     assert relative_error_of_path(paths[resumed], paths[whole][2:]) <= TOLERANCE["float32"]
+
+
+def ends(folder: Path, *runs: str) -> list[int]:
+    command = [sys.executable, str(TESTS / "ending_worker.py"), str(folder), *runs]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-5000:]
+    return [int(code) for code in done.stdout.splitlines()[-1].split()]
+
+
+def test_no_thread_of_gloo_outlives_a_finished_run(tmp_path):
+    """One that does may need the interpreter's lock while the interpreter is taken down, which aborts the process."""
+    assert ends(tmp_path, "returns", "destroys the group") == [0] * 4
+
+
+@pytest.mark.slow
+def test_twenty_runs_under_load_end_with_zero(tmp_path):
+    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(os.cpu_count())]
+    try:
+        assert ends(tmp_path, *["starved"] * 20) == [0] * 40
+    finally:
+        for process in busy:
+            process.kill()
+            process.wait()

@@ -41,6 +41,7 @@ def test_maths_is_pure_torch(module):
         "costs",
         "recording",
         "nonfinite",
+        "process_groups",
         "uploads",
     ],
 )
