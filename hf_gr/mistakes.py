@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 
 from accelerate.utils import str_to_bool
 from accelerate.utils.environment import get_int_from_env
+from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
 TRACEBACK_VARIABLE = "HF_GR_TRACEBACK"
@@ -62,7 +63,9 @@ def _report(error: Exception, main: Callable) -> None:
     if rank:
         time.sleep(HEAD_START)
         who = f"process {rank}: "
-    print(f"error: {who}{one_line(error)}{_origin(error, main)}", file=sys.stderr, flush=True)  # noqa: T201
+    # Through tqdm, which takes its bars off the line.
+    tqdm.write(f"error: {who}{one_line(error)}{_origin(error, main)}", file=sys.stderr)
+    sys.stderr.flush()
 
 
 def one_line(error: BaseException) -> str:

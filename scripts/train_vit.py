@@ -52,6 +52,7 @@ from hf_gr.models import (
     create_image_model,
     initialize_weights,
 )
+from hf_gr.value_checks import COUNT, NOT_NEGATIVE, POSITIVE, SHARE, Limit, check_ranges
 
 DEFAULT_RECIPE = Path(__file__).parent / "recipes" / "vit_digits.yaml"
 
@@ -109,15 +110,11 @@ class ModelArguments:
             self._refuse(("stem",), f"model={self.model or 'vit-ti'!r}, which is not a ResNet")
 
     def _check_ranges(self) -> None:
-        if self.image_size is not None and self.image_size < 1:
-            raise ValueError(f"image_size={self.image_size}: give the pixels per side, at least 1, or leave it out.")
-        if self.dropout is not None and not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout={self.dropout}: must be at least 0 and below 1.")
-        for name, is_good in (("image_mean", math.isfinite), ("image_std", lambda value: 0 < value < math.inf)):
+        check_ranges(self, {"image_size": COUNT, "dropout": SHARE})
+        for name, limit in (("image_mean", Limit(-math.inf)), ("image_std", POSITIVE)):
             values = getattr(self, name)
-            if values is not None and not (len(values) == 3 and all(map(is_good, values))):
-                range_ = "numbers" if name == "image_mean" else "numbers above 0"
-                raise ValueError(f"{name}={values}: give three {range_}, one per color, or leave it out.")
+            if values is not None and not (len(values) == 3 and all(map(limit.allows, values))):
+                raise ValueError(f"{name}={values}: give three numbers, {limit}, one per color, or leave it out.")
 
     def _refuse(self, names: tuple[str, ...], reason: str) -> None:
         for name in names:
@@ -160,10 +157,9 @@ class DataArguments:
     )
 
     def __post_init__(self):
-        if self.image_max_value is not None and not 0 < self.image_max_value < math.inf:
-            raise ValueError(f"image_max_value={self.image_max_value}: must be above 0, the value of white.")
-        if self.crop_padding < 0:
-            raise ValueError(f"crop_padding={self.crop_padding}: give a number of pixels, or 0 (off).")
+        counts = dict.fromkeys(("max_train_samples", "max_eval_samples"), COUNT)
+        limits = {"image_max_value": POSITIVE, "crop_padding": NOT_NEGATIVE, "eval_fraction": Limit(0, 1, True, True)}
+        check_ranges(self, counts | limits)
 
 
 class ImageTrainer(FullEvaluation, GRTrainer):

@@ -1,4 +1,4 @@
-"""A script given a bad input, in this process: what it says. No case may get as far as training."""
+"""A script given a bad input, in this process: what it says. No case may get as far as a step."""
 
 import importlib.util
 import io
@@ -37,7 +37,7 @@ def error_line(main: Callable, argv: list, *cheaper: "mock._patch") -> str:
     training = AssertionError(f"{argv}: training started")
     with ExitStack() as stack:
         for trainer in ("transformers.Trainer", "hf_gr.GRTrainer"):
-            stack.enter_context(mock.patch(f"{trainer}.train", side_effect=training))
+            stack.enter_context(mock.patch(f"{trainer}.training_step", side_effect=training))
         for patch in cheaper:
             stack.enter_context(patch)
         stack.enter_context(redirect_stdout(io.StringIO()))
