@@ -95,7 +95,7 @@ def main(argv: list[str] | None = None) -> None:
             if went_well:
                 require_metric(grid, run)
             else:
-                progress.write(f"{run.name} failed: {run.folder / 'log.txt'}")
+                progress.write(f"{run.name} failed: {last_line(log := run.folder / 'log.txt')}\n  All of it: {log}")
 
         run_grid(SCRIPTS / grid.script, runs, options.workers, on_end, launcher)
 
@@ -107,6 +107,12 @@ def main(argv: list[str] | None = None) -> None:
     print(f"\n{table}")
     if len(finished) < len(runs):
         raise Failure(f"{len(runs) - len(finished)} of {len(runs)} runs failed, see log.txt in their folders.")
+
+
+def last_line(log: Path) -> str:
+    """Of a script that fails: why."""
+    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    return lines[-1] if lines else "it printed nothing"
 
 
 def _axes(given: list[str]) -> dict[str, list[str]]:

@@ -17,11 +17,11 @@ HISTORY = [{"step": s, "loss": 3 - s / 10, "eval_loss": 3.0 - s / 10} for s in r
 def place(tmp_path_factory) -> Path:
     """Folders of runs, and what is wrong with them."""
     folder = tmp_path_factory.mktemp("places")
-    nan = [{**entry, "loss": float("nan")} for entry in HISTORY]
+    nan = [{**entry, "loss": float("nan"), "grad_norm": float("nan")} for entry in HISTORY]
     states = {
         "run": {"log_history": HISTORY},
         "nan": {"log_history": nan},
-        "null": {"log_history": [{**entry, "loss": None} for entry in HISTORY]},
+        "null": {"log_history": [{**entry, "loss": None, "grad_norm": None} for entry in HISTORY]},
         "silent": {"log_history": []},
         "other": {"best_metric": None},
         "list": [1, 2],

@@ -22,6 +22,7 @@ from hf_gr.grid_file import Grid, load_grid
 from hf_gr.grid_report import (
     _plot_metric,
     _published_key,
+    check_published,
     markdown_table,
     plot_arms,
     plot_heat_map,
@@ -29,6 +30,7 @@ from hf_gr.grid_report import (
     table_like_the_papers,
     write_results,
 )
+from hf_gr.mistakes import Failure
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 ARMS = {"off": {"gr_lambda": 0}, "on": {"gr_lambda": 0.1}}
@@ -126,7 +128,11 @@ def test_shipped_grids_make_command_lines_that_their_scripts_take(path, tmp_path
         script = importlib.util.module_from_spec(spec)
         sys.modules[spec.name] = script  # dataclasses look their module up
         spec.loader.exec_module(script)
-        for run in expand(grid, tmp_path, SCRIPTS / "recipes", ["--use_cpu", "True", "--bf16", "False"]):
+        runs = expand(grid, tmp_path, SCRIPTS / "recipes", ["--use_cpu", "True", "--bf16", "False"])
+        load_script("compare").check_command_lines(grid, runs)
+        if grid.published:
+            check_published(grid, path.parent / grid.published["file"])
+        for run in runs:
             *_, args = script.parse_args(run.arguments)
             assert args.output_dir == str(run.folder) and args.seed == run.point["seed"]
 
@@ -155,6 +161,14 @@ def test_what_fails_is_said_and_run_again_the_next_time(training, tmp_path):
     (tmp_path / "told.json").unlink()
     run_grid(training, expand(grid, tmp_path, tmp_path))
     assert started(tmp_path) == ["off_0", "on_0", "on_0"]
+
+
+def test_why_a_run_failed_is_printed(training, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "told.json").write_text(json.dumps({"fails_at": "0.1"}))
+    with pytest.raises(Failure, match="1 of 2 runs failed"):
+        compare_here("--preset", grid_file(tmp_path, training), "--output_dir", tmp_path / "out")
+    assert "on_0 failed: no luck" in capsys.readouterr().out
 
 
 def test_what_is_finished_is_not_passed_off_as_what_another_command_would_have_run(training, tmp_path):
@@ -248,7 +262,7 @@ def test_values_with_the_same_name_get_folders_of_their_own(tmp_path):
     assert {run.name: run.point for run in expand(swapped, tmp_path, tmp_path)} == {run.name: run.point for run in runs}
 
 
-SECRETS = ["hf_the_first_secret", "hf_the_second_secret"]
+SECRETS = ["hf_the_first_secret", "hf_the_second_secret", "hf_in_the_environment"]
 
 
 def grid_file(folder: Path, training: Path, **changes) -> Path:
@@ -263,19 +277,19 @@ def compare_here(*argv) -> None:
 
 @pytest.mark.parametrize("flags", [["--hub_token"] * 2, ["--hub-token"] * 2, ["--hub_tok"] * 2], ids=lambda f: f[0])
 def test_no_token_gets_into_files_or_command_lines(flags, training, tmp_path, monkeypatch):
-    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setenv("HF_TOKEN", SECRETS[2])
     out = tmp_path / "out"
     (out / "environment").mkdir(parents=True)
-    argv = [word for pair in zip(flags, SECRETS, strict=True) for word in pair]
+    argv = [word for pair in zip(flags, SECRETS[:2], strict=True) for word in pair]
     path = grid_file(tmp_path, training, flags={"hub_model_id": f"me/hf_{'1a' * 17}"})
-    compare_here("--preset", path, "--output_dir", out, *argv, "--run_name", SECRETS[0])
+    compare_here("--preset", path, "--output_dir", out, *argv, "--run_name", SECRETS[0], "--tag", f"x/{SECRETS[2]}")
     arguments, token = json.loads((out / "environment" / "on_0").read_text())
     assert token == SECRETS[1] and not any("hub_tok" in word.replace("-", "_") for word in arguments)
     for file in out.rglob("*"):
         if file.is_file() and file.parent.name != "environment":
             content = file.read_bytes().decode(errors="replace")
             assert not any(secret in content for secret in (*SECRETS, "1a" * 17)), file
-    assert "--run_name ..." in (out / "table.md").read_text()
+    assert "--run_name ... --tag x/..." in (out / "table.md").read_text()
 
 
 def test_folders_that_were_begun_with_a_token_are_found(training, tmp_path):
