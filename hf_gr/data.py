@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .mistakes import explained, one_line
-from .pixels import is_deep, to_rgb
+from .pixels import RangeError, is_deep, to_rgb
 
 logger = logging.getLogger(__name__)
 
@@ -168,7 +168,7 @@ def _with_labels(dataset: Dataset, split: str, label_column: str, skipped: Count
     is_good = (labels >= 0) & (labels < classes)
     if is_good.all():
         return dataset
-    what = f"label_column_name={label_column!r} has no class of 0 to {classes - 1} there"
+    what = f"label_column_name={label_column!r} has none of the classes 0 to {classes - 1}"
     _skip_or_raise(split, np.flatnonzero(~is_good), what, skipped)
     return dataset.select(np.flatnonzero(is_good))
 
@@ -182,7 +182,7 @@ def _warn_of_absent_classes(train: Dataset, label_column: str) -> None:
 def _skip_or_raise(split: str, rows: np.ndarray, what: str, skipped: Counter[str] | None) -> None:
     where = f"split {split!r}, row{'s' * (len(rows) > 1)} {_some(rows)}: {what}"
     if skipped is None:
-        raise ValueError(f"{where}. Mend or remove such examples, or leave them out with --skip_bad_examples.")
+        raise ValueError(f"{where}. Fix or remove such examples, or leave them out with --skip_bad_examples.")
     logger.warning(f"{where}. {len(rows)} left out.")
     skipped[split] += len(rows)
 
@@ -218,28 +218,31 @@ class ImageReader:
 
     def __call__(self, batch: dict) -> list[PILImage.Image]:
         """The images of `batch`, which has the column `ROW`, too. Raises `ValueError` if one cannot be read."""
-        return [self._named(file, row) for file, row in zip(batch[self.column], batch[ROW], strict=True)]
+        return [self.read(file, row) for file, row in zip(batch[self.column], batch[ROW], strict=True)]
 
-    def _named(self, file: dict | None, row: int) -> PILImage.Image:
+    def read(self, file: dict | None, row: int) -> PILImage.Image:
+        """One image. Raises `ValueError`, or the more special `RangeError`, if that cannot be done."""
+        where = f"split {self.split!r}, row {row}" + (f" ({file['path']})" if file and file["path"] else "")
         try:
-            return self.read(file)
+            if file is None:
+                raise ValueError("there is none")
+            return to_rgb(Image().decode_example(file), self.max_value, self.mode)
+        except RangeError as error:
+            raise RangeError(f"{error} It is of {where}.") from error
         except Exception as error:  # a broken file is whatever its decoder runs into
-            path = f" ({file['path']})" if file and file["path"] else ""
+            reason = one_line(error).split(" <_io.")[0]
             raise ValueError(
-                f"split {self.split!r}, row {row}{path}: the image cannot be used ({one_line(error)}). Mend or remove "
-                "it, or leave out all such examples with --skip_bad_examples."
+                f"{where}: the image cannot be used ({reason}). Fix or remove it, or leave out all such examples with "
+                "--skip_bad_examples."
             ) from error
 
-    def read(self, file: dict | None) -> PILImage.Image:
-        """One image. Raises whatever its decoder does."""
-        if file is None:
-            raise ValueError("there is none")
-        return to_rgb(Image().decode_example(file), self.max_value, self.mode)
-
-    def can_read(self, file: dict | None) -> bool:
+    def can_read(self, file: dict | None, row: int) -> bool:
+        """Whether the image can be used. A wrong range is an error all the same: it would leave out the bright ones."""
         try:
-            self.read(file)
-        except Exception:
+            self.read(file, row)
+        except RangeError:
+            raise
+        except ValueError:
             return False
         return True
 
@@ -268,7 +271,7 @@ def keep_readable(
         num_proc: processes that read.
     """
     files, reader = _image_files(dataset, image_column, split, max_value)
-    kept = files.filter(reader.can_read, input_columns=image_column, num_proc=num_proc)
+    kept = files.filter(reader.can_read, input_columns=[image_column, ROW], num_proc=num_proc)
     bad = np.setdiff1d(dataset[ROW][:], kept[ROW][:])
     if len(bad):
         _skip_or_raise(split, bad, "the image cannot be used", skipped)

@@ -5,6 +5,7 @@ import difflib
 import os
 import re
 import sys
+import textwrap
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +21,8 @@ from transformers import HfArgumentParser
 TRACEBACK_VARIABLE = "HF_GR_TRACEBACK"
 #: Seconds that other processes give the main one to report what they have met as well.
 HEAD_START = 10
+#: Characters of a library's message, some of which list all that they know.
+MAX_REASON = 400
 _RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
 _REMEDIES = {
     r"(invalid float value: .*)": r"\1. Give a number.",
@@ -95,8 +98,8 @@ def explained(what: str, remedy: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # the many ways in which a name can fail: wrong path, no network, a broken file
-        message = f"{type(error).__name__}: {one_line(error)}".rstrip(".")
-        raise ValueError(f"{what} ({message}). {remedy}") from error
+        message = textwrap.shorten(f"{type(error).__name__}: {one_line(error)}", MAX_REASON, placeholder=" ...")
+        raise ValueError(f"{what} ({message.rstrip('.')}). {remedy}") from error
 
 
 class _Ignored(argparse.Action):

@@ -4,6 +4,10 @@ import numpy as np
 from PIL import Image
 
 
+class RangeError(ValueError):
+    """The range of the images of more than 8 bits is not known, or another one: no matter of this image alone."""
+
+
 def to_rgb(image: Image.Image, max_value: float | None = None, mode: str | None = None) -> Image.Image:
     """`image` in 8-bit RGB.
 
@@ -16,7 +20,8 @@ def to_rgb(image: Image.Image, max_value: float | None = None, mode: str | None 
         mode: an 8-bit mode to go through, e.g. "L" to drop the color.
 
     Raises:
-        ValueError: the range of a deep image is not known, or does not hold.
+        RangeError: `max_value` is missing, or does not hold.
+        ValueError: a value is not finite.
     """
     if is_deep(image):
         image = _scaled_to_8_bits(image, max_value)
@@ -31,14 +36,14 @@ def is_deep(image: Image.Image) -> bool:
 def _scaled_to_8_bits(image: Image.Image, max_value: float | None) -> Image.Image:
     values = np.asarray(image)
     low, high = values.min(), values.max()
+    if not np.isfinite(high - low):
+        raise ValueError(f"mode {image.mode} with values that are not finite")
+    found = f"an image of mode {image.mode}, which has more than 8 bits, with values from {low:g} to {high:g}"
     if max_value is None:
-        raise ValueError(
-            f"mode {image.mode} has more than 8 bits, here from {low:g} to {high:g}, and does not say what is white. "
-            "Set image_max_value, the same for all images: 65535 for 16 bits, 4095 for 12 bits, 1 for shares of white"
+        raise RangeError(
+            f"image_max_value=None: {found}, does not say what is white. Set image_max_value, the same for all images: "
+            "65535 for 16 bits, 4095 for 12 bits, 1 for shares of white."
         )
-    if not (low >= 0 and high <= max_value):  # NaN is neither
-        raise ValueError(
-            f"image_max_value={max_value:g}: mode {image.mode} has values from {low:g} to {high:g} here, and they have "
-            "to be between 0 and image_max_value"
-        )
+    if low < 0 or high > max_value:
+        raise RangeError(f"image_max_value={max_value:g}: {found}, is not between 0 and that. Give the value of white.")
     return Image.fromarray(np.rint(values * (255 / max_value)).astype(np.uint8))

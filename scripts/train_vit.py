@@ -111,10 +111,10 @@ class ModelArguments:
 
     def _check_ranges(self) -> None:
         check_ranges(self, {"image_size": COUNT, "dropout": SHARE})
-        for name, limit in (("image_mean", Limit(-math.inf)), ("image_std", POSITIVE)):
+        for name, limit, more in (("image_mean", Limit(-math.inf), ""), ("image_std", POSITIVE, " above 0")):
             values = getattr(self, name)
             if values is not None and not (len(values) == 3 and all(map(limit.allows, values))):
-                raise ValueError(f"{name}={values}: give three numbers, {limit}, one per color, or leave it out.")
+                raise ValueError(f"{name}={values}: give three numbers{more}, one per color, or leave it out.")
 
     def _refuse(self, names: tuple[str, ...], reason: str) -> None:
         for name in names:

@@ -122,7 +122,9 @@ def relabelled(labels):
 def test_rows_without_a_class_are_named_or_left_out(wrong, caplog):
     good = [0, 1] * 5
     dataset = number_rows(DatasetDict(train=relabelled([*good, wrong, 0, wrong]), validation=relabelled([0, 1, wrong])))
-    message = r"split 'train', rows 10, 12: label_column_name='kind' has no class of 0 to 1 there.*--skip_bad_examples"
+    message = (
+        r"split 'train', rows 10, 12: label_column_name='kind' has none of the classes 0 to 1.*--skip_bad_examples"
+    )
     with pytest.raises(ValueError, match=message):
         split_train_eval(dataset, "kind", None, 0)
     with pytest.raises(ValueError, match="split 'validation', row 2: "):

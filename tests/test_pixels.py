@@ -61,13 +61,21 @@ def test_the_scale_is_that_of_the_dataset_not_of_the_image():
         (
             SIXTEEN_BITS,
             None,
-            "mode I;16 has more than 8 bits, here from 0 to 65535, and does not say what is white. Set",
+            "image_max_value=None: an image of mode I;16, which has more than 8 bits, with values from 0 to 65535",
         ),
-        (SIXTEEN_BITS, 4095, "image_max_value=4095: mode I;16 has values from 0 to 65535 here"),
-        (RAMP.astype(np.float32), None, "mode F has more than 8 bits, here from 0 to 1"),
-        (RAMP.astype(np.float32) - 0.5, 1, "mode F has values from -0.5 to 0.5 here"),
-        (np.where(RAMP < 0.5, np.nan, RAMP).astype(np.float32), 1, "mode F has values from nan to nan here"),
-        (SIXTEEN_BITS.astype(np.int32), None, "mode I has more than 8 bits"),
+        (SIXTEEN_BITS, 4095, "image_max_value=4095: an image of mode I;16"),
+        (
+            RAMP.astype(np.float32),
+            None,
+            "mode F, which has more than 8 bits, with values from 0 to 1, does not say what is white",
+        ),
+        (
+            RAMP.astype(np.float32) - 0.5,
+            1,
+            "mode F, which has more than 8 bits, with values from -0.5 to 0.5, is not between 0",
+        ),
+        (np.where(RAMP < 0.5, np.nan, RAMP).astype(np.float32), 1, "mode F with values that are not finite"),
+        (SIXTEEN_BITS.astype(np.int32), None, "mode I, which has more"),
     ],
 )
 def test_a_range_that_is_not_known_or_does_not_hold_is_refused(values, max_value, message):
