@@ -464,11 +464,15 @@ class IRE(Optimizer):
     def _load_base(self, state_dict: dict[str, Any]) -> None:
         """Load it into the base optimizer, or raise `ValueError` if it is of another one."""
         before = self.base_optimizer.state_dict()
-        self.base_optimizer.load_state_dict(state_dict)
-        if lacking := sorted({key for group in self.param_groups for key in self.defaults.keys() - group.keys()}):
+        try:
+            self.base_optimizer.load_state_dict(state_dict)
+            lacking = {key for group in self.param_groups for key in self.defaults.keys() - group.keys()}
+        except KeyError as error:  # torch has looked for it
+            lacking = {error.args[0]}
+        if lacking := sorted(lacking - {"differentiable"}):  # which torch adds to the defaults alone
             self.base_optimizer.load_state_dict(before)
             raise ValueError(
-                f"The state to be loaded is not of {type(self.base_optimizer).__name__}: its groups have no "
+                f"The state to be loaded is not of {type(self.base_optimizer).__name__}: it has no "
                 f"{', '.join(lacking)}. Make the optimizer that it was saved from, or start without it."
             )
 

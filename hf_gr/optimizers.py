@@ -193,7 +193,7 @@ class _LayerwiseOptimizer(Optimizer):
                 if state and state.keys() - {"step"} != expected:
                     raise ValueError(
                         f"The state to be loaded is not of {name}: it has {', '.join(map(str, state))} of a parameter, "
-                        f"and not {', '.join(sorted(expected)) or 'nothing'}. Make the optimizer that it was saved from."
+                        f"and not {', '.join(sorted(expected)) or 'nothing'}. Make the one that it was saved from."
                     )
                 if any(state[key].shape != p.shape for key in state.keys() & expected):
                     raise ValueError(
@@ -204,6 +204,7 @@ class _LayerwiseOptimizer(Optimizer):
     def _restore(self, state_dict: dict[str, Any]) -> None:
         """Take the tensors once more, as torch has cast them to the type of the parameters."""
         for own, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
+            own.setdefault("foreach", self.defaults["foreach"])
             for p, index in zip(own["params"], saved["params"], strict=True):
                 for key in self.state[p].keys() & set(self._moments(own)) if p in self.state else ():
                     self.state[p][key] = state_dict["state"][index][key].to(p.device, _precision(p))
@@ -306,7 +307,7 @@ class LARS(_LayerwiseOptimizer):
         """SGD with momentum along q (g + weight_decay w), in one pass."""
         momentum, nesterov = group["momentum"], group["nesterov"]
         grads = [p.grad for p in params]
-        # torch's Nesterov has the gradient without q in its step; and 1 - dampening, below, is q with an absolute error.
+        # torch's Nesterov has the gradient without q in its step. And 1 - dampening, below, is q rounded at 1.
         if nesterov or q < torch.finfo(torch.float64).eps / torch.finfo(params[0].dtype).eps:
             directions = torch._foreach_add(grads, params, alpha=weight_decay)
             torch._foreach_mul_(directions, q)
@@ -464,10 +465,9 @@ class LAMB(_LayerwiseOptimizer):
         u = m' / (sqrt(v') + eps) + weight_decay w,    m' = m / (1 - beta1^t),  v' = v / (1 - beta2^t)
         w = w - lr ||w|| / ||u|| u                      (ratio 1 if one of the norms is 0; 0 if one overflows)
 
-    for each layer w with gradient g; norms and biases take the step of Adam. t counts the steps of each parameter, those
-    in which it had a gradient. With `bias_correction=False` m' = m and
-    v' = v. The code released with TVLARS is the setting `bias_correction=False, exclude_1d=False, norm_clamp=(0, 10)`
-    (and its self-supervised runs have no ratio at all).
+    for each layer w with gradient g; norms and biases take the step of Adam. t counts, for each parameter, the steps in
+    which it had a gradient. With `bias_correction=False` m' = m and v' = v. The code released with TVLARS is this
+    setting with `exclude_1d=False, norm_clamp=(0, 10)` (and its self-supervised runs have no ratio at all).
 
     Args:
         params: parameters or groups of them.

@@ -228,7 +228,7 @@ def test_channels_last(make):
 @pytest.mark.parametrize("foreach", [True, False])
 @pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
 def test_half_precision_is_single_but_for_what_is_stored(make, foreach, dtype):
-    """Gradients of 1e-4, whose squares fp16 does not have; one step is float32's, rounded, and the state is float32's."""
+    """With gradients of 1e-4, whose squares fp16 does not have: a step is float32's, rounded, the state as well."""
     weights = [w.to(dtype) for w in float32(0, (16, 8), (4,))]
     gradients = [[1e-4 * g for g in float32(t, (16, 8), (4,))] for t in range(1, 6)]
     gradients = [[g.to(dtype) for g in gs] for gs in gradients]
