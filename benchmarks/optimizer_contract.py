@@ -27,19 +27,26 @@ from optimizer_contract import CHECKS, Make
 from test_optimizer_contract import EXCEPT, OURS
 
 
-def peers(timm: Path) -> dict[str, Make]:
+def groups(timm: Path) -> dict[str, dict[str, Make]]:
     lars, lamb = timm_optimizers(timm)
     return {
-        "torch SGD": lambda ps, lr=0.01, **kw: torch.optim.SGD(ps, lr, momentum=0.9, **kw),
-        "torch AdamW": lambda ps, lr=0.01, **kw: torch.optim.AdamW(ps, lr, **kw),
-        "torch fused AdamW": lambda ps, lr=0.01, **kw: torch.optim.AdamW(ps, lr, fused=True, **kw),
-        # Without weight decay it is plain SGD, and takes the rate of that.
-        "timm LARS": lambda ps, lr=0.01, **kw: lars(ps, lr, momentum=0.9, **kw),
-        # Clipping by the norm of all parameters would make each depend on the others.
-        "timm LAMB": lambda ps, lr=0.01, **kw: lamb(ps, lr, max_grad_norm=None, **kw),
-        "p_o LARS": lambda ps, lr=0.5, **kw: pytorch_optimizer.LARS(ps, lr, **kw),
-        "p_o LAMB": lambda ps, lr=0.01, **kw: pytorch_optimizer.Lamb(ps, lr, **kw),
-        "p_o Lookahead": lambda ps, lr=0.01, **kw: pytorch_optimizer.Lookahead(torch.optim.AdamW(ps, lr, **kw)),
+        "ours": OURS,
+        "torch": {
+            "SGD": lambda ps, lr=0.01, **kw: torch.optim.SGD(ps, lr, momentum=0.9, **kw),
+            "AdamW": lambda ps, lr=0.01, **kw: torch.optim.AdamW(ps, lr, **kw),
+            "fused AdamW": lambda ps, lr=0.01, **kw: torch.optim.AdamW(ps, lr, fused=True, **kw),
+        },
+        "timm": {
+            # Without weight decay it is plain SGD, and takes the rate of that.
+            "LARS": lambda ps, lr=0.01, **kw: lars(ps, lr, momentum=0.9, **kw),
+            # Clipping by the norm of all parameters would make each depend on the others.
+            "LAMB": lambda ps, lr=0.01, **kw: lamb(ps, lr, max_grad_norm=None, **kw),
+        },
+        "pytorch_optimizer": {
+            "LARS": lambda ps, lr=0.5, **kw: pytorch_optimizer.LARS(ps, lr, **kw),
+            "LAMB": lambda ps, lr=0.01, **kw: pytorch_optimizer.Lamb(ps, lr, **kw),
+            "Lookahead": lambda ps, lr=0.01, **kw: pytorch_optimizer.Lookahead(torch.optim.AdamW(ps, lr, **kw)),
+        },
     }
 
 
@@ -64,16 +71,27 @@ def main() -> None:
         f"torch {torch.__version__}, timm {timm_version}, pytorch_optimizer (p_o) {version('pytorch_optimizer')}, "
         f"Python {platform.python_version()}, CPU\n"
     )
-    subjects = OURS | peers(options.timm)
-    failures = {name: {check: failure(check, make) for check in CHECKS} for name, make in subjects.items()}
-    print(f"| check | {' | '.join(subjects)} |")
-    print("|---" * (1 + len(subjects)) + "|")
-    print(f"| **of {len(CHECKS)} checks hold** |", end="")
-    print("".join(f" **{sum(not error for error in failures[name].values())}** |" for name in subjects))
-    failed = [check for check in CHECKS if any(failures[name][check] for name in subjects)]
-    for check in failed:
-        print(f"| {check} | {' | '.join(failures[name][check] or 'ok' for name in subjects)} |")
-    print("\nHeld by all: " + "; ".join(check for check in CHECKS if check not in failed) + ".")
+    failures = {
+        group: {name: {check: failure(check, make) for check in CHECKS} for name, make in makers.items()}
+        for group, makers in groups(options.timm).items()
+    }
+    print(f"| | optimizer | of {len(CHECKS)} checks hold |\n|---|---|---|")
+    for group, by_name in failures.items():
+        for name, errors in by_name.items():
+            print(f"| {group} | {name} | {sum(not error for error in errors.values())} |")
+    print(f"\n| fails | {' | '.join(failures)} |")
+    print("|---" * (1 + len(failures)) + "|")
+    held = []
+    for check in CHECKS:
+        cells = [
+            "<br>".join(f"{name}: {errors[check]}" for name, errors in by_name.items() if errors[check])
+            for by_name in failures.values()
+        ]
+        if any(cells):
+            print(f"| {check} | {' | '.join(cells)} |")
+        else:
+            held.append(check)
+    print(f"\nHeld by all {len(held)}: {'; '.join(held)}.")
     print("\nOurs, why not:\n")
     for check, reasons in EXCEPT.items():
         for name, reason in reasons.items():
