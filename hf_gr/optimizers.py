@@ -466,8 +466,8 @@ class LAMB(_LayerwiseOptimizer):
         w = w - lr ||w|| / ||u|| u                      (ratio 1 if one of the norms is 0; 0 if one overflows)
 
     for each layer w with gradient g; norms and biases take the step of Adam. t counts, for each parameter, the steps in
-    which it had a gradient. With `bias_correction=False` m' = m and v' = v. The code released with TVLARS is this
-    setting with `exclude_1d=False, norm_clamp=(0, 10)` (and its self-supervised runs have no ratio at all).
+    which it had a gradient. With `bias_correction=False` m' = m and v' = v. The code released with TVLARS has
+    `bias_correction=False, exclude_1d=False, norm_clamp=(0, 10)` (and no ratio at all in its self-supervised runs).
 
     Args:
         params: parameters or groups of them.
