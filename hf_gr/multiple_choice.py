@@ -62,16 +62,23 @@ def evaluate_multiple_choice(
         dataset: one question per row: a text, a list of texts, and the index of the right one.
 
     Raises:
-        ValueError: a column is missing, or a label is not the index of a choice.
+        ValueError: a column is missing, or a row is not a question with choices and the index of the right one.
     """
     for flag, column in (("context", context_column), ("choices", choices_column), ("label", label_column)):
         if column not in dataset.column_names:
             listed = ", ".join(dataset.column_names)
-            raise ValueError(f"{flag}_column={column!r} is not a column of the data set, which has {listed}.")
+            raise ValueError(
+                f"{flag}_column={column!r} is not a column of the data set, which has {listed}. Name one of these."
+            )
+    if not len(dataset):
+        raise ValueError("The data set has no questions. Give another split, or look at the data.")
+    for row, question in enumerate(dataset):
+        if (reason := _why_bad(question[context_column], question[choices_column], question[label_column])) is not None:
+            raise ValueError(f"row {row}: {reason}. Mend or remove it.")
     model.eval()
     right = right_norm = 0
     for row in dataset:
-        choices, label = row[choices_column], _index(row[label_column], row[choices_column])
+        choices, label = row[choices_column], int(row[label_column])
         scores = choice_log_likelihoods(model, tokenizer, row[context_column], choices)
         per_byte = [score / len(choice.encode()) for score, choice in zip(scores, choices, strict=True)]
         right += max(range(len(choices)), key=scores.__getitem__) == label
@@ -79,13 +86,19 @@ def evaluate_multiple_choice(
     return {"accuracy": right / len(dataset), "accuracy_norm": right_norm / len(dataset), "examples": len(dataset)}
 
 
-def _index(label: Any, choices: list[str]) -> int:
+def _why_bad(context: Any, choices: Any, label: Any) -> str | None:
+    """Why this is not a question."""
+    if not isinstance(context, str):
+        return f"the context is {context!r}, not a text"
+    if not isinstance(choices, list) or not choices or not all(isinstance(c, str) and c for c in choices):
+        return f"the choices are {choices!r}, not a list of texts"
+    if not _is_index(label, len(choices)):
+        return f"The label {label!r} is not the index of one of {len(choices)} choices, 0 to {len(choices) - 1}"
+    return None
+
+
+def _is_index(label: Any, count: int) -> bool:
     try:
-        index = int(label)
+        return not isinstance(label, bool) and float(label) in range(count)
     except (TypeError, ValueError):
-        index = -1
-    if not 0 <= index < len(choices):
-        raise ValueError(
-            f"The label {label!r} is not the index of one of {len(choices)} choices, 0 to {len(choices) - 1}."
-        )
-    return index
+        return False

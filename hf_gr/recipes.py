@@ -1,6 +1,7 @@
 """Recipes, files of flags, and how they and the flags of the command line come together."""
 
-from collections.abc import Mapping
+import json
+from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,16 @@ SUPERSEDES: dict[str, tuple[str, ...]] = {
 }
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses a name that is there twice, of which YAML would take the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        names = [self.construct_object(key, deep=True) for key, _ in node.value]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"{twice[0]} is there twice")
+        return super().construct_mapping(node, deep)
+
+
 def read_recipe(path: str | Path, known: set[str]) -> dict[str, Any]:
     """The flags in a file of YAML or JSON.
 
@@ -36,7 +47,7 @@ def read_recipe(path: str | Path, known: set[str]) -> dict[str, Any]:
         ValueError: there is no such file, it is something else, or it has a name that is not in `known`.
     """
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))  # JSON is YAML, too
+        content = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)  # JSON is YAML, too
     except (OSError, ValueError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{path}: this recipe cannot be read ({reason}). Give a file of YAML or JSON.") from error
@@ -69,6 +80,18 @@ def check_length(given: Mapping[str, Any]) -> None:
     lengths = [f"{name}={given[name]}" for name in LENGTHS if given.get(name) not in (None, -1)]
     if len(lengths) > 1:
         raise ValueError(f"{' and '.join(lengths)} both say how long to train. Leave one of them out.")
+
+
+def check_dicts(values: Any) -> None:
+    """Raise `ValueError` for a flag of transformers that holds a dict, in JSON, if it holds something else."""
+    for flag in ("lr_scheduler_kwargs", "gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"):
+        value = getattr(values, flag, None)
+        try:
+            is_dict = isinstance(json.loads(value) if isinstance(value, str) else value, dict)
+        except ValueError:
+            is_dict = False
+        if value is not None and not is_dict:
+            raise ValueError(f"{flag}={value!r}: give JSON with names and values, such as '{{\"min_lr_rate\": 0.1}}'.")
 
 
 def check_gr_is_on(given: Mapping[str, Any], values: Any) -> None:

@@ -85,8 +85,9 @@ def parse_args(
         check_types(values, kind, recipe)
     check_ranges(values, LIMITS)
     recipes.check_length(recipe | given)
-    recipes.check_gr_is_on(given, values)
+    recipes.check_dicts(values)
     parsed = parser.parse_args_into_dataclasses(argv)
+    recipes.check_gr_is_on(given, values)
     for args in parsed:
         if isinstance(args, TrainingArguments):
             keep_token_out_of_files(args)

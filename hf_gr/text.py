@@ -1,14 +1,21 @@
 """Text data: loading documents, tokenizers, and packing tokens into blocks without padding."""
 
+import logging
 import sysconfig
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
 from datasets import Dataset, DatasetDict, Features, IterableDataset, IterableDatasetDict, Sequence, Value, load_dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from .mistakes import explained
+
+logger = logging.getLogger(__name__)
 
 EVAL_SPLITS = ("validation", "valid", "test")
 END_OF_TEXT = "<|endoftext|>"
@@ -34,20 +41,16 @@ def load_text_dataset(name: str, config: str | None = None, streaming: bool = Fa
     kind = TEXT_FILES.get(Path(name).suffix)
     if kind is not None and config is not None:
         raise ValueError(f"dataset_config_name={config!r}: a file has no configurations. Leave it out.")
-    try:
+    remedy = (
+        "Give 'python' (embedded), a file (.txt, .parquet, .json, .jsonl), a folder of such files, or the name of a "
+        "data set on the Hub that can be reached from here."
+    )
+    with explained(f"dataset_name={name!r} could not be loaded", remedy):
         if kind is not None:
             # A line of prose is no document, and without its end a poem is no poem.
             how = {"sample_by": "paragraph"} if kind == "text" else {}
-            dataset = load_dataset(kind, data_files=name, streaming=streaming, **how)
-        else:
-            dataset = load_dataset(name, config, streaming=streaming)
-    except Exception as error:  # the many ways in which a name can fail: wrong path, no network, an empty file
-        raise ValueError(
-            f"dataset_name={name!r} could not be loaded ({type(error).__name__}: {error}). Give 'python' (embedded), a "
-            "file (.txt, .parquet, .json, .jsonl), a folder of such files, or the name of a data set on the Hub that "
-            "can be reached from here."
-        ) from error
-    return dataset
+            return load_dataset(kind, data_files=name, streaming=streaming, **how)
+        return load_dataset(name, config, streaming=streaming)
 
 
 def _load_standard_library(streaming: bool) -> TextDatasets:
@@ -64,23 +67,122 @@ def _load_standard_library(streaming: bool) -> TextDatasets:
     return DatasetDict(splits)
 
 
-def find_text_column(features: Features | None, name: str | None = None) -> str:
+def features_of(dataset: TextDatasets) -> Features:
+    """The columns and their types. A stream that does not know them is asked for its first row."""
+    first = next(iter(dataset.values()))
+    return first.features or Dataset.from_list(list(first.take(1))).features
+
+
+def is_text(kind: Any) -> bool:
+    """Whether a column of this type holds strings."""
+    return kind in (Value("string"), Value("large_string"))
+
+
+def find_text_column(features: Features, name: str | None = None) -> str:
     """The column to take text from: `name`, or `text`, or the only one of type string."""
-    if features is None:  # a stream does not always know
-        return name or "text"
-    listed = ", ".join(features)
-    if name is not None:
-        if name not in features:
-            raise ValueError(f"text_column_name={name!r} is not a column of the data set, which has {listed}.")
-        if features[name] not in (Value("string"), Value("large_string")):
-            raise ValueError(f"text_column_name={name!r} holds {features[name]}, not text.")
-        return name
-    strings = [column for column, kind in features.items() if kind in (Value("string"), Value("large_string"))]
-    if "text" in strings:
-        return "text"
-    if len(strings) == 1:
-        return strings[0]
-    raise ValueError(f"The data set has no column 'text'; its columns are {listed}. Name one with --text_column_name.")
+    columns, strings = ", ".join(features), [column for column, kind in features.items() if is_text(kind)]
+    if name is not None and name not in features:
+        raise ValueError(
+            f"text_column_name={name!r} is not a column of the data set, which has {columns}. Name one of these."
+        )
+    if name is None and "text" not in features:
+        if len(strings) == 1:
+            return strings[0]
+        if strings:
+            raise ValueError(
+                f"The data set has no column 'text'; its columns are {columns}. Name one with --text_column_name: "
+                f"{', '.join(strings)} hold text."
+            )
+        raise ValueError(f"No column of the data set holds text; its columns are {columns}. Give other data.")
+    column = name or "text"
+    if not is_text(features[column]):
+        others = f"Name another with --text_column_name: {', '.join(strings)}." if strings else "Give other data."
+        raise ValueError(f"text_column_name={column!r} holds {features[column]}, not text. {others}")
+    return column
+
+
+# ---- Examples that cannot be trained on ----
+
+
+def used_splits(dataset: TextDatasets) -> list[str]:
+    """`train`, and the split to evaluate on if there is one."""
+    evaluation = next((name for name in EVAL_SPLITS if name in dataset), None)
+    return [name for name in ("train", evaluation) if name in dataset]
+
+
+def without_null_documents(dataset: TextDatasets, column: str, skipped: Counter[str] | None) -> TextDatasets:
+    """The splits that are used, without rows that have no text in `column`.
+
+    Args:
+        skipped: counts them by split; None refuses them. A stream is looked at as it is read, and says so in the log.
+    """
+    splits = {name: dataset[name] for name in used_splits(dataset)}
+    if isinstance(dataset, IterableDatasetDict):
+        how = {"column": column, "skip": skipped is not None}
+        return IterableDatasetDict(
+            {
+                name: split.filter(_has_text, with_indices=True, fn_kwargs={**how, "split": name})
+                for name, split in splits.items()
+            }
+        )
+    return DatasetDict(
+        {name: leave_out(split, name, null_rows(split, [column]), skipped) for name, split in splits.items()}
+    )
+
+
+def null_rows(dataset: Dataset, columns: Iterable[str]) -> dict[int, str]:
+    """What is missing in a row, by the numbers of the rows where something is."""
+    found: dict[int, str] = {}
+    for column in columns:
+        tables = dataset.select_columns([column]).with_format("arrow").iter(batch_size=10_000)
+        for i, table in enumerate(tables):
+            rows = pc.indices_nonzero(pc.is_null(table[column])).to_numpy() + 10_000 * i
+            found |= {row: f"column {column!r} is null" for row in rows.tolist() if row not in found}
+    return dict(sorted(found.items()))
+
+
+def leave_out(dataset: Dataset, split: str, bad: dict[int, str], skipped: Counter[str] | None) -> Dataset:
+    """`dataset` without the rows of `bad`, which says why; with `skipped`=None these are an error."""
+    if not bad:
+        return dataset
+    row, reason = next(iter(bad.items()))
+    where = f"split {split!r}, row {row}: {reason}"
+    count = f"{len(bad):,} of {len(dataset):,} examples"
+    if skipped is None:
+        raise ValueError(
+            f"{where} ({count} are like that). Mend or remove them, or leave them out with --skip_bad_examples."
+        )
+    if len(bad) == len(dataset):
+        raise ValueError(f"{where}, and so are all {len(bad):,} examples: none is left. Look at the data.")
+    logger.warning(f"{where}. {count} are left out.")
+    skipped[split] += len(bad)
+    return dataset.select([row for row in range(len(dataset)) if row not in bad])
+
+
+def skipped_metrics(skipped: Counter[str] | None, eval_split: str) -> dict[str, int]:
+    """What was left out, for the record of the run; nothing if that was not asked for."""
+    if skipped is None:
+        return {}
+    return {"train_skipped_examples": skipped["train"], "eval_skipped_examples": skipped[eval_split]}
+
+
+def _has_text(example: dict[str, Any], row: int, column: str, split: str, skip: bool) -> bool:
+    if isinstance(example[column], str):
+        return True
+    kind = "null" if example[column] is None else f"a {type(example[column]).__name__}"
+    where = f"split {split!r}, row {row} of the stream: column {column!r} is {kind}"
+    if not skip:
+        raise ValueError(f"{where}. Mend or remove such documents, or leave them out with --skip_bad_examples.")
+    logger.warning(f"{where}. It is left out.")
+    return False
+
+
+def require_train_split(dataset: TextDatasets) -> None:
+    """Raise `ValueError` if there is none."""
+    if "train" not in dataset:
+        raise ValueError(
+            f"The data set has no split 'train', only {', '.join(dataset)}. Name the files so, or choose another."
+        )
 
 
 def split_documents(
@@ -92,8 +194,9 @@ def split_documents(
     `eval_documents` documents of `train`, 1 % unless given: drawn with `seed`, or the first ones of a stream. `flag` is
     named in errors.
     """
-    if "train" not in dataset:
-        raise ValueError(f"The data set has no split 'train', only {', '.join(dataset)}.")
+    require_train_split(dataset)
+    if eval_documents is not None and eval_documents < 1:
+        raise ValueError(f"{flag}={eval_documents}: give at least 1, or leave it out.")
     train = dataset["train"]
     for name in EVAL_SPLITS:
         if name in dataset:
@@ -107,9 +210,10 @@ def split_documents(
         count = 1000 if eval_documents is None else eval_documents
         return train.skip(count), train.take(count), f"first {count} documents of train"
     count = max(1, len(train) // 100) if eval_documents is None else eval_documents
-    if not 0 < count < len(train):
+    if count >= len(train):
         raise ValueError(
-            f"{flag}={eval_documents}: train has {len(train)} documents, of which some are to be trained on."
+            f"{flag}={eval_documents}: train has {len(train)} documents, of which some are to be trained on and others "
+            "evaluated on. Give more data, or a split to evaluate on."
         )
     parts = train.train_test_split(test_size=count, seed=seed)
     return parts["train"], parts["test"], f"{count} documents of train"
@@ -159,6 +263,8 @@ def pack(
     Raises:
         ValueError: the tokens do not fill one block, or the tokenizer has no end-of-text token.
     """
+    if block_size < 2:
+        raise ValueError(f"block_size={block_size}: must be at least 2, a token and the one that follows it.")
     if tokenizer.eos_token_id is None:
         raise ValueError("The tokenizer has no end-of-text token (eos_token), which separates documents. Set one.")
 

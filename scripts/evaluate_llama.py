@@ -17,17 +17,21 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_gr import script
 from hf_gr.data import keep_first
+from hf_gr.mistakes import explained
 from hf_gr.multiple_choice import evaluate_multiple_choice
 from hf_gr.text import load_text_dataset
+from hf_gr.value_checks import COUNT, check_ranges
 
 
 def multiple_choice(options: argparse.Namespace) -> dict[str, float]:
     dataset = load_text_dataset(options.dataset_name, options.dataset_config_name)
     if options.split not in dataset:
-        raise ValueError(f"split={options.split!r}: the data set has {', '.join(dataset)}.")
+        raise ValueError(f"split={options.split!r}: the data set has {', '.join(dataset)}. Name one of these.")
     questions = keep_first(dataset[options.split], options.max_examples, 0, "max_examples")
-    model = AutoModelForCausalLM.from_pretrained(options.model).to(options.device)
-    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    with explained(f"model={options.model!r} could not be loaded", "Give a folder with a model, or a name on the Hub."):
+        model, tokenizer = (cls.from_pretrained(options.model) for cls in (AutoModelForCausalLM, AutoTokenizer))
+    with explained(f"device={options.device!r} cannot be used", "Give cpu, or cuda where there is a GPU."):
+        model.to(options.device)
     columns = (options.context_column, options.choices_column, options.label_column)
     return evaluate_multiple_choice(model, tokenizer, questions, *columns)
 
@@ -62,7 +66,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args(argv)
     if (options.dataset_name is None) == (options.lm_eval_tasks is None):
-        raise ValueError("Give either --dataset_name or --lm_eval_tasks.")
+        raise ValueError("Give either --dataset_name or --lm_eval_tasks, one of the two.")
+    check_ranges(options, {"max_examples": COUNT})
     results = harness(options) if options.dataset_name is None else multiple_choice(options)
     text = json.dumps(results, indent=2, default=str)
     print(text)

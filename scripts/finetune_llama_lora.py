@@ -9,10 +9,12 @@ recipe is scripts/recipes/lora_alpaca.yaml.
 """
 
 import sys
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from torch.nn import Linear
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -21,20 +23,25 @@ from transformers import (
     PreTrainedTokenizerBase,
     set_seed,
 )
+from transformers.utils import find_adapter_config_file
 
 from hf_gr import GRConfig, script
 from hf_gr.config import require_writable
 from hf_gr.data import keep_first
-from hf_gr.instructions import answer_metrics, find_instruction_format, prompt_and_answer, tokenize_instructions
+from hf_gr.instructions import answer_metrics, prompt_and_answer, tokenize_instructions, without_bad_examples
 from hf_gr.language_modeling import CausalLMTrainer, generate_text
-from hf_gr.text import load_text_dataset, split_documents
+from hf_gr.mistakes import explained
+from hf_gr.text import load_text_dataset, skipped_metrics, split_documents
+from hf_gr.value_checks import COUNT, NOT_NEGATIVE, SHARE, check_ranges
 
 DEFAULT_RECIPE = Path(__file__).parent / "recipes" / "lora_alpaca.yaml"
 
 
 @dataclass
 class ModelArguments:
-    model_name_or_path: str = field(metadata={"help": "The base model, on the Hub or in a folder."})
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "The base model, on the Hub or in a folder. There is no default."}
+    )
     adapter_name_or_path: str | None = field(
         default=None, metadata={"help": "Adapters to go on from, of this base model. Default: new ones."}
     )
@@ -57,6 +64,11 @@ class ModelArguments:
     )
 
     def __post_init__(self):
+        if self.model_name_or_path is None:
+            raise ValueError("model_name_or_path=None: give the base model, a folder or a name on the Hub.")
+        check_ranges(self, {"lora_r": COUNT, "lora_alpha": COUNT, "lora_dropout": SHARE})
+        if self.lora_target_modules is not None and not self.lora_target_modules:
+            raise ValueError("lora_target_modules=[]: name at least one layer, or leave it out for all linear ones.")
         if self.adapter_name_or_path is None:
             return
         for name in ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"):
@@ -85,6 +97,14 @@ class DataArguments:
     generate_samples: int = field(default=20, metadata={"help": "Write and compare the answers of so many of them."})
     max_new_tokens: int = field(default=64, metadata={"help": "Length of an answer that is written."})
     preprocessing_num_workers: int | None = field(default=None, metadata={"help": "Processes that tokenize."})
+    skip_bad_examples: bool = field(
+        default=False, metadata={"help": "Leave out, and count, examples whose text is missing (null)."}
+    )
+
+    def __post_init__(self):
+        counts = ("eval_examples", "max_length", "max_train_samples", "max_eval_samples", "max_new_tokens")
+        check_ranges(self, dict.fromkeys((*counts, "preprocessing_num_workers"), COUNT))
+        check_ranges(self, {"generate_samples": NOT_NEGATIVE})
 
 
 def parse_args(argv: list[str]) -> tuple[ModelArguments, DataArguments, GRConfig]:
@@ -92,7 +112,19 @@ def parse_args(argv: list[str]) -> tuple[ModelArguments, DataArguments, GRConfig
 
 
 def load_base(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(name, dtype="float32"), AutoTokenizer.from_pretrained(name)
+    remedy = "Give a folder that a causal language model and its tokenizer were saved to, or a name on the Hub."
+    with explained(f"model_name_or_path={name!r} could not be loaded", remedy):
+        has_adapters = find_adapter_config_file(name) is not None
+    if has_adapters:
+        base = PeftConfig.from_pretrained(name).base_model_name_or_path
+        raise ValueError(
+            f"model_name_or_path={name!r} has adapters, which would be lost. To go on training them, give "
+            f"--model_name_or_path {base} --adapter_name_or_path {name}; to train new ones on top of them, give the "
+            "model that they are merged into (--merge_and_save True)."
+        )
+    with explained(f"model_name_or_path={name!r} could not be loaded", remedy):
+        model = AutoModelForCausalLM.from_pretrained(name, dtype="float32")
+        tokenizer = AutoTokenizer.from_pretrained(name)
     rows = model.get_input_embeddings().num_embeddings
     if len(tokenizer) > rows:
         raise ValueError(
@@ -110,10 +142,12 @@ def add_adapters(model: PreTrainedModel, args: ModelArguments) -> PeftModel:
             task_type="CAUSAL_LM",
             r=8 if args.lora_r is None else args.lora_r,
             lora_alpha=16 if args.lora_alpha is None else args.lora_alpha,
-            lora_dropout=args.lora_dropout or 0.0,
-            target_modules=args.lora_target_modules or "all-linear",
+            lora_dropout=0.0 if args.lora_dropout is None else args.lora_dropout,
+            target_modules="all-linear" if args.lora_target_modules is None else args.lora_target_modules,
         )
-        return get_peft_model(model, config)
+        names = sorted({name.rpartition(".")[2] for name, layer in model.named_modules() if isinstance(layer, Linear)})
+        with explained(f"lora_target_modules={args.lora_target_modules}", f"The linear layers are {', '.join(names)}."):
+            return get_peft_model(model, config)
     try:
         return PeftModel.from_pretrained(model, args.adapter_name_or_path, is_trainable=True)
     except (RuntimeError, ValueError, OSError) as error:
@@ -134,13 +168,16 @@ def main(argv: list[str] | None = None) -> None:
     base, tokenizer = load_base(model_args.model_name_or_path)
     model = add_adapters(base, model_args)
     context = getattr(base.config, "max_position_embeddings", None)
-    max_length = data_args.max_length or context or 1024
+    max_length = data_args.max_length
+    if max_length is None:
+        max_length = 1024 if context is None else context
     if context is not None and max_length > context:
         raise ValueError(f"max_length={max_length}: the model has a context of {context} tokens. Give at most that.")
 
+    skipped = Counter() if data_args.skip_bad_examples else None
     with args.main_process_first(desc="preparing the data"):
         dataset = load_text_dataset(data_args.dataset_name, data_args.dataset_config_name)
-        find_instruction_format(next(iter(dataset.values())).features)
+        dataset = without_bad_examples(dataset, skipped)
         train, evaluation, eval_split = split_documents(
             dataset, data_args.eval_examples, args.seed, flag="eval_examples"
         )
@@ -150,6 +187,11 @@ def main(argv: list[str] | None = None) -> None:
             tokenize_instructions(split, tokenizer, max_length, data_args.preprocessing_num_workers)
             for split in (train, evaluation)
         )
+    counts = {
+        **skipped_metrics(skipped, eval_split),
+        "train_examples_without_answer": len(train) - len(train_tokens),
+        "eval_examples_without_answer": len(evaluation) - len(eval_tokens),
+    }
     trainer = CausalLMTrainer(
         model=model,
         args=args,
@@ -170,7 +212,7 @@ def main(argv: list[str] | None = None) -> None:
     script.save_metrics(trainer, "before", before, combined=False)
     result = trainer.train(resume_from_checkpoint=script.checkpoint_to_resume(args))
     script.save_model(trainer)
-    script.save_metrics(trainer, "train", {**result.metrics, **trainer.costs()})
+    script.save_metrics(trainer, "train", {**result.metrics, **trainer.costs(), **counts})
     metrics, answers = trainer.evaluate(), written()
     trainer.add_to_last_evaluation(answers)
     script.save_metrics(trainer, "eval", {**metrics, **answers})

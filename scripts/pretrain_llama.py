@@ -11,6 +11,7 @@ is with a recipe that does not mention the method: the data never changes the me
 """
 
 import sys
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,8 +22,19 @@ from hf_gr import GRConfig, script
 from hf_gr.config import require_writable
 from hf_gr.data import keep_first
 from hf_gr.language_modeling import CausalLMTrainer, generate_text, steps_for_tokens
+from hf_gr.mistakes import explained
 from hf_gr.models import LLAMA_PRESETS, create_llama
-from hf_gr.text import find_text_column, load_text_dataset, pack, split_documents, train_tokenizer
+from hf_gr.text import (
+    features_of,
+    find_text_column,
+    load_text_dataset,
+    pack,
+    skipped_metrics,
+    split_documents,
+    train_tokenizer,
+    without_null_documents,
+)
+from hf_gr.value_checks import COUNT, Limit, check_ranges
 
 DEFAULT_RECIPE = Path(__file__).parent / "recipes" / "llama_tiny_python.yaml"
 
@@ -47,6 +59,7 @@ class ModelArguments:
     )
 
     def __post_init__(self):
+        check_ranges(self, {"vocab_size": Limit(257)})
         if self.tokenizer_name is not None and self.vocab_size is not None:
             raise ValueError(
                 f"vocab_size={self.vocab_size} has no effect with tokenizer_name={self.tokenizer_name!r}, which has "
@@ -77,11 +90,23 @@ class DataArguments:
         },
     )
     preprocessing_num_workers: int | None = field(default=None, metadata={"help": "Processes that tokenize."})
+    skip_bad_examples: bool = field(
+        default=False, metadata={"help": "Leave out, and count, examples whose text is missing (null)."}
+    )
     max_train_tokens: int | None = field(
         default=None, metadata={"help": "Train on so many tokens, in place of epochs or steps."}
     )
     max_eval_blocks: int | None = field(default=None, metadata={"help": "Evaluate on this many blocks only."})
     sample_prompt: str = field(default="", metadata={"help": "What the sample of generated text begins with."})
+
+    def __post_init__(self):
+        counts = ("eval_documents", "preprocessing_num_workers", "max_train_tokens", "max_eval_blocks")
+        check_ranges(self, dict.fromkeys(counts, COUNT))
+        if self.streaming and self.preprocessing_num_workers is not None:
+            raise ValueError(
+                f"preprocessing_num_workers={self.preprocessing_num_workers} has no effect with streaming=True: a "
+                "stream is tokenized as it is read. Leave one of them out."
+            )
 
 
 def parse_args(argv: list[str]) -> tuple[ModelArguments, DataArguments, GRConfig]:
@@ -91,11 +116,13 @@ def parse_args(argv: list[str]) -> tuple[ModelArguments, DataArguments, GRConfig
 
 def create_tokenizer(args: ModelArguments, documents, text_column: str, context: int) -> PreTrainedTokenizerBase:
     if args.tokenizer_name is not None:
-        return AutoTokenizer.from_pretrained(args.tokenizer_name)
+        remedy = "Give a folder that a tokenizer was saved to, or a name on the Hub."
+        with explained(f"tokenizer_name={args.tokenizer_name!r} could not be loaded", remedy):
+            return AutoTokenizer.from_pretrained(args.tokenizer_name)
     if isinstance(documents, IterableDataset):
         documents = documents.take(10_000)
     texts = (row[text_column] for row in documents.select_columns([text_column]))
-    return train_tokenizer(texts, args.vocab_size or 4096, context)
+    return train_tokenizer(texts, 4096 if args.vocab_size is None else args.vocab_size, context)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -106,20 +133,17 @@ def main(argv: list[str] | None = None) -> None:
     require_writable(args.output_dir)
     script.print_method(args)
     context = LLAMA_PRESETS[model_args.model].context
-    block_size = model_args.block_size or context
+    block_size = context if model_args.block_size is None else model_args.block_size
     if data_args.max_train_tokens is not None:
         args.max_steps = steps_for_tokens(data_args.max_train_tokens, args, block_size)
     elif data_args.streaming and args.max_steps <= 0:
         raise ValueError("streaming=True: the length of a stream is not known. Set max_train_tokens or max_steps.")
-    if data_args.streaming and data_args.preprocessing_num_workers is not None:
-        raise ValueError(
-            f"preprocessing_num_workers={data_args.preprocessing_num_workers} has no effect with streaming=True: a "
-            "stream is tokenized as it is read. Leave one of them out."
-        )
 
+    skipped = Counter() if data_args.skip_bad_examples else None
     with args.main_process_first(desc="preparing the data"):
         dataset = load_text_dataset(data_args.dataset_name, data_args.dataset_config_name, data_args.streaming)
-        text_column = find_text_column(next(iter(dataset.values())).features, data_args.text_column_name)
+        text_column = find_text_column(features_of(dataset), data_args.text_column_name)
+        dataset = without_null_documents(dataset, text_column, skipped)
         train, evaluation, eval_split = split_documents(dataset, data_args.eval_documents, args.seed)
         tokenizer = create_tokenizer(model_args, train, text_column, context)
         train, evaluation = (
@@ -128,7 +152,7 @@ def main(argv: list[str] | None = None) -> None:
         )
     if data_args.streaming:
         train = train.shuffle(seed=args.seed, buffer_size=1000)
-        evaluation = evaluation.take(data_args.max_eval_blocks or 1000)
+        evaluation = evaluation.take(1000 if data_args.max_eval_blocks is None else data_args.max_eval_blocks)
     else:
         evaluation = keep_first(evaluation, data_args.max_eval_blocks, args.seed, "max_eval_blocks")
 
@@ -142,7 +166,8 @@ def main(argv: list[str] | None = None) -> None:
     )
     result = trainer.train(resume_from_checkpoint=script.checkpoint_to_resume(args))
     script.save_model(trainer)
-    script.save_metrics(trainer, "train", {**result.metrics, **trainer.costs()})
+    counts = {} if data_args.streaming else skipped_metrics(skipped, eval_split)  # a stream has them in the log
+    script.save_metrics(trainer, "train", {**result.metrics, **trainer.costs(), **counts})
     metrics = trainer.evaluate()
     script.save_metrics(trainer, "eval", metrics)
     trainer.save_state()

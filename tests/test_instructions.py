@@ -1,10 +1,18 @@
 """Instructions: what is prompt and what is answer, and the metrics of answers."""
 
+from collections import Counter
+
 import pytest
 import torch
-from datasets import Dataset, Features, Value
+from datasets import Dataset, DatasetDict, Features, Value
 
-from hf_gr.instructions import answer_metrics, find_instruction_format, prompt_and_answer, tokenize_instructions
+from hf_gr.instructions import (
+    answer_metrics,
+    find_instruction_format,
+    prompt_and_answer,
+    tokenize_instructions,
+    without_bad_examples,
+)
 from hf_gr.metrics import AnswerMatch
 from hf_gr.models import create_llama
 from hf_gr.text import train_tokenizer
@@ -71,8 +79,69 @@ def test_chats(tokenizer):
         prompt_and_answer({"messages": CHAT[:3]}, chatty)
 
 
+def bad(**changed) -> DatasetDict:
+    """The third of four rows has other values."""
+    columns = {name: list(values) for name, values in ALPACA.items()}
+    for name, value in changed.items():
+        columns[name][2] = value
+    return DatasetDict({"train": Dataset.from_dict(columns), "validation": Dataset.from_dict(ALPACA)})
+
+
+@pytest.mark.parametrize("column", ["instruction", "output"])
+def test_a_missing_text_is_named_or_left_out(column, tokenizer):
+    with pytest.raises(ValueError, match=f"split 'train', row 2: column '{column}' is null .*--skip_bad_examples"):
+        without_bad_examples(bad(**{column: None}), None)
+    skipped = Counter()
+    kept = without_bad_examples(bad(**{column: None}), skipped)
+    assert skipped == {"train": 1}
+    assert kept["train"]["instruction"][:] == [ALPACA["instruction"][i] for i in (0, 1, 3)]
+    text = [tokenizer.decode(row) for row in tokenize_instructions(kept["train"], tokenizer, 400)["input_ids"]]
+    assert not any("None" in row for row in text)
+
+
+def test_a_missing_input_is_none(tokenizer):
+    kept = without_bad_examples(bad(input=None), None)
+    assert len(kept["train"]) == 4 and prompt_and_answer(kept["train"][2], tokenizer)[0].count("###") == 2
+
+
+@pytest.mark.parametrize(
+    ("chat", "reason"),
+    [
+        (None, "is null"),
+        ([], "has 0 messages"),
+        (CHAT[1:2], "has 1 messages"),
+        ([CHAT[0], {"role": "assistant", "content": None}], "has no 'content' in message 1"),
+        ([{"role": None, "content": "?"}, CHAT[1]], "has no 'role' in message 0"),
+        (CHAT[:3], "ends with a message of the 'user'"),
+    ],
+    ids=str,
+)
+def test_a_chat_without_a_message_is_named_or_left_out(chat, reason):
+    dataset = DatasetDict({"train": Dataset.from_dict({"messages": [CHAT, chat]})})
+    with pytest.raises(ValueError, match=f"split 'train', row 1: column 'messages' {reason}"):
+        without_bad_examples(dataset, None)
+    assert without_bad_examples(dataset, Counter())["train"]["messages"][:] == [CHAT]
+
+
+def test_answers_that_are_dropped_are_counted(tokenizer, caplog):
+    rows = Dataset.from_dict(ALPACA)
+    tokenize_instructions(rows, tokenizer, 400)
+    assert "1 of 4 examples are dropped: 1 have an empty answer, 0 none within max_length=400" in caplog.text
+    limit = len(tokenize_instructions(rows, tokenizer, 400)[0]["input_ids"]) + 3
+    tokenize_instructions(rows, tokenizer, limit)
+    assert f"2 of 4 examples are dropped: 1 have an empty answer, 1 none within max_length={limit}" in caplog.text
+
+
+@pytest.mark.parametrize("max_length", [0, -1])
+def test_a_length_below_one_is_refused(max_length, tokenizer):
+    with pytest.raises(ValueError, match=f"max_length={max_length}: must be at least 1"):
+        tokenize_instructions(Dataset.from_dict(ALPACA), tokenizer, max_length)
+
+
 def test_formats():
     assert find_instruction_format(Dataset.from_dict(ALPACA).features) == "alpaca"
+    with pytest.raises(ValueError, match=r"column 'output' holds Value\('int64'\), not text"):
+        find_instruction_format(Features({"instruction": Value("string"), "output": Value("int64")}))
     with pytest.raises(ValueError, match=r"The data set has the columns question, answer\. It needs 'instruction' and"):
         find_instruction_format(Features({"question": Value("string"), "answer": Value("string")}))
 

@@ -196,6 +196,26 @@ def test_multiple_choice_counts(talker):
         evaluate_multiple_choice(model, tokenizer, Dataset.from_dict({**questions, "label": [2, 0]}))
 
 
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"context": None}, "row 1: the context is None, not a text"),
+        ({"choices": ["a", None]}, "row 1: the choices are ['a', None], not a list of texts"),
+        ({"choices": []}, "row 1: the choices are [], not a list of texts"),
+        ({"label": 0.5}, "row 1: The label 0.5 is not the index"),
+        ({"label": None}, "row 1: The label None is not the index"),
+    ],
+    ids=str,
+)
+def test_a_bad_question_is_named_by_its_row(changed, message, talker):
+    good = {"context": "the", "choices": [" cat", " mat"], "label": 1.0}  # an index, though a float
+    with pytest.raises(ValueError) as error:
+        evaluate_multiple_choice(*talker, Dataset.from_list([good, {**good, **changed}]))
+    assert message in str(error.value)
+    with pytest.raises(ValueError, match="The data set has no questions"):
+        evaluate_multiple_choice(*talker, Dataset.from_list([good]).select([]))
+
+
 # ---- Comparing runs ----
 
 

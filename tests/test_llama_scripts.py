@@ -36,9 +36,12 @@ def data(tmp_path_factory) -> dict[str, Path]:
         "output": [f"{i % 11} dogs." for i in range(40)],
     }
     Dataset.from_dict(rows).to_parquet(folder / "instructions.parquet")
+    holes = {"instruction": [None, "Say nothing."], "input": ["", ""], "output": ["Nothing.", " "]}
+    Dataset.from_dict({name: rows[name] + holes[name] for name in rows}).to_parquet(folder / "with_holes.parquet")
     questions = {"context": ["the quick brown"] * 3, "choices": [[" fox", " cats"]] * 3, "label": [0, 0, 0]}
     Dataset.from_dict(questions).to_parquet(folder / "questions.parquet")
     return {"text": folder / "text.txt", "instructions": folder / "instructions.parquet",
+            "with_holes": folder / "with_holes.parquet",
             "questions": folder / "questions.parquet"}  # fmt: skip
 
 
@@ -58,9 +61,10 @@ def pretrained(data, tmp_path_factory):
 @pytest.fixture(scope="module")
 def adapters(data, pretrained, tmp_path_factory):
     folder = tmp_path_factory.mktemp("lora") / "lora"
-    printed = launch("--model_name_or_path", pretrained[0], "--dataset_name", data["instructions"], "--output_dir",
-                     folder, "--num_train_epochs", 4, "--eval_examples", 8, "--generate_samples", 2, "--max_new_tokens",
-                     5, "--learning_rate", 1e-3, "--gr_warmup", "none", "--merge_and_save", True, "--logging_steps", 1,
+    printed = launch("--model_name_or_path", pretrained[0], "--dataset_name", data["with_holes"], "--output_dir",
+                     folder, "--skip_bad_examples", True, "--num_train_epochs", 4, "--eval_examples", 8,
+                     "--generate_samples", 2, "--max_new_tokens", 5, "--learning_rate", 1e-3,
+                     "--gr_warmup", "none", "--merge_and_save", True, "--logging_steps", 1,
                      "--gradient_accumulation_steps", 1, script=SCRIPTS / "finetune_llama_lora.py")  # fmt: skip
     return folder, printed
 
@@ -218,6 +222,9 @@ def test_lora_trains_the_adapters_alone(pretrained, adapters):
     assert "Loss of the answers " in printed
     before, after = (json.loads((folder / f"{name}_results.json").read_text()) for name in ("before", "eval"))
     assert after["eval_loss"] < before["eval_loss"]
+    counts = json.loads((folder / "train_results.json").read_text())
+    assert counts["train_skipped_examples"] == 1 and counts["eval_skipped_examples"] == 0
+    assert counts["train_examples_without_answer"] + counts["eval_examples_without_answer"] == 1
     assert {"eval_exact_match", "eval_rouge_l", "eval_perplexity"} <= set(after) & set(before)
     saved = load_file(folder / "adapter_model.safetensors")
     assert saved and all("lora_" in name for name in saved)

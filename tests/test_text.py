@@ -1,15 +1,21 @@
 """Text: what is loaded, how it is split, and that packing keeps every token."""
 
+from collections import Counter
+
 import pytest
-from datasets import Dataset, DatasetDict, Features, IterableDataset, Value
+from datasets import Dataset, DatasetDict, Features, IterableDataset, IterableDatasetDict, Value
 
 from hf_gr.text import (
     END_OF_TEXT,
+    features_of,
     find_text_column,
     load_text_dataset,
+    null_rows,
     pack,
+    skipped_metrics,
     split_documents,
     train_tokenizer,
+    without_null_documents,
 )
 
 DOCUMENTS = [f"document {i}: " + "some words, " * (i % 7) for i in range(50)] + ["", "naïve 日本語 \x00 \n\t end"]
@@ -88,6 +94,12 @@ def test_packing_needs_an_end_of_text(tokenizer):
         pack(rows("text", "a"), headless, "text", 8)
 
 
+@pytest.mark.parametrize("block_size", [1, 0, -1])
+def test_a_block_has_a_token_and_the_next(tokenizer, block_size):
+    with pytest.raises(ValueError, match=f"block_size={block_size}: must be at least 2"):
+        pack(rows("text", "a"), tokenizer, "text", block_size)
+
+
 # ---- Splits ----
 
 
@@ -104,8 +116,6 @@ def test_evaluation_is_of_whole_documents_that_are_not_in_train():
 
 
 def test_a_stream_is_split_at_its_beginning():
-    from datasets import IterableDatasetDict
-
     stream = IterableDatasetDict({"train": rows("text", *map(str, range(30))).to_iterable_dataset()})
     train, evaluation, name = split_documents(stream, 5, seed=0)
     assert [r["text"] for r in evaluation] == [str(i) for i in range(5)]
@@ -120,6 +130,8 @@ def test_a_validation_split_is_taken():
         split_documents(dataset, 3, 0)
     with pytest.raises(ValueError, match="eval_documents=1: train has 1 documents"):
         split_documents(DatasetDict({"train": rows("text", "a")}), 1, 0)
+    with pytest.raises(ValueError, match="eval_documents=0: give at least 1"):
+        split_documents(DatasetDict({"train": rows("text", "a", "b")}), 0, 0)
     with pytest.raises(ValueError, match="no split 'train', only test"):
         split_documents(DatasetDict({"test": rows("text", "a")}), None, 0)
 
@@ -170,8 +182,65 @@ def test_columns():
     for name, message in (
         ("bodi", "text_column_name='bodi' is not a column of the data set, which has title, body, year"),
         ("year", "text_column_name='year' holds Value('int64'), not text"),
-        (None, "no column 'text'; its columns are title, body, year. Name one with --text_column_name"),
+        (None, "no column 'text'; its columns are title, body, year. Name one with --text_column_name: title, body"),
     ):
         with pytest.raises(ValueError) as error:
             find_text_column(two, name)
         assert message in str(error.value)
+
+
+@pytest.mark.parametrize("kind", ["int64", "null"])
+def test_a_column_called_text_that_is_none_is_named_with_its_type(kind):
+    features = Features({"text": Value(kind)})
+    with pytest.raises(ValueError, match=rf"text_column_name='text' holds Value\('{kind}'\), not text"):
+        find_text_column(features)
+    with pytest.raises(ValueError, match="Name another with --text_column_name: body"):
+        find_text_column(Features({"text": Value(kind), "body": Value("string")}))
+    with pytest.raises(ValueError, match="No column of the data set holds text; its columns are year"):
+        find_text_column(Features({"year": Value(kind)}))
+
+
+def test_a_stream_is_asked_for_its_columns():
+    stream = IterableDataset.from_generator(lambda: iter([{"body": "a", "year": 1}]))
+    assert stream.features is None
+    assert find_text_column(features_of({"train": stream})) == "body"
+
+
+# ---- Null documents ----
+
+
+def with_nulls() -> DatasetDict:
+    return DatasetDict(
+        {"train": rows("text", "a", None, "", None), "test": rows("text", "b", "c"), "other": rows("text", None)}
+    )
+
+
+def test_null_documents_are_refused_with_split_row_and_column():
+    message = r"split 'train', row 1: column 'text' is null \(2 of 4 examples are like that\)\..*--skip_bad_examples"
+    with pytest.raises(ValueError, match=message):
+        without_null_documents(with_nulls(), "text", None)
+
+
+def test_null_documents_are_left_out_and_counted(caplog):
+    skipped = Counter()
+    kept = without_null_documents(with_nulls(), "text", skipped)
+    assert {name: split["text"][:] for name, split in kept.items()} == {"train": ["a", ""], "test": ["b", "c"]}
+    assert skipped_metrics(skipped, "test") == {"train_skipped_examples": 2, "eval_skipped_examples": 0}
+    assert "2 of 4 examples are left out" in caplog.text
+    with pytest.raises(ValueError, match="none is left"):
+        without_null_documents(DatasetDict({"train": rows("text", None, None)}), "text", skipped)
+
+
+def test_null_documents_of_a_stream(caplog):
+    stream = IterableDatasetDict({"train": with_nulls()["train"].to_iterable_dataset()})
+    kept = without_null_documents(stream, "text", Counter())
+    assert [row["text"] for row in kept["train"]] == ["a", ""]
+    assert "split 'train', row 3 of the stream: column 'text' is null. It is left out." in caplog.text
+    with pytest.raises(ValueError, match="split 'train', row 1 of the stream: column 'text' is null"):
+        list(without_null_documents(stream, "text", None)["train"])
+
+
+def test_null_rows_are_found_beyond_the_first_batch():
+    documents = rows("text", *["a"] * 10_001, None, "b")
+    assert null_rows(documents, ["text"]) == {10_001: "column 'text' is null"}
+    assert null_rows(documents.select([10_001, 0]), ["text"]) == {0: "column 'text' is null"}
