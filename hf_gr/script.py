@@ -30,7 +30,6 @@ __all__ = [
     "parse_args",
     "print_method",
     "publish",
-    "require_full_batch",
     "run",
     "save_metrics",
     "save_model",
@@ -160,19 +159,6 @@ def checkpoint_to_resume(args: GRConfig) -> str | bool | None:
             "complete. Move or delete them to start from the beginning, or give another folder."
         )
     return last
-
-
-def require_full_batch(num_examples: int, args: GRConfig) -> None:
-    """Raise `ValueError` if `num_examples` are too few to train on."""
-    if num_examples == 0:
-        raise ValueError("There is no training example. Look at the dataset and at the flags that select from it.")
-    size = args.train_batch_size * args.world_size
-    if args.dataloader_drop_last and num_examples < size:
-        raise ValueError(
-            f"dataloader_drop_last=True: the {num_examples} training examples do not fill one batch of {size} "
-            f"({args.train_batch_size} on each of {args.world_size} processes) and would all be dropped. Lower "
-            "per_device_train_batch_size, or set dataloader_drop_last=False."
-        )
 
 
 def save_model(trainer: GRTrainer) -> None:

@@ -240,7 +240,6 @@ def main(argv: list[str] | None = None) -> None:
 
     with args.main_process_first(desc="loading the data"):
         data = load_data(data_args, args)
-    script.require_full_batch(len(data.train), args)
     model, image_processor = create_model(model_args, data.label_names)
     train, evaluation = (
         preprocess(split, image_processor, data.image_column, data.label_column, name, data_args.image_max_value)
