@@ -4,6 +4,8 @@ A combination is refused where the update would silently be another one than the
 that it is the same.
 """
 
+from collections.abc import Collection
+
 from accelerate.utils import DistributedType
 from accelerate.utils.environment import parse_flag_from_env
 from torch import nn
@@ -14,6 +16,32 @@ from transformers.utils import is_sagemaker_mp_enabled
 from .config import OPTIMIZER_NAMES
 from .gradient_regularization import HALF_PRECISION
 
+#: Trainers whose `training_step` generates, or takes other inputs, each time that it is called: a second pass would
+#: be of other data. Matched against the names of a trainer's classes, as TRL need not be installed.
+GENERATING_TRAINERS = frozenset(
+    {
+        "A2POTrainer",
+        "AsyncDistillationTrainer",
+        "AsyncGRPOTrainer",
+        "DistillationTrainer",
+        "GKDTrainer",
+        "GOLDTrainer",
+        "GRPOTrainer",
+        "IWOPDTrainer",
+        "MiniLLMTrainer",
+        "NashMDTrainer",
+        "OnlineDPOTrainer",
+        "PPOTrainer",
+        "RLOOTrainer",
+        "SDFTTrainer",
+        "SDPOTrainer",
+        "XPOTrainer",
+    }
+)
+#: Trainers whose batches have no labels that the model could draw others for.
+PREFERENCE_TRAINERS = frozenset(
+    {"BCOTrainer", "CPOTrainer", "DPOTrainer", "KTOTrainer", "ORPOTrainer", "RewardTrainer", "TPOTrainer"}
+)
 METHODS = {
     "gr_lambda": "Gradient regularization",
     "ire_kappa": "IRE",
@@ -25,7 +53,13 @@ def refuse_unsupported(trainer: Trainer, flag: str) -> None:
 
     `flag` names the method: it is the one that turns it off at 0.
     """
-    reasons = (_parallelism(trainer), _sharding(trainer, flag), _optimizer(trainer, flag), _weights(trainer, flag))
+    reasons = (
+        _data(trainer),
+        _parallelism(trainer),
+        _sharding(trainer, flag),
+        _optimizer(trainer, flag),
+        _weights(trainer, flag),
+    )
     for reason in reasons:
         if reason is not None:
             method = METHODS[flag]
@@ -40,6 +74,20 @@ def refuse_unsupported_optimizer(trainer: Trainer) -> None:
             f"optim={name} cannot be used with FSDP or DeepSpeed: it takes the norm of whole layers, of which each "
             "process has a part. Use DDP, or another optimizer."
         )
+
+
+def class_among(trainer: Trainer, names: Collection[str]) -> str | None:
+    """The first of the trainer's classes that has one of these names."""
+    return next((cls.__name__ for cls in type(trainer).__mro__ if cls.__name__ in names), None)
+
+
+def _data(trainer: Trainer) -> str | None:
+    if name := class_among(trainer, GENERATING_TRAINERS):
+        return (
+            f"{name}: it makes the data of a step inside the step, with the weights as they are then, and would make "
+            "other data for each pass. Use a trainer on a fixed dataset, such as SFTTrainer or DPOTrainer"
+        )
+    return None
 
 
 def _parallelism(trainer: Trainer) -> str | None:

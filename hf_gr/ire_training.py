@@ -17,7 +17,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import find_batch_size
 from torch import Tensor, nn
 
-from .compatibility import refuse_unsupported
+from .compatibility import PREFERENCE_TRAINERS, class_among, refuse_unsupported
 from .config import GRArguments
 from .fisher import (
     IGNORED,
@@ -65,6 +65,11 @@ class IREMixin:
     def _ire_require_support(self, needs_estimate: bool) -> None:
         refuse_unsupported(self, "ire_kappa")
         has_own_losses = type(self).ire_sampled_losses is not IREMixin.ire_sampled_losses
+        if needs_estimate and not has_own_losses and (name := class_among(self, PREFERENCE_TRAINERS)):
+            raise ValueError(
+                f"ire_kappa={self.gr_args.ire_kappa}: IRE draws labels for the step's batch, and a batch of {name} has "
+                "none. Override ire_sampled_losses of the trainer, or set ire_kappa=0."
+            )
         if needs_estimate and not has_own_losses and distribution_of(self.model) is None:
             raise ValueError(
                 f"ire_kappa={self.gr_args.ire_kappa}: IRE draws labels from the distribution that the model predicts, "

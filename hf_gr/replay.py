@@ -1,7 +1,8 @@
 """What it takes to run a micro-batch a second time and get the same randomness and the same model state."""
 
+import copy
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers import Trainer
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,89 @@ class RNGState:
         torch.set_rng_state(self.cpu)
         if self.device is not None:
             torch.get_device_module(self.device_name).set_rng_state(self.device, self.device_name)
+
+
+class InputCheck:
+    """Whether what a trainer's `_prepare_inputs` gives in the second pass is what it gave in the first.
+
+    One that generates, draws or takes from a buffer there does not, and g2 would be of other data than g1. Looks at one
+    window only: a comparison makes an accelerator wait.
+    """
+
+    def __init__(self, trainer: Trainer):
+        self._trainer = trainer
+        self._first: list[list[Tensor]] = []
+        self.is_done = False
+
+    @contextmanager
+    def during(self, is_second: bool) -> Iterator[None]:
+        """Within, one of the passes. Raises `ValueError` if it gets other inputs than the first."""
+        if self.is_done:
+            yield
+            return
+        trainer, prepare = self._trainer, self._trainer._prepare_inputs  # whichever class's it is
+
+        def watched(inputs: Any) -> Any:
+            prepared = prepare(inputs)
+            self._look(list(_tensors(prepared)), is_second)
+            return prepared
+
+        trainer._prepare_inputs = watched
+        try:
+            yield
+        finally:
+            del trainer._prepare_inputs
+
+    def _look(self, tensors: list[Tensor], is_second: bool) -> None:
+        if not is_second:
+            self._first.append(tensors)
+            return
+        expected = self._first.pop(0) if self._first else []
+        if len(tensors) != len(expected) or not all(map(_equal, tensors, expected)):
+            raise ValueError(
+                f"gr_lambda={self._trainer.gr_args.gr_degree}: {type(self._trainer).__name__} prepares other inputs "
+                "when a step runs a second time, and GR would take the second gradient of other data than the first. "
+                "Let _prepare_inputs give the same for the same batch (gr_second_pass says when), or set gr_lambda=0."
+            )
+
+
+def _tensors(nested: Any) -> Iterator[Tensor]:
+    if isinstance(nested, Tensor):
+        yield nested
+    elif isinstance(nested, Mapping):
+        for value in nested.values():
+            yield from _tensors(value)
+    elif isinstance(nested, list | tuple):
+        for value in nested:
+            yield from _tensors(value)
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    if a is b or a.data_ptr() == b.data_ptr():  # what `compute_loss` has changed in place is the same in both passes
+        return a.shape == b.shape
+    return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a.nan_to_num(), b.nan_to_num())
+
+
+@contextmanager
+def attributes_set_aside(owner: Any, names: Iterable[str]) -> Iterator[None]:
+    """Within, `owner` has copies of these of its attributes; afterwards the originals, as they were."""
+    kept = {name: vars(owner)[name] for name in names if name in vars(owner)}
+    vars(owner).update({name: _copied(value) for name, value in kept.items()})
+    try:
+        yield
+    finally:
+        vars(owner).update(kept)
+
+
+def _copied(value: Any) -> Any:
+    """A copy down to the numbers in it. `copy.deepcopy` would take a call for each of thousands of them."""
+    if isinstance(value, dict):
+        copied = copy.copy(value)  # a defaultdict stays one
+        copied.update({key: _copied(item) for key, item in value.items()})
+        return copied
+    if isinstance(value, list):
+        return [_copied(item) for item in value] if value and isinstance(value[0], dict | list | Tensor) else [*value]
+    return value.clone() if isinstance(value, Tensor) else value
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,7 @@ from .model_card import write_model_card
 from .nonfinite import NonFiniteGuard
 from .optimizer_training import OptimizerMixin, trainable_parameters
 from .process_groups import end_cleanly
-from .replay import MicroBatch, RNGState, preserve_buffers
+from .replay import InputCheck, MicroBatch, RNGState, attributes_set_aside, preserve_buffers
 from .uploads import UploadMixin
 
 logger = get_logger(__name__)  # speaks once, not once per process
@@ -60,13 +60,23 @@ class GRMixin(CostMixin, IREMixin, OptimizerMixin, UploadMixin):
     `class MyTrainer(GRMixin, Seq2SeqTrainer)`.
 
     Its flags are those of `GRArguments`, read from `args`; if `args` has none (a plain `TrainingArguments`), their
-    defaults apply. What `compute_loss` does runs twice per micro-batch; `gr_second_pass` tells it when.
+    defaults apply. What `compute_loss` does runs twice per micro-batch; `gr_second_pass` tells it when, and what
+    it counts in the attributes named in `gr_first_pass_only` counts once.
 
     Logged with the training loss, as they were at that step: `gr_lambda`, `gr_r`, `gr_grad_norm` (||g1||) and
     `gr_perturbed_grad_norm` (||g2||). `loss` is that of the first pass, `grad_norm` the norm of the combined gradient.
     With `gr_scope="local"` or `"micro"`, `gr_grad_norm` is that of the main process (averaged over its micro-batches),
     and ||g2||, which is then known only together with g1, is logged only for lambda = r.
     """
+
+    #: Attributes in which `compute_loss` counts, or collects what is logged, in trl and sentence-transformers. The
+    #: second pass leaves them as they are. A subclass may name others.
+    gr_first_pass_only: tuple[str, ...] = (
+        "_metrics",
+        "_stored_metrics",
+        "_total_train_tokens",
+        "accum_loss_components",
+    )
 
     def __init__(self, *args, **kwargs):
         self._default_gr_args = GRArguments()
@@ -79,6 +89,7 @@ class GRMixin(CostMixin, IREMixin, OptimizerMixin, UploadMixin):
         self._gr_window: list[MicroBatch] = []
         self._gr_perturbation: Perturbation | None = None
         self._gr_norms: list[float] = []
+        self._gr_input_check = InputCheck(self)
         self._gr_logs: dict[str, float] = {}
         end_cleanly(self)
         self.nonfinite_guard = NonFiniteGuard(self)
@@ -184,7 +195,8 @@ class GRMixin(CostMixin, IREMixin, OptimizerMixin, UploadMixin):
                 RNGState.capture(self.args.device),
             )
         )
-        with nullcontext() if scope == "global" else self.accelerator.no_sync(model):
+        synchronized = nullcontext() if scope == "global" else self.accelerator.no_sync(model)
+        with synchronized, self._gr_input_check.during(is_second=False):
             loss = super().training_step(model, inputs, num_items_in_batch)
 
         if ends_window or scope == "micro":
@@ -252,7 +264,11 @@ class GRMixin(CostMixin, IREMixin, OptimizerMixin, UploadMixin):
         accumulation_steps, sync = self.current_gradient_accumulation_steps, gradient_state.sync_gradients
         self.gr_second_pass = True
         try:
-            with preserve_buffers(model):
+            with (
+                preserve_buffers(model),
+                attributes_set_aside(self, self.gr_first_pass_only),
+                self._gr_input_check.during(is_second=True),
+            ):
                 for micro_batch in (*earlier, last):
                     is_last = micro_batch is last
                     micro_batch.rng_state.restore()
@@ -266,6 +282,7 @@ class GRMixin(CostMixin, IREMixin, OptimizerMixin, UploadMixin):
             self.current_gradient_accumulation_steps = accumulation_steps
             gradient_state._set_sync_gradients(sync)
             after.restore()
+        self._gr_input_check.is_done = True
 
     def _gr_reset(self) -> None:
         """Forget the window. theta is restored once more, in case the first time was interrupted."""
@@ -274,6 +291,7 @@ class GRMixin(CostMixin, IREMixin, OptimizerMixin, UploadMixin):
             self._gr_perturbation = None
         self._gr_window.clear()
         self._gr_norms.clear()
+        self._gr_input_check = InputCheck(self)
 
     # ---- Around the step ----
 
