@@ -2,9 +2,11 @@
 
 import json
 from dataclasses import dataclass
+from functools import partial
 
 import pytest
 import torch
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import toys
 from hf_gr import GRConfig, GRTrainer
@@ -177,3 +179,41 @@ def test_a_record_is_read_as_it_was_written(tmp_path):
 
 def test_differences():
     assert differences({"a": 1, "b": 2}, {"a": 1, "c": 3}) == {"b": (2, "default"), "c": ("default", 3)}
+
+
+@pytest.mark.parametrize("metrics", [None, lambda prediction: {"error": 0.375}], ids=["loss alone", "a metric"])
+def test_a_search_optimizes_the_metric_and_no_costs(metrics, tmp_path):
+    """What the study, the pruner and `on_evaluate` get is what they get from `Trainer`."""
+    optuna = pytest.importorskip("optuna")
+    seen = []
+
+    class Watching(TrainerCallback):
+        def on_evaluate(self, args, state, control, metrics, **kwargs):
+            seen.append(set(metrics))
+
+    class Watched(optuna.pruners.NopPruner):
+        def prune(self, study, trial):
+            seen.append(trial.intermediate_values[trial.last_step])
+            return False
+
+    def search(cls, config, folder):
+        seen.clear()
+        trainer = cls(
+            model_init=lambda trial: toys.vit(),
+            args=config(**toys.arguments(folder, max_steps=2, eval_strategy="steps", eval_steps=2)),
+            train_dataset=toys.images(),
+            eval_dataset=toys.images(5),
+            compute_metrics=metrics,
+            callbacks=[Watching()],
+        )
+        best = trainer.hyperparameter_search(
+            hp_space=lambda trial: {}, n_trials=1, direction="minimize", backend="optuna", pruner=Watched()
+        )
+        return best.objective, *seen, trainer
+
+    *plain, _ = search(Trainer, TrainingArguments, tmp_path / "plain")
+    *ours, trainer = search(GRTrainer, partial(GRConfig, gr_lambda=0), tmp_path / "ours")
+    assert ours == plain
+    (entry,) = [e for e in trainer.state.log_history if "eval_loss" in e]
+    assert ours[0] == (entry["eval_loss"] if metrics is None else 0.375)
+    assert (entry["train_passes"], entry["evaluated_examples"]) == (2, 5) and entry["train_seconds"] > 0
