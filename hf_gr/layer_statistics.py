@@ -36,6 +36,8 @@ class LayerStatisticsCallback(TrainerCallback):
 
     def __init__(self, every: int, max_rows: int = MAX_ROWS):
         self.every, self.max_rows = every, max_rows
+        #: Whether the picture is of the last training.
+        self.has_drawn = False
         self._layers: list[str] = []
         self._entries: dict[int, tuple[list[float], list[float]]] = {}  # step -> ||w||, ||g|| of the layers
 
@@ -44,6 +46,7 @@ class LayerStatisticsCallback(TrainerCallback):
     ) -> None:
         self._layers = [name for name, p in model.named_parameters() if p.requires_grad and p.ndim > 1]
         self._entries = {}
+        self.has_drawn = False
         path = Path(args.output_dir) / TABLE
         if state.is_world_process_zero and state.global_step > 0 and path.is_file():
             self._continue(path, state.global_step)
@@ -100,6 +103,7 @@ class LayerStatisticsCallback(TrainerCallback):
         self._write(args, state)
         if state.is_world_process_zero and self._entries:
             plot_layer_statistics(self.table(), Path(args.output_dir) / PICTURE)
+            self.has_drawn = True
 
     def _write(self, args: TrainingArguments, state: TrainerState) -> None:
         if state.is_world_process_zero and self._entries:

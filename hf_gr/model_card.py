@@ -1,6 +1,5 @@
 """The model card and what the Hub reads of it, written from what the run recorded."""
 
-import re
 from collections.abc import Iterable
 from datetime import datetime, timezone
 from pathlib import Path
@@ -13,6 +12,8 @@ from peft import PeftModel
 
 from . import model_card_text as text
 from .layer_statistics import PICTURE as LAYER_PICTURE
+from .layer_statistics import LayerStatisticsCallback
+from .model_card_usage import usage
 from .plots import plot_curves
 
 if TYPE_CHECKING:
@@ -30,6 +31,9 @@ PIPELINE_TAGS = {
     "ForCausalLM": "text-generation",
     "ForSequenceClassification": "text-classification",
     "ForMaskedLM": "fill-mask",
+    "ForTokenClassification": "token-classification",
+    "ForQuestionAnswering": "question-answering",
+    "ForMultipleChoice": "multiple-choice",
 }
 SPEED_METRICS = (
     "runtime",
@@ -71,8 +75,7 @@ def write_model_card(
     """
     folder = Path(trainer.args.output_dir)
     history = trainer.state.log_history
-    has_curves = any("loss" in entry for entry in history)
-    if has_curves:
+    if has_curves(trainer):
         plot_curves(history, folder / PICTURE)
     model_name = model_name or (trainer.hub_model_id or str(folder.resolve())).rsplit("/", 1)[-1]
     task = _listed(tasks)[0] if tasks else _pipeline_tag(trainer.model)
@@ -102,7 +105,7 @@ def write_model_card(
         summary=text.summary(trainer, finetuned_from, " and ".join(dataset_names)),
         results=[(text.escape(name), f"{value:.4g}") for name, value in results.items()],
         evaluated=text.evaluated_on(trainer, dataset_names, split),
-        picture=PICTURE if has_curves else None,
+        picture=PICTURE if has_curves(trainer) else None,
         layer_picture=LAYER_PICTURE if _has_layer_statistics(trainer) else None,
         methods=list(methods),
         gr_summary=text.gr_summary(trainer),
@@ -115,7 +118,7 @@ def write_model_card(
         optimizer_table=text.optimizer_table(trainer),
         is_lora=text.has_lora(trainer.model),
         sample=text.quoted("".join(sample)) if sample is not None else None,
-        usage=text.usage(trainer, task, model_name, base_model),
+        usage=usage(trainer, task, model_name, base_model),
         cost=text.cost(trainer),
         command=text.quoted(command) if command else None,
         optimizer=text.optimizer_line(trainer),
@@ -126,9 +129,15 @@ def write_model_card(
     card.save(folder / "README.md")
 
 
+def has_curves(trainer: "GRMixin") -> bool:
+    """Whether there is something to draw: a picture that is there may be an earlier run's."""
+    return any("loss" in entry for entry in trainer.state.log_history)
+
+
 def _has_layer_statistics(trainer: "GRMixin") -> bool:
     """Whether this run, and not an earlier one in the same folder, has drawn them."""
-    return trainer.gr_args.layer_statistics_steps > 0 and (Path(trainer.args.output_dir) / LAYER_PICTURE).is_file()
+    callbacks = trainer.callback_handler.callbacks
+    return any(isinstance(callback, LayerStatisticsCallback) and callback.has_drawn for callback in callbacks)
 
 
 def _listed(value: str | Iterable[str] | None) -> list[str]:
@@ -160,14 +169,13 @@ def _eval_results(
     config: str | None,
     split: str,
 ) -> list[EvalResult]:
-    """The results as the Hub indexes them; it wants to know of which task on which data they are."""
-    if not (task and dataset_names):
+    """The results as the Hub indexes them; it wants to know of which task on which of its data sets they are."""
+    if not (task and dataset_ids):
         return []
     return [
         EvalResult(
             task_type=task,
-            # An id is wanted here, also of data that is not on the Hub.
-            dataset_type=dataset_ids[0] if dataset_ids else re.sub(r"\W+", "-", dataset_names[0].lower()),
+            dataset_type=dataset_ids[0],
             dataset_name=dataset_names[0],
             dataset_config=config,
             dataset_split=split or None,

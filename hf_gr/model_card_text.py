@@ -350,36 +350,7 @@ def versions(trainer: "GRMixin") -> str:
     return over_steps(recorded(trainer), lambda s: ", ".join(f"{name} {v}" for name, v in s.versions.items())) + "."
 
 
-# ---- How to use it ----
-
-
-def usage(trainer: "GRMixin", task: str | None, model_name: str, base_model: str | None) -> str | None:
-    """Code that loads the model and runs it; None where nobody else could, or nobody knows how."""
-    if isinstance(trainer.model, PeftModel):
-        return adapter_usage(trainer.hub_model_id, task, model_name) if base_model else None
-    if task is None:
-        return None
-    example = {"image-classification": '"image.png"'}.get(task, '"Some text"')
-    where = trainer.hub_model_id or model_name
-    # A model that transformers does not have is saved with its code.
-    own_code = ", trust_remote_code=True" if getattr(trainer.model.config, "auto_map", None) else ""
-    return (
-        f'from transformers import pipeline\n\nmodel = pipeline("{task}", model="{where}"{own_code})\n'
-        f"print(model({example}))"
-    )
-
-
-def adapter_usage(hub_model_id: str | None, task: str | None, model_name: str) -> str | None:
-    """The base model is found by the name that the adapter's configuration has."""
-    if task != "text-generation":
-        return None
-    where = hub_model_id or model_name
-    return (
-        "from peft import AutoPeftModelForCausalLM\nfrom transformers import AutoTokenizer, pipeline\n\n"
-        f'model = AutoPeftModelForCausalLM.from_pretrained("{where}")\n'
-        f'tokenizer = AutoTokenizer.from_pretrained("{where}")\n'
-        'print(pipeline("text-generation", model=model, tokenizer=tokenizer)("Some text"))'
-    )
+# ---- Text as it is ----
 
 
 def quoted(text: str) -> str:

@@ -23,6 +23,7 @@ from transformers import TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_utils import has_length
 
 from .optimizer_training import innermost
+from .redaction import redact
 
 if TYPE_CHECKING:
     from .trainer import GRMixin
@@ -199,8 +200,18 @@ def changed_arguments(args: Any) -> dict[str, Any]:
         default = default_of(argument)
         differs = values[name] != default and not (_is_unset(values[name]) and _is_unset(default))
         if differs or name in ALWAYS_SHOWN:
-            changed[name] = values[name]
+            value = values[name]
+            changed[name] = without_folders(redact([value])[0]) if isinstance(value, str) else value
     return changed
+
+
+def without_folders(value: str) -> str:
+    """A path as others may read it: what leads out of the working folder is cut off, and no folder of it looks like a
+    name on the Hub. Anything else is left as it is."""
+    if os.path.isabs(value) or value.startswith(".."):
+        return f"path/to/{os.path.basename(os.path.abspath(value))}"
+    is_folder = os.path.isdir(value) and not value.startswith(".")
+    return f"./{value}" if is_folder else value
 
 
 def default_of(argument: dataclasses.Field) -> Any:

@@ -18,6 +18,9 @@ from . import recipes
 from .checkpoints import checkpoints, last_complete_checkpoint
 from .config import GRConfig
 from .mistakes import ArgumentParser, Failure, run
+from .model_card import PICTURE, has_curves
+from .model_card_text import last_evaluation
+from .recording import without_folders
 from .redaction import redact
 from .trainer import GRTrainer
 from .value_checks import COUNT, NOT_NEGATIVE, POSITIVE, SHARE, Limit, check_ranges, check_types
@@ -26,6 +29,7 @@ __all__ = [
     "ArgumentParser",
     "checkpoint_to_resume",
     "command_line",
+    "evaluated_examples",
     "keep_token_out_of_files",
     "parse_args",
     "print_method",
@@ -126,15 +130,18 @@ def command_line(script: str, argv: list[str], args: GRConfig) -> str:
             launcher.
     """
     launcher = f"accelerate launch --num_processes {args.world_size}" if args.world_size > 1 else "python"
-    words = redact([os.path.relpath(script), *argv], known=(args.hub_token,))
+    words = redact([_shown_script(script), *argv], known=(args.hub_token,))
     return f"{launcher} {shlex.join(map(_without_folders, words))}"
 
 
+def _shown_script(script: str) -> str:
+    path = os.path.relpath(script)
+    return os.path.basename(path) if path.startswith("..") else path
+
+
 def _without_folders(argument: str) -> str:
-    """A path that leads out of the working folder is its last part."""
     flag, equals, value = argument.rpartition("=")
-    leads_out = os.path.isabs(value) or value.startswith("..")
-    return flag + equals + (os.path.basename(value.rstrip("/")) if leads_out else value)
+    return flag + equals + without_folders(value)
 
 
 def checkpoint_to_resume(args: GRConfig) -> str | bool | None:
@@ -172,20 +179,46 @@ def save_metrics(trainer: GRTrainer, split: str, metrics: dict[str, float], comb
     trainer.save_metrics(split, metrics, combined=combined)
 
 
-def publish(trainer: GRTrainer, dataset_name: str, embedded: dict[str, str] | None = None, **card: Any) -> Path:
-    """Write the card, and with `push_to_hub` upload all. Returns the output folder.
+def publish(
+    trainer: GRTrainer,
+    dataset_name: str,
+    embedded: dict[str, str] | None = None,
+    kind: str = "Model",
+    **card: Any,
+) -> Path:
+    """Write the card, with `push_to_hub` upload all, and print what there is. Returns the output folder.
 
     Args:
         dataset_name: as the flag has it; `embedded`, names of data that come with a dependency, and what they are.
+        kind: what was trained, in a word.
         card: further arguments of `write_model_card`.
     """
-    name = (embedded or {}).get(dataset_name, dataset_name)
-    is_on_hub = name == dataset_name and not Path(dataset_name).exists()
-    card |= {"dataset": name if is_on_hub else Path(name).name, "dataset_tags": name if is_on_hub else None}
-    trainer.create_model_card(**card)
-    if trainer.args.push_to_hub and trainer.is_world_process_zero():
-        _upload(trainer)
-    return Path(trainer.args.output_dir).resolve()
+    folder = Path(trainer.args.output_dir).resolve()
+    trainer.create_model_card(**_dataset(dataset_name, embedded or {}), **card)
+    if trainer.is_world_process_zero():
+        if trainer.args.push_to_hub:
+            _upload(trainer)
+        picture = folder / PICTURE
+        written = {kind: folder, "Card": folder / "README.md", "Picture": picture if has_curves(trainer) else None}
+        for what, path in written.items():
+            if path is not None:
+                print(f"{what:8} {path}")  # noqa: T201
+    return folder
+
+
+def _dataset(name: str, embedded: dict[str, str]) -> dict[str, str | None]:
+    """What the card says of the data: only a name on the Hub is an id there."""
+    path = Path(name)
+    if name in embedded:
+        return {"dataset": embedded[name]}
+    if path.exists():
+        return {"dataset": f"the local {'folder' if path.is_dir() else 'file'} {path.resolve().name}"}
+    return {"dataset": name, "dataset_tags": name}
+
+
+def evaluated_examples(trainer: GRTrainer) -> int | None:
+    """How many the last evaluation has counted."""
+    return last_evaluation(trainer)[0].get("evaluated_examples")
 
 
 def _upload(trainer: GRTrainer) -> None:

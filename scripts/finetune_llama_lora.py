@@ -210,6 +210,7 @@ def main(argv: list[str] | None = None) -> None:
 
     before = {**trainer.evaluate(), **written()}
     script.save_metrics(trainer, "before", before, combined=False)
+    trainer.script_args = (model_args, data_args)
     result = trainer.train(resume_from_checkpoint=script.checkpoint_to_resume(args))
     script.save_model(trainer)
     script.save_metrics(trainer, "train", {**result.metrics, **trainer.costs(), **counts})
@@ -219,9 +220,12 @@ def main(argv: list[str] | None = None) -> None:
     trainer.save_state()
 
     prompt, _ = prompt_and_answer(evaluation[0], tokenizer)
+    if trainer.is_world_process_zero():
+        print(f"Loss of the answers {before['eval_loss']:.3f} -> {metrics['eval_loss']:.3f} per token.")
     folder = script.publish(
         trainer,
         data_args.dataset_name,
+        kind="Adapters",
         tasks="text-generation",
         dataset_args=eval_split,
         dataset_config=data_args.dataset_config_name,
@@ -231,13 +235,10 @@ def main(argv: list[str] | None = None) -> None:
         command=script.command_line(__file__, argv, args),
         sample=(prompt, generate_text(model, tokenizer, prompt, data_args.max_new_tokens)),
     )
-    if trainer.is_world_process_zero():
-        print(f"Loss of the answers {before['eval_loss']:.3f} -> {metrics['eval_loss']:.3f} per token.")
-        print(f"Adapters {folder}\nCard     {folder / 'README.md'}\nPicture  {folder / 'curves.png'}")
-        if model_args.merge_and_save:
-            model.merge_and_unload().save_pretrained(folder / "merged")
-            tokenizer.save_pretrained(folder / "merged")
-            print(f"Merged   {folder / 'merged'}")
+    if model_args.merge_and_save and trainer.is_world_process_zero():
+        model.merge_and_unload().save_pretrained(folder / "merged")
+        tokenizer.save_pretrained(folder / "merged")
+        print(f"Merged   {folder / 'merged'}")
 
 
 if __name__ == "__main__":

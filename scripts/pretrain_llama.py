@@ -164,6 +164,7 @@ def main(argv: list[str] | None = None) -> None:
         processing_class=tokenizer,
         data_collator=default_data_collator,  # blocks of one length need no padding
     )
+    trainer.script_args = (model_args, data_args)
     result = trainer.train(resume_from_checkpoint=script.checkpoint_to_resume(args))
     script.save_model(trainer)
     counts = {} if data_args.streaming else skipped_metrics(skipped, eval_split)  # a stream has them in the log
@@ -172,7 +173,10 @@ def main(argv: list[str] | None = None) -> None:
     script.save_metrics(trainer, "eval", metrics)
     trainer.save_state()
     sample = generate_text(trainer.model, tokenizer, data_args.sample_prompt, seed=args.seed, temperature=0.8)
-    folder = script.publish(
+    if trainer.is_world_process_zero():
+        print(f"\n{data_args.sample_prompt}{sample}\n")
+        print(f"Perplexity {metrics['eval_perplexity']:.2f} (loss {metrics['eval_loss']:.3f} per token).")
+    script.publish(
         trainer,
         data_args.dataset_name,
         embedded={"python": "the source of Python's standard library"},
@@ -184,10 +188,6 @@ def main(argv: list[str] | None = None) -> None:
         command=script.command_line(__file__, argv, args),
         sample=(data_args.sample_prompt, sample),
     )
-    if trainer.is_world_process_zero():
-        print(f"\n{data_args.sample_prompt}{sample}\n")
-        print(f"Perplexity {metrics['eval_perplexity']:.2f} (loss {metrics['eval_loss']:.3f} per token).")
-        print(f"Model    {folder}\nCard     {folder / 'README.md'}\nPicture  {folder / 'curves.png'}")
 
 
 if __name__ == "__main__":

@@ -257,13 +257,16 @@ def main(argv: list[str] | None = None) -> None:
         preprocess_logits_for_metrics=rank_classes,
     )
 
+    trainer.script_args = (model_args, data_args)
     result = trainer.train(resume_from_checkpoint=script.checkpoint_to_resume(args))
     script.save_model(trainer)
     script.save_metrics(trainer, "train", {**result.metrics, **trainer.costs(), **data.skipped})
     metrics = trainer.evaluate()
     script.save_metrics(trainer, "eval", metrics)
     trainer.save_state()
-    folder = script.publish(
+    if trainer.is_world_process_zero() and "eval_error" in metrics:
+        print(f"Test error {100 * metrics['eval_error']:.2f} % on {script.evaluated_examples(trainer)} images.")
+    script.publish(
         trainer,
         data_args.dataset_name,
         embedded={"digits": "scikit-learn digits"},
@@ -275,9 +278,6 @@ def main(argv: list[str] | None = None) -> None:
         license=model_args.license,
         command=script.command_line(__file__, argv, args),
     )
-    if trainer.is_world_process_zero():
-        print(f"Test error {100 * metrics['eval_error']:.2f} % on {len(data.evaluation)} images.")
-        print(f"Model    {folder}\nCard     {folder / 'README.md'}\nPicture  {folder / 'curves.png'}")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from datasets import Dataset
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
-from hf_gr import model_card_text
+from hf_gr import model_card_usage
 from test_scripts import launch
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
@@ -268,7 +268,7 @@ def test_the_code_on_the_cards_runs(pretrained, adapters, tmp_path, monkeypatch,
     Path(pretrained[0].name).symlink_to(pretrained[0])
     exec((pretrained[0] / "README.md").read_text().split("```python\n")[1].split("```")[0], {})
     assert "```python" not in (adapters[0] / "README.md").read_text()
-    exec(model_card_text.adapter_usage(None, "text-generation", str(adapters[0])), {})
+    exec(model_card_usage.adapter_usage(None, "text-generation", str(adapters[0])), {})
     assert capsys.readouterr().out.count("'generated_text': 'Some text") == 2
 
 

@@ -9,11 +9,28 @@ import torch
 import yaml
 from huggingface_hub import ModelCard
 from PIL import Image as PILImage
+from torch.utils.data import DataLoader
+from transformers import (
+    BertForMaskedLM,
+    BertForMultipleChoice,
+    BertForQuestionAnswering,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    T5ForConditionalGeneration,
+    ViTImageProcessorPil,
+    set_seed,
+)
 
 import toys
 from hf_gr import GRConfig, GRTrainer
+from hf_gr.model_card import PIPELINE_TAGS
+from hf_gr.model_card_usage import MODELS, PIPELINES
 from hf_gr.plots import main as plots_main
 from hf_gr.plots import plot_curves
+from hf_gr.text import train_tokenizer
 
 
 def metrics(prediction):
@@ -34,7 +51,13 @@ def trained(folder, **kwargs):
     return trainer
 
 
-CARD = {"tasks": "image-classification", "dataset": "random pixels", "dataset_args": "test", "license": "apache-2.0"}
+CARD = {
+    "tasks": "image-classification",
+    "dataset": "random pixels",
+    "dataset_tags": "somebody/pixels",
+    "dataset_args": "test",
+    "license": "apache-2.0",
+}
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +78,8 @@ def test_metadata(run):
     values = {r.metric_type: r.metric_value for r in card.data.eval_results}
     assert values == {name: evaluation[f"eval_{name}"] for name in ("loss", "accuracy", "error")}
     result = card.data.eval_results[0]
-    assert (result.dataset_name, result.dataset_split) == ("random pixels", "test")
+    assert (result.dataset_name, result.dataset_type) == ("random pixels", "somebody/pixels")
+    assert result.dataset_split == "test"
 
 
 def test_text_follows_the_run(run):
@@ -249,6 +273,106 @@ def test_the_file_of_results_that_leaderboards_read(card, expected, run):
         assert entry.value == trainer.state.log_history[-1]["eval_accuracy"]
 
 
+def tokenizer() -> PreTrainedTokenizerFast:
+    made = train_tokenizer(["Some text with the answer. A question? One answer, Another one"], 300, 64)
+    made.add_special_tokens({"pad_token": "<pad>", "mask_token": "<mask>"})
+    made.model_input_names = ["input_ids", "attention_mask"]
+    return made
+
+
+def tiny(kind: type[PreTrainedModel]) -> PreTrainedModel:
+    set_seed(0)
+    config = kind.config_class(
+        vocab_size=310, hidden_size=16, d_model=16, d_kv=8, d_ff=16, intermediate_size=16, num_layers=1,
+        num_hidden_layers=1, num_heads=2, num_attention_heads=2, num_key_value_heads=2, pad_token_id=0,
+        decoder_start_token_id=0,
+    )  # fmt: skip
+    return kind(config)
+
+
+USED = {
+    "image-classification": lambda: (toys.vit(), ViTImageProcessorPil(size={"height": 8, "width": 8})),
+    "text-generation": lambda: (tiny(LlamaForCausalLM), tokenizer()),
+    "text-classification": lambda: (tiny(BertForSequenceClassification), tokenizer()),
+    "token-classification": lambda: (tiny(BertForTokenClassification), tokenizer()),
+    "fill-mask": lambda: (tiny(BertForMaskedLM), tokenizer()),
+    "question-answering": lambda: (tiny(BertForQuestionAnswering), tokenizer()),
+    "multiple-choice": lambda: (tiny(BertForMultipleChoice), tokenizer()),
+    "summarization": lambda: (tiny(T5ForConditionalGeneration), tokenizer()),
+    "translation": lambda: (tiny(T5ForConditionalGeneration), tokenizer()),
+}
+
+
+@pytest.mark.parametrize("task", sorted({*PIPELINE_TAGS.values(), *PIPELINES, *MODELS}))
+def test_the_code_of_a_card_runs(task, tmp_path, monkeypatch, capsys):
+    """For every task that a card names by itself, and every one that there is code for."""
+    model, processor = USED[task]()
+    folder = tmp_path / "mine"
+    trainer = GRTrainer(model=model, args=GRConfig(**toys.arguments(folder)), processing_class=processor)
+    trainer.save_model()
+    trainer.create_model_card(tasks=None if task in PIPELINE_TAGS.values() else task)
+    card = ModelCard.load(folder / "README.md")
+    assert card.data.pipeline_tag == task
+    PILImage.new("RGB", (8, 8)).save(tmp_path / "image.png")
+    monkeypatch.chdir(tmp_path)
+    (code,) = re.findall(r"```python\n(.*?)\n```", card.text, flags=re.DOTALL)
+    capsys.readouterr()
+    exec(code, {})
+    assert task == "question-answering" or capsys.readouterr().out.strip()  # whose answer may be empty
+
+
+@pytest.mark.parametrize(("task", "processor"), [("depth-estimation", tokenizer), (None, lambda: None)])
+def test_no_code_where_none_is_known_to_run(task, processor, tmp_path):
+    args = GRConfig(**toys.arguments(tmp_path))
+    GRTrainer(model=tiny(LlamaForCausalLM), args=args, processing_class=processor()).create_model_card(tasks=task)
+    assert "How to use" not in ModelCard.load(tmp_path / "README.md").text
+
+
+def test_an_earlier_runs_pictures_are_not_shown(tmp_path):
+    trained(tmp_path, layer_statistics_steps=1, max_steps=1).create_model_card()
+    assert ModelCard.load(tmp_path / "README.md").text.count(".png)") == 2
+    args = GRConfig(**toys.arguments(tmp_path, layer_statistics_steps=1))
+    GRTrainer(model=toys.vit(), args=args, train_dataset=toys.images()).create_model_card()
+    assert (tmp_path / "curves.png").exists() and (tmp_path / "layer_statistics.png").exists()
+    assert ".png)" not in ModelCard.load(tmp_path / "README.md").text
+
+
+def test_names_are_shown_as_they_are(run):
+    """Also those that Markdown would make something else of."""
+    trainer, _, folder = run
+    trainer.state.log_history[-1]["eval_a|b*c*"] = 0.5
+    trainer.create_model_card(model_name="*a* | `b`", dataset="[x](y) <b> __z__\n# q, snake_case", dataset_args="a`b")
+    del trainer.state.log_history[-1]["eval_a|b*c*"]
+    text = ModelCard.load(folder / "README.md").text
+    assert r"# \*a\* \| \`b\`" in text
+    assert r"| a\|b\*c\* | 0.5 |" in text
+    assert r" on [x\](y) \<b> \_\_z\_\_ \# q, snake_case (24 training" in text and "split `a'b`" in text
+
+
+@pytest.mark.parametrize("drop_last", [True, False])
+def test_the_evaluated_examples_are_those_that_were_counted(drop_last, tmp_path):
+    """Ten, in batches of four."""
+    seen = []
+
+    class OwnLoader(GRTrainer):
+        def get_eval_dataloader(self, eval_dataset=None):
+            loader = DataLoader(toys.images(10), batch_size=4, drop_last=drop_last, collate_fn=self.data_collator)
+            return self.accelerator.prepare(loader)
+
+    trainer = OwnLoader(
+        model=toys.vit(),
+        args=GRConfig(**toys.arguments(tmp_path, max_steps=1, per_device_eval_batch_size=4)),
+        train_dataset=toys.images(),
+        eval_dataset=toys.images(10),
+        compute_metrics=lambda prediction: {"seen": seen.append(len(prediction.label_ids)) or 0},
+    )
+    trainer.train()
+    trainer.evaluate()
+    trainer.create_model_card()
+    assert seen == [8 if drop_last else 10]
+    assert f"the evaluation set ({seen[0]} examples), after step 1" in ModelCard.load(tmp_path / "README.md").text
+
+
 def test_the_command_is_on_the_card(run, tmp_path):
     trainer, _, folder = run
     trainer.create_model_card(**CARD, command="python scripts/train_vit.py --gr_r 0.07")
@@ -281,6 +405,7 @@ def test_card_of_an_adapter(tmp_path):
         model=get_peft_model(toys.llama(), LoraConfig(r=2, target_modules=["q_proj"])),
         args=GRConfig(**toys.arguments(tmp_path, gr_warmup="none", max_steps=1)),
         train_dataset=toys.text(),
+        processing_class=tokenizer(),
     )
     trainer.train()
     trainer.create_model_card(model_name="adapter")

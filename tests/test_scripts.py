@@ -104,7 +104,7 @@ def test_the_command_on_the_card_is_the_one_that_was_given(finished):
     folder, _ = finished
     (command,) = re.findall(r"```bash\n(.*?)\n```", (folder / "README.md").read_text(), flags=re.DOTALL)
     assert command.startswith("python scripts/train_vit.py --output_dir ") and command.endswith("--license apache-2.0")
-    assert f"--output_dir {folder.name} " in command and str(folder) not in command
+    assert f"--output_dir path/to/{folder.name} " in command and str(folder) not in command
 
 
 @pytest.mark.parametrize(
@@ -115,13 +115,16 @@ def test_the_command_on_the_card_is_the_one_that_was_given(finished):
         (["--hub_token", "one", "--hub_token", "hf_secret"], "python train.py --hub_token ... --hub_token ..."),
         (["--hub_model_id", "me/hf_secret"], "python train.py --hub_model_id me/..."),
         (["--hub_model_id", f"hf_{'a1' * 17}"], "python train.py --hub_model_id ..."),
-        (["--dataset_name", "/home/me/data/"], "python train.py --dataset_name data"),
-        (["r.yaml", "--dataset_name=../../data.parquet"], "python train.py r.yaml --dataset_name=data.parquet"),
+        (["--dataset_name", "/home/me/data/"], "python train.py --dataset_name path/to/data"),
+        (["r.yaml", "--dataset_name=../../data.parquet"], "python train.py r.yaml --dataset_name=path/to/data.parquet"),
+        (["--dataset_name", "of/mine"], "python train.py --dataset_name ./of/mine"),
+        (["--dataset_name", "of/others"], "python train.py --dataset_name of/others"),
         (["--sample_prompt", "It's a"], "python train.py --sample_prompt 'It'\"'\"'s a'"),
     ],
 )
 def test_a_published_command_gives_away_neither_tokens_nor_folders(argv, expected, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "of" / "mine").mkdir(parents=True)
     args = GRConfig(output_dir=str(tmp_path), use_cpu=True, hub_token="hf_secret")
     assert script.command_line(str(tmp_path / "train.py"), argv, args) == expected
 
