@@ -208,7 +208,7 @@ def changed_arguments(args: Any) -> dict[str, Any]:
 def without_folders(value: str) -> str:
     """A path as others may read it: what leads out of the working folder is cut off, and no folder of it looks like a
     name on the Hub. Anything else is left as it is."""
-    if os.path.isabs(value) or value.startswith(".."):
+    if os.path.isabs(value) or value == ".." or value.startswith("../"):
         return f"path/to/{os.path.basename(os.path.abspath(value))}"
     is_folder = os.path.isdir(value) and not value.startswith(".")
     return f"./{value}" if is_folder else value
