@@ -3,7 +3,7 @@
 import math
 import os
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, is_dataclass
 
 from transformers import SchedulerType, TrainingArguments
 from transformers.training_args import OptimizerNames
@@ -109,6 +109,19 @@ class OptimizerArguments:
         super().__post_init__()
         for flag, name in chosen.items():
             setattr(self, flag, name)
+
+    def __init_subclass__(cls, **kwargs):
+        """Keep the defaults that the configuration behind these flags has of its own for the two redeclared here."""
+        super().__init_subclass__(**kwargs)
+        if issubclass(cls.__mro__[1], TrainingArguments):
+            return  # it has chosen
+        behind = [c.__dataclass_fields__ for c in cls.__mro__ if is_dataclass(c) and not issubclass(c, __class__)]
+        for flag in ("optim", "lr_scheduler_type"):
+            default = next((fields[flag].default for fields in behind if flag in fields), MISSING)
+            if default is not MISSING and flag not in vars(cls):
+                ours = OptimizerArguments.__dataclass_fields__[flag]
+                setattr(cls, flag, field(default=getattr(default, "value", default), metadata=ours.metadata))
+                cls.__annotations__ = {**vars(cls).get("__annotations__", {}), flag: ours.type}
 
     def check_optimizer_arguments(self) -> None:
         """Raise `ValueError` for a flag out of its range."""

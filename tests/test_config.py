@@ -3,10 +3,11 @@
 import copy
 import json
 import pickle
-from dataclasses import fields, replace
+from dataclasses import dataclass, field, fields, replace
 
 import pytest
-from transformers import HfArgumentParser, Seq2SeqTrainingArguments, TrainingArguments
+from transformers import HfArgumentParser, SchedulerType, Seq2SeqTrainingArguments, TrainingArguments
+from transformers.training_args import OptimizerNames
 
 from hf_gr import GRArguments, GRConfig
 
@@ -227,3 +228,44 @@ def test_other_training_arguments_can_have_the_flags():
     assert Config(output_dir="x", use_cpu=True, predict_with_generate=True, gr_r=0.2).gr_r == 0.2
     with pytest.raises(ValueError, match="gr_r=-1"):
         Config(output_dir="x", use_cpu=True, gr_r=-1)
+
+
+@dataclass
+class OwnDefaults(TrainingArguments):
+    optim: OptimizerNames | str = field(default="sgd")
+    lr_scheduler_type: SchedulerType | str = field(default=SchedulerType.COSINE)
+
+
+@dataclass
+class Behind(OwnDefaults):
+    pass
+
+
+@dataclass
+class InFront(GRArguments, Behind):
+    pass
+
+
+@dataclass
+class Redeclared(GRArguments, Behind):
+    lr_scheduler_type: str = "constant"
+
+
+@dataclass
+class BelowThat(Redeclared):
+    pass
+
+
+def test_defaults_of_the_configuration_behind_are_kept(tmp_path):
+    """Made in code, and parsed: a flag that is given wins, one of ours too."""
+
+    def values(config, *flags):
+        (args,) = HfArgumentParser(config).parse_args_into_dataclasses([f"--output_dir={tmp_path}", *flags])
+        return args.optim, args.lr_scheduler_type
+
+    for args in (InFront(output_dir=str(tmp_path)), OwnDefaults(output_dir=str(tmp_path))):
+        assert (args.optim, args.lr_scheduler_type) == ("sgd", "cosine")
+    assert values(InFront) == values(OwnDefaults) == ("sgd", "cosine")
+    assert values(InFront, "--optim=tvlars", "--lr_scheduler_type=constant") == ("tvlars", "constant")
+    assert values(Redeclared) == values(BelowThat) == ("sgd", "constant")
+    assert values(GRConfig) == values(TrainingArguments)
