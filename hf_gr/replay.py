@@ -68,6 +68,10 @@ class InputCheck:
         finally:
             del trainer._prepare_inputs
 
+    def forget(self) -> None:
+        """The window is over, whether it had a second pass or not."""
+        self._first.clear()
+
     def _look(self, tensors: list[Tensor], is_second: bool) -> None:
         if not is_second:
             self._first.append(tensors)

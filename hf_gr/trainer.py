@@ -206,6 +206,7 @@ class GRMixin(CostMixin, IREMixin, OptimizerMixin, UploadMixin):
             with in_float32([*params, *others]), gradients_set_aside(others):
                 self._gr_second_pass(model, params, earlier_grads, gr, ends_window)
             self._gr_window.clear()
+            self._gr_input_check.forget()
         return loss
 
     def _gr_parameters(self, model: nn.Module) -> list[Tensor]:

@@ -477,3 +477,17 @@ def test_training_step_outside_of_train_is_the_first_step(has_optimizer, tmp_pat
     alone.training_step(alone.model, next(iter(alone.get_train_dataloader())))
     for p, expected in zip(alone.model.parameters(), gradients[0], strict=True):
         torch.testing.assert_close(p.grad, expected)  # the norm is summed in the order of the optimizer's groups
+
+
+def test_a_first_step_without_a_second_pass_is_not_taken_for_other_inputs(tmp_path):
+    """Its gradient is 0 or, at the first scale of fp16, infinite; the next step has another batch."""
+
+    class Silent(GRTrainer):
+        def compute_loss(self, *args, **kwargs):
+            loss = super().compute_loss(*args, **kwargs)
+            return loss * 0 if self.state.global_step == 0 else loss
+
+    args = GRConfig(**toys.arguments(tmp_path, max_steps=3, gr_warmup="none"))
+    trainer = Silent(toys.vit(), args, train_dataset=toys.images(6))
+    trainer.train()
+    assert trainer.recorder.segment.regularized_steps == 2
