@@ -239,8 +239,9 @@ class _Worker:
             self.tried.add(run.name)
             try:
                 self.on_end(run, _run(self.script, run, self.launcher, descriptor))
-            except BaseException:
+            except BaseException as error:
                 self.stop.set()  # before this thread takes the next one
+                logger.warning(f"{error} No further run is started; those under way are waited for.")
                 raise
 
 

@@ -154,7 +154,7 @@ def check_command_lines(grid: Grid, runs: list[Run]) -> None:
             f"of {', '.join(METRICS[grid.script])}."
         )
     parser = _parser_of(path)
-    for run in runs:
+    for run in (run for run in runs if run.point["seed"] == grid.seeds[0]):
         words = run.arguments[1:] if grid.recipe else run.arguments
         parser.refuse(parser.parse_known_args(words)[1])
 
