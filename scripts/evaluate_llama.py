@@ -19,6 +19,7 @@ from hf_gr import script
 from hf_gr.data import keep_first
 from hf_gr.mistakes import explained
 from hf_gr.multiple_choice import evaluate_multiple_choice
+from hf_gr.run_files import read_mapping
 from hf_gr.text import load_text_dataset
 from hf_gr.value_checks import COUNT, check_ranges
 
@@ -41,15 +42,24 @@ def harness(options: argparse.Namespace) -> dict:
         raise ValueError("lm_eval_tasks: the lm-evaluation-harness is not installed. Run `pip install lm_eval`.")
     import lm_eval
 
-    adapters = (Path(options.model) / "adapter_config.json").is_file()
+    adapters = Path(options.model) / "adapter_config.json"
     where = f"pretrained={options.model}"
-    if adapters:
-        base = json.loads((Path(options.model) / "adapter_config.json").read_text())["base_model_name_or_path"]
+    if adapters.is_file():
+        base = read_mapping(adapters).get("base_model_name_or_path")
+        if not base:
+            raise ValueError(f"{adapters} has no base_model_name_or_path. Write the name of the base model into it.")
         where = f"pretrained={base},peft={options.model}"
     found = lm_eval.simple_evaluate(
         model="hf", model_args=where, tasks=options.lm_eval_tasks, device=options.device, limit=options.max_examples
     )
     return found["results"]
+
+
+def refuse_flags_of_datasets(parser: script.ArgumentParser, options: argparse.Namespace) -> None:
+    for flag in ("dataset_config_name", "split", "context_column", "choices_column", "label_column"):
+        value = getattr(options, flag)
+        if value != parser.get_default(flag):
+            raise ValueError(f"{flag}={value!r}: no effect with --lm_eval_tasks, which bring their data. Leave it out.")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -67,6 +77,8 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_args(argv)
     if (options.dataset_name is None) == (options.lm_eval_tasks is None):
         raise ValueError("Give either --dataset_name or --lm_eval_tasks, one of the two.")
+    if options.lm_eval_tasks is not None:
+        refuse_flags_of_datasets(parser, options)
     check_ranges(options, {"max_examples": COUNT})
     results = harness(options) if options.dataset_name is None else multiple_choice(options)
     text = json.dumps(results, indent=2, default=str)

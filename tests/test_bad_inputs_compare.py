@@ -1,6 +1,7 @@
 """What compare.py, compare_runs.py and hf_gr.plots refuse: one line that names it, exit code 2."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -261,3 +262,29 @@ def test_plots(argv, words, place):
 def test_a_diverged_run_is_drawn(name, place, tmp_path):
     plots.main([str(place / name), "--picture", str(tmp_path / "x.png")])
     assert (tmp_path / "x.png").exists()
+
+
+# ---- evaluate_llama.py --lm_eval_tasks; the rest is in test_bad_inputs_text.py ----
+
+
+@pytest.mark.parametrize("flag", ["dataset_config_name", "split", "context_column", "choices_column", "label_column"])
+def test_flags_of_datasets_beside_tasks_of_the_harness(flag, place):
+    argv = [place / "run", "--lm_eval_tasks", "arc_easy", f"--{flag}", "x"]
+    check(load_script("evaluate_llama").main, argv, f"{flag}='x'", "no effect with --lm_eval_tasks", "Leave it out")
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("{", ["not valid JSON", "run again"]),
+        ("{}", ["no base_model_name_or_path", "Write"]),
+        ("[]", ["names and values"]),
+    ],
+)
+def test_adapters_for_the_harness(content, words, tmp_path, monkeypatch):
+    (tmp_path / "lm_eval.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "adapter_config.json").write_text(content)
+    argv = [tmp_path, "--lm_eval_tasks", "arc_easy", "--device", "cpu"]
+    check(load_script("evaluate_llama").main, argv, "adapter_config.json", *words)
+    sys.modules.pop("lm_eval", None)
