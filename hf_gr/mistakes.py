@@ -23,6 +23,7 @@ TRACEBACK_VARIABLE = "HF_GR_TRACEBACK"
 HEAD_START = 10
 #: Characters of a library's message, some of which list all that they know.
 MAX_REASON = 400
+_WORKER = "in DataLoader worker process"
 _RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
 _REMEDIES = {
     r"(invalid float value: .*)": r"\1. Give a number.",
@@ -74,13 +75,15 @@ def _report(error: Exception, main: Callable) -> None:
 def one_line(error: BaseException) -> str:
     """The message of `error`, or its type if it has none."""
     message = str(error)
-    if "in DataLoader worker process" in message:  # which sends its traceback in place of the message
+    if _WORKER in message:  # which sends its traceback in place of the message
         message = message.rpartition(f"\n{type(error).__name__}: ")[2]
     return " ".join(message.split()) or type(error).__name__
 
 
 def _origin(error: Exception, main: Callable) -> str:
     """Where an error comes from that our own code has not raised: its message may need that."""
+    if _WORKER in str(error):
+        return ""
     frames = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
     path = Path(next(name for name in reversed(frames) if not name.startswith("<")))
     if path.parent in (Path(__file__).parent, Path(main.__code__.co_filename).parent):

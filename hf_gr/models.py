@@ -283,6 +283,8 @@ def create_llama(
     """
     if preset not in LLAMA_PRESETS:
         raise ValueError(f"model={preset!r}: choose one of {', '.join(LLAMA_PRESETS)}.")
+    if context is not None and context < 1:
+        raise ValueError(f"context={context}: give at least one position, or leave it out for the preset's.")
     shape = LLAMA_PRESETS[preset]
     return LlamaForCausalLM(
         LlamaConfig(

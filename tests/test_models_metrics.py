@@ -12,6 +12,7 @@ from hf_gr.models import (
     WEIGHT_INITS,
     create_cait,
     create_image_model,
+    create_llama,
     create_resnet,
     create_swin,
     create_vit,
@@ -186,6 +187,16 @@ def test_metrics_equal_counting(classes):
     if classes > 10:
         five = [label in np.argsort(-row)[:5] for row, label in zip(logits.numpy(), labels.numpy(), strict=True)]
         assert metrics["top5_accuracy"] == pytest.approx(np.mean(five))
+
+
+@pytest.mark.parametrize("create", [create_vit, create_swin, create_cait])
+def test_no_pixels_are_not_the_default(create):
+    preset = {create_vit: "vit-micro", create_swin: "swin-micro", create_cait: "cait-micro"}[create]
+    for size in (0, -8):
+        with pytest.raises(ValueError, match=f"image_size={size}: "):
+            create(preset, ["a", "b"], size)
+    with pytest.raises(ValueError, match="context=0"):
+        create_llama("llama-tiny", 300, 0)
 
 
 def test_unlabelled_examples_do_not_count_as_errors():
