@@ -1,17 +1,19 @@
 """Recipes, files of flags, and how they and the flags of the command line come together."""
 
+import inspect
 import json
 from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
+from transformers import TrainingArguments
+from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 
 #: What the names of the flags begin with that say by which method a script trains.
 METHOD = ("gr_", "ire_", "optim")
 LENGTHS = ("max_steps", "num_train_epochs", "max_train_tokens")
 _CHECKPOINT_HAS = ("model", "dropout", "stem", "weight_init", "image_size", "image_mean", "image_std")
-_DATA_HAS = ("dataset_config_name", "text_column_name", "image_column_name", "label_column_name")
 #: What a flag of the command line takes out of the recipe, besides the recipe's own value of it: its contradictions.
 SUPERSEDES: dict[str, tuple[str, ...]] = {
     **{flag: tuple(other for other in LENGTHS if other != flag) for flag in LENGTHS},
@@ -20,7 +22,7 @@ SUPERSEDES: dict[str, tuple[str, ...]] = {
     "lr_scheduler_type": ("lr_scheduler_kwargs",),
     "bf16": ("fp16",),
     "fp16": ("bf16",),
-    "dataset_name": _DATA_HAS,
+    "dataset_name": ("dataset_config_name",),
     "model": ("model_name_or_path",),
     "model_name_or_path": _CHECKPOINT_HAS,
     "tokenizer_name": ("vocab_size",),
@@ -92,6 +94,22 @@ def check_dicts(values: Any) -> None:
             is_dict = False
         if value is not None and not is_dict:
             raise ValueError(f"{flag}={value!r}: give JSON with names and values, such as '{{\"min_lr_rate\": 0.1}}'.")
+
+
+def check_scheduler(args: TrainingArguments) -> None:
+    """Raise `ValueError` for a name in `lr_scheduler_kwargs` that the schedule does not know."""
+    schedule = TYPE_TO_SCHEDULER_FUNCTION.get(args.lr_scheduler_type)
+    if schedule is None or not args.lr_scheduler_kwargs:
+        return
+    parameters = inspect.signature(schedule).parameters
+    known = [name for name in parameters if name not in ("optimizer", "num_warmup_steps", "num_training_steps")]
+    unknown = [name for name in args.lr_scheduler_kwargs if name not in known]
+    if unknown and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        raise ValueError(
+            f"lr_scheduler_kwargs={args.lr_scheduler_kwargs}: {', '.join(unknown)} is unknown to "
+            f"lr_scheduler_type={args.lr_scheduler_type.value}, which reads {', '.join(known)}. Change it, or "
+            "leave it out."
+        )
 
 
 def check_gr_is_on(given: Mapping[str, Any], values: Any) -> None:

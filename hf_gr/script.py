@@ -93,6 +93,7 @@ def parse_args(
     recipes.check_gr_is_on(given, values)
     for args in parsed:
         if isinstance(args, TrainingArguments):
+            recipes.check_scheduler(args)
             keep_token_out_of_files(args)
     return parsed
 

@@ -72,6 +72,10 @@ SHARED = [
     ("--lr_scaling cubic", "--lr_scaling", "'cubic'", "choose from"),
     ("--lr_scheduler_kwargs {", "lr_scheduler_kwargs='{'", "give JSON"),
     ("--lr_scheduler_kwargs 5", "lr_scheduler_kwargs='5'", "give JSON"),
+    ("--lr_scheduler_type cosine_with_min_lr --lr_scheduler_kwargs '{\"min_lr_rat\": 0.1}'",
+     "lr_scheduler_kwargs={'min_lr_rat': 0.1}", "min_lr_rate", "leave it out"),
+    ("--lr_scheduler_type linear --lr_scheduler_kwargs '{\"power\": 2}'",
+     "lr_scheduler_kwargs={'power': 2}", "leave it out"),
     ("--eval_strategy sometimes", "--eval_strategy", "'sometimes'", "choose from"),
     ("--optim tvlars --lr_scheduler_type time_varying", "lr_scheduler_type='time_varying'", "Set"),
     ("--max_steps 3 --num_train_epochs 2", "max_steps=3", "num_train_epochs=2.0", "Leave one of them out"),
@@ -86,7 +90,7 @@ SHARED = [
     ("@malformed.json", "malformed.json", "Give a file of YAML or JSON"),
     ("@binary.yaml", "binary.yaml", "Give a file of YAML or JSON"),
     ("@twice.yaml", "twice.yaml", "gr_r", "twice"),
-]
+]  # fmt: skip
 
 #: Flags of a recipe, which are not parsed as those of the command line are.
 RECIPES = [
