@@ -3,6 +3,7 @@
 import ast
 import copy
 import inspect
+import math
 import re
 from collections.abc import Callable, Iterable
 from types import SimpleNamespace
@@ -50,10 +51,13 @@ def create_optimizer(
             `TrainingArguments` have it.
 
     Raises:
-        ValueError: unknown name or argument, or one that is missing.
+        ValueError: unknown name or argument, or one that is missing or out of its range.
     """
     if name not in list_optimizers():
         raise ValueError(f"name={name!r}: choose one of {', '.join(list_optimizers())}.")
+    for key, value in (("lr", lr), ("weight_decay", weight_decay)):
+        if not 0 <= value < math.inf:  # some of torch's own take NaN
+            raise ValueError(f"{key}={value}: must be >= 0, and finite.")
     is_model = isinstance(params_or_model, nn.Module)
     if name in OPTIMIZERS:
         cls, defaults = OPTIMIZERS[name], {"lr": lr}

@@ -1,5 +1,7 @@
 """Optimizers by name: in a plain loop, and from the flag optim_args."""
 
+import math
+
 import pytest
 import torch
 from transformers import Trainer, TrainingArguments
@@ -55,12 +57,14 @@ def test_parameters_are_taken_as_they_are():
         ("nosuch", {}, "name='nosuch': choose one of lamb, lars, tvlars, adamw_torch"),
         ("lars", {"momentun": 0.9}, "momentun: unknown to lars, which takes momentum, trust_coefficient, nesterov"),
         ("tvlars", {"tv_lambda": 0.1}, "tvlars needs delay_steps"),
+        ("sgd", {"lr": math.nan}, "lr=nan: must be >= 0, and finite"),
+        ("sgd", {"weight_decay": math.nan}, "weight_decay=nan: must be >= 0, and finite"),
         ("sgd", {"betas": (0.9, 0.99)}, "betas: unknown to sgd, which takes momentum"),
     ],
 )
 def test_mistakes_are_named(name, kwargs, message):
     with pytest.raises(ValueError) as error:
-        create_optimizer(name, toys.vit(), lr=0.1, **kwargs)
+        create_optimizer(name, toys.vit(), **{"lr": 0.1, **kwargs})
     assert message in str(error.value)
 
 
