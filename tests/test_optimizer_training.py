@@ -10,7 +10,7 @@ from transformers import Trainer, TrainingArguments
 
 import toys
 from hf_gr import IRE, LAMB, LARS, TVLARS, GRConfig, GRTrainer
-from hf_gr.grid import load_grid
+from hf_gr.grid_file import load_grid
 from hf_gr.plots import plot_curves
 from reference import phi
 
