@@ -9,7 +9,7 @@ HIDDEN = "..."
 SHORTEST = 8
 _VARIABLE = r"[A-Z0-9_]*(?:TOKEN|API_KEY|SECRET|SECRET_KEY|ACCESS_KEY|PASSWORD)"
 _TOKEN = re.compile(r"\b(?:hf|hf_oauth|api_org)_[A-Za-z0-9]{20,}")
-_ASSIGNMENT = re.compile(rf"\b({_VARIABLE})=[^\s'\"]+")
+_ASSIGNMENT = re.compile(rf"\b({_VARIABLE})=(?:'[^']*'|\"[^\"]*\"|[^\s'\"]+)")
 
 
 def flag_name(word: str) -> str | None:

@@ -166,8 +166,9 @@ def _parser_of(path: Path) -> script.ArgumentParser:
     sys.modules[spec.name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     kinds = [kind for kind in vars(module).values() if isinstance(kind, type) and is_dataclass(kind)]
-    own = [k for k in kinds if k.__module__ == module.__name__ or issubclass(k, TrainingArguments)]
-    return script.ArgumentParser(own)
+    own = [kind for kind in kinds if kind.__module__ == module.__name__]
+    configs = [kind for kind in kinds if issubclass(kind, TrainingArguments)]
+    return script.ArgumentParser([*own, max(configs, key=lambda kind: len(kind.__mro__))])
 
 
 def report(grid: Grid, runs: list[Run], folder: Path, published: Path | None, command: str) -> str:
