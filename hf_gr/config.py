@@ -409,8 +409,8 @@ class GRArguments(IREArguments, OptimizerArguments):
                 )
         if self.gr_degree / self.gr_r > MAX_RATIO:
             raise ValueError(
-                f"gr_lambda={self.gr_degree}: must be at most {MAX_RATIO:g} times gr_r={self.gr_r}. Raise gr_r, or leave "
-                "gr_lambda out for gr_lambda = gr_r."
+                f"gr_lambda={self.gr_degree}: must be at most {MAX_RATIO:g} times gr_r={self.gr_r}. Raise gr_r, or "
+                "leave gr_lambda out for gr_lambda = gr_r."
             )
 
     @property

@@ -246,7 +246,7 @@ def test_weights_that_are_not_finite_are_not_taken_for_gradients(tmp_path):
     """Even where bad gradients are left out for as long as they come, the third step says what has happened."""
     trainer, _ = poisoned(tmp_path, (), gr_warmup="none", gr_on_nonfinite="skip")
     trainer.add_callback(BreaksWeights())
-    with pytest.raises(FloatingPointError, match="weights are not finite after step 2. After step 0 they were"):
+    with pytest.raises(FloatingPointError, match=r"weights are not finite after step 2\. After step 0 they were"):
         trainer.train()
     with pytest.raises(FloatingPointError, match="weights are not finite before step 1"):
         trainer.train()
