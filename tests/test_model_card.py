@@ -25,7 +25,7 @@ from transformers import (
 )
 
 import toys
-from hf_gr import GRConfig, GRTrainer
+from hf_gr import GRConfig, GRTrainer, script
 from hf_gr.model_card import PIPELINE_TAGS
 from hf_gr.model_card_usage import MODELS, PIPELINES
 from hf_gr.plots import main as plots_main
@@ -335,6 +335,27 @@ def test_an_earlier_runs_pictures_are_not_shown(tmp_path):
     GRTrainer(model=toys.vit(), args=args, train_dataset=toys.images()).create_model_card()
     assert (tmp_path / "curves.png").exists() and (tmp_path / "layer_statistics.png").exists()
     assert ".png)" not in ModelCard.load(tmp_path / "README.md").text
+
+
+def test_a_local_folder_is_no_name_on_the_hub(run, tmp_path, capsys):
+    trainer, _, folder = run
+    (tmp_path / "cifar10").mkdir()
+    script.publish(trainer, str(tmp_path / "cifar10"), tasks="image-classification")
+    printed = dict(line.split() for line in capsys.readouterr().out.splitlines())
+    assert printed == {"Model": str(folder), "Card": f"{folder}/README.md", "Picture": f"{folder}/curves.png"}
+    card = ModelCard.load(folder / "README.md")
+    assert "trained from scratch on the local folder cifar10 (24 training examples)" in card.text
+    assert "Evaluated on the local folder cifar10 (10 examples)" in card.text
+    assert card.data.eval_results is None and card.data.datasets is None and "type: " not in card.content
+    script.publish(trainer, "somebody/cifar10", tasks="image-classification")
+    assert {r.dataset_type for r in ModelCard.load(folder / "README.md").data.eval_results} == {"somebody/cifar10"}
+
+
+def test_no_picture_is_announced_where_there_is_none(tmp_path, capsys):
+    trainer = GRTrainer(model=toys.vit(), args=GRConfig(**toys.arguments(tmp_path)), train_dataset=toys.images())
+    script.publish(trainer, "digits", {"digits": "scans of digits"}, kind="Adapters")
+    assert capsys.readouterr().out == f"Adapters {tmp_path}\nCard     {tmp_path}/README.md\n"
+    assert "on scans of digits (24" in ModelCard.load(tmp_path / "README.md").text
 
 
 def test_names_are_shown_as_they_are(run):
