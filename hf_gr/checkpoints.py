@@ -35,6 +35,8 @@ WEIGHTS = (
 )
 OPTIMIZERS = ("optimizer.pt", "optimizer.bin", "optimizer_*/.metadata")
 RANDOM_STATES = ("rng_state.pth", "rng_state_*.pth")
+#: What asks for the last complete checkpoint of the output folder. With the first of them there may be none.
+LAST = ("last", "True", "true", True)
 #: Where `set_later_checkpoints_aside` puts them. What begins with an underscore is not uploaded.
 SUPERSEDED = "_superseded"
 #: Left by transformers while it writes a checkpoint on SIGTERM (`enable_jit_checkpoint`).
@@ -172,8 +174,8 @@ def explain_failed_save(folder: str) -> Iterator[None]:
         raise OSError(
             f"{folder} could not be written: {error}. It is incomplete and will not be resumed from; "
             f"{'untouched: ' + others if others else 'there is no earlier checkpoint'}. Make room (or set "
-            "save_total_limit) and resume from the last complete one with resume_from_checkpoint=True (in Python, and "
-            "with two dashes on the command line of a script)."
+            "save_total_limit) and resume from the last complete one: resume_from_checkpoint=True in Python, "
+            "--resume_from_checkpoint last for a script."
         ) from error
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
+from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_utils import has_length
 
@@ -153,13 +154,14 @@ def method_of(trainer: "GRMixin") -> dict[str, Any]:
     return {"gr": flags.gr_degree != 0, "ire": is_ire, "optimizer": _optimizer_name(trainer)}
 
 
-def _optimizer_name(trainer: "GRMixin") -> str:
+def _optimizer_name(trainer: "GRMixin") -> str | None:
     made = innermost(trainer.optimizer)
     if made is not None:
         return type(made).__name__
     given = getattr(trainer, "optimizer_cls_and_kwargs", None)
     kind, _ = given or trainer.get_optimizer_cls_and_kwargs(trainer.args, trainer.model)
-    return getattr(kind, "__name__", str(kind))
+    # A factory (Muon) makes a class of which only the optimizer itself tells.
+    return kind.__name__ if isinstance(kind, type) and issubclass(kind, Optimizer) else None
 
 
 def data_of(trainer: "GRMixin") -> dict[str, Any]:

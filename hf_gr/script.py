@@ -5,7 +5,9 @@ import os
 import shlex
 import time
 from argparse import Namespace
-from dataclasses import fields
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +17,12 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from . import recipes
-from .checkpoints import checkpoints, last_complete_checkpoint
+from .checkpoints import LAST, checkpoints, last_complete_checkpoint
 from .config import GRConfig
 from .mistakes import ArgumentParser, Failure, run
 from .model_card import PICTURE, has_curves
 from .model_card_text import last_evaluation
+from .output_folder import claim_output_folder, clear, refuse_removing
 from .recording import without_folders
 from .redaction import redact
 from .trainer import GRTrainer
@@ -27,7 +30,10 @@ from .value_checks import COUNT, NOT_NEGATIVE, POSITIVE, SHARE, Limit, check_ran
 
 __all__ = [
     "ArgumentParser",
+    "ScriptConfig",
+    "begin",
     "checkpoint_to_resume",
+    "claim",
     "command_line",
     "evaluated_examples",
     "keep_token_out_of_files",
@@ -53,6 +59,19 @@ LIMITS = {
     **dict.fromkeys(("adam_beta1", "adam_beta2", "label_smoothing_factor"), SHARE),
     **dict.fromkeys(("seed", "data_seed"), Limit(0, 2**32 - 1)),
 }
+
+
+@dataclass
+class ScriptConfig(GRConfig):
+    """`GRConfig` with what the scripts alone have."""
+
+    overwrite_output_dir: bool = field(
+        default=False,
+        metadata={
+            "help": "Remove what an earlier run has left in output_dir (checkpoints, weights, metrics, card) before "
+            "training starts. Without it such a folder is refused, unless resume_from_checkpoint continues the run."
+        },
+    )
 
 
 def parse_args(
@@ -107,6 +126,26 @@ def _given(parser: ArgumentParser, argv: list[str]) -> dict[str, Any]:
     return {name: value for name, value in vars(values).items() if value is not missing}
 
 
+@contextmanager
+def claim(args: ScriptConfig) -> Iterator[None]:
+    """Within, no other run can write into the output folder. See `claim_output_folder`, also for what is refused."""
+    with claim_output_folder(args, args.overwrite_output_dir):
+        yield
+
+
+def begin(trainer: GRTrainer, *script_args: Any) -> None:
+    """When everything is loaded and nothing has been written: tell the trainer the script's own arguments, and with
+    `overwrite_output_dir` remove what an earlier run has left."""
+    trainer.script_args = script_args
+    folder = trainer.args.output_dir
+    if trainer.args.overwrite_output_dir:
+        refuse_removing(folder, [v for own in script_args for v in asdict(own).values() if isinstance(v, str)])
+        trainer.accelerator.wait_for_everyone()  # they look at what is there
+        if trainer.is_world_process_zero():
+            clear(folder)
+        trainer.accelerator.wait_for_everyone()
+
+
 def print_method(args: GRConfig) -> None:
     """Say by which method the run trains, before it does."""
     if args.process_index == 0:
@@ -155,16 +194,14 @@ def checkpoint_to_resume(args: GRConfig) -> str | bool | None:
         ValueError: there are checkpoints, and none is complete. A start from the beginning would overwrite them.
     """
     asked = args.resume_from_checkpoint
-    if asked in ("True", "true"):
-        return True
     if asked != "last":
-        return asked
+        return True if asked in LAST else asked
     found = checkpoints(args.output_dir)
     last = last_complete_checkpoint(args.output_dir)
     if found and last is None:
         raise ValueError(
             f"resume_from_checkpoint=last: no checkpoint in {args.output_dir} ({', '.join(p.name for p in found)}) is "
-            "complete. Move or delete them to start from the beginning, or give another folder."
+            "complete. Start from the beginning with --overwrite_output_dir in place of it, or in another folder."
         )
     return last
 

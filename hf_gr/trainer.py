@@ -50,6 +50,7 @@ from .nonfinite import NonFiniteGuard
 from .optimizer_training import OptimizerMixin, trainable_parameters
 from .process_groups import end_cleanly
 from .replay import InputCheck, MicroBatch, RNGState, attributes_set_aside, preserve_buffers
+from .resuming import ResumeCheck, refuse_other_run, same_optimizer_required
 from .uploads import UploadMixin
 
 logger = get_logger(__name__)  # speaks once, not once per process
@@ -94,6 +95,7 @@ class GRMixin(CostMixin, IREMixin, OptimizerMixin, UploadMixin):
         end_cleanly(self)
         self.nonfinite_guard = NonFiniteGuard(self)
         self.add_callback(self.nonfinite_guard)
+        self.add_callback(ResumeCheck(self))
         if self.gr_args.gr_degree != 0:
             refuse_unsupported(self, "gr_lambda")
         if self.gr_args.gr_half_precision_weights and (
@@ -312,6 +314,8 @@ class GRMixin(CostMixin, IREMixin, OptimizerMixin, UploadMixin):
                 )
         elif resume_from_checkpoint and not self.is_deepspeed_enabled:
             check_checkpoint(resume_from_checkpoint)
+        if resume_from_checkpoint:
+            refuse_other_run(self, resume_from_checkpoint)
         self._check_checkpoints_ahead(resume_from_checkpoint or None)
         try:
             output = super().train(resume_from_checkpoint, *args, **kwargs)
@@ -384,6 +388,11 @@ class GRMixin(CostMixin, IREMixin, OptimizerMixin, UploadMixin):
         if self.is_deepspeed_enabled or self.is_fsdp_enabled or not load_weights(target, resume_from_checkpoint):
             # Other trainers' own take the folder alone.
             super()._load_from_checkpoint(resume_from_checkpoint, *(() if model is None else (model,)))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """As in `Trainer`; the state of another class of optimizer raises before the training starts."""
+        with same_optimizer_required(self.optimizer):
+            super()._load_optimizer_and_scheduler(checkpoint)
 
     def _load_best_model(self) -> None:
         """Load the best checkpoint with the same care as one that is resumed from."""

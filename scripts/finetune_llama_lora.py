@@ -25,12 +25,12 @@ from transformers import (
 )
 from transformers.utils import find_adapter_config_file
 
-from hf_gr import GRConfig, script
-from hf_gr.config import require_writable
+from hf_gr import script
 from hf_gr.data import keep_first
 from hf_gr.instructions import answer_metrics, prompt_and_answer, tokenize_instructions, without_bad_examples
 from hf_gr.language_modeling import CausalLMTrainer, generate_text
 from hf_gr.mistakes import explained
+from hf_gr.script import ScriptConfig
 from hf_gr.text import load_text_dataset, skipped_metrics, split_documents
 from hf_gr.value_checks import COUNT, NOT_NEGATIVE, SHARE, check_ranges
 
@@ -107,8 +107,8 @@ class DataArguments:
         check_ranges(self, {"generate_samples": NOT_NEGATIVE})
 
 
-def parse_args(argv: list[str]) -> tuple[ModelArguments, DataArguments, GRConfig]:
-    return script.parse_args((ModelArguments, DataArguments, GRConfig), argv, DEFAULT_RECIPE)
+def parse_args(argv: list[str]) -> tuple[ModelArguments, DataArguments, ScriptConfig]:
+    return script.parse_args((ModelArguments, DataArguments, ScriptConfig), argv, DEFAULT_RECIPE)
 
 
 def load_base(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -160,9 +160,15 @@ def add_adapters(model: PreTrainedModel, args: ModelArguments) -> PeftModel:
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     model_args, data_args, args = parse_args(argv)
+    with script.claim(args):
+        train_and_publish(model_args, data_args, args, argv)
+
+
+def train_and_publish(
+    model_args: ModelArguments, data_args: DataArguments, args: ScriptConfig, argv: list[str]
+) -> None:
     args.include_num_input_tokens_seen = "all"
     set_seed(args.seed)
-    require_writable(args.output_dir)
     script.print_method(args)
 
     base, tokenizer = load_base(model_args.model_name_or_path)
@@ -200,6 +206,7 @@ def main(argv: list[str] | None = None) -> None:
         processing_class=tokenizer,
         data_collator=DataCollatorForSeq2Seq(tokenizer, padding=True),
     )
+    script.begin(trainer, model_args, data_args)
 
     asked = evaluation.select(range(min(data_args.generate_samples, len(evaluation))))
 
@@ -210,7 +217,6 @@ def main(argv: list[str] | None = None) -> None:
 
     before = {**trainer.evaluate(), **written()}
     script.save_metrics(trainer, "before", before, combined=False)
-    trainer.script_args = (model_args, data_args)
     result = trainer.train(resume_from_checkpoint=script.checkpoint_to_resume(args))
     script.save_model(trainer)
     script.save_metrics(trainer, "train", {**result.metrics, **trainer.costs(), **counts})

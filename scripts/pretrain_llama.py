@@ -18,12 +18,12 @@ from pathlib import Path
 from datasets import IterableDataset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, default_data_collator, set_seed
 
-from hf_gr import GRConfig, script
-from hf_gr.config import require_writable
+from hf_gr import script
 from hf_gr.data import keep_first
 from hf_gr.language_modeling import CausalLMTrainer, generate_text, steps_for_tokens
 from hf_gr.mistakes import explained
 from hf_gr.models import LLAMA_PRESETS, create_llama
+from hf_gr.script import ScriptConfig
 from hf_gr.text import (
     features_of,
     find_text_column,
@@ -109,8 +109,8 @@ class DataArguments:
             )
 
 
-def parse_args(argv: list[str]) -> tuple[ModelArguments, DataArguments, GRConfig]:
-    kinds = (ModelArguments, DataArguments, GRConfig)
+def parse_args(argv: list[str]) -> tuple[ModelArguments, DataArguments, ScriptConfig]:
+    kinds = (ModelArguments, DataArguments, ScriptConfig)
     return script.parse_args(kinds, argv, DEFAULT_RECIPE, without_it=("dataset_name",))
 
 
@@ -128,9 +128,15 @@ def create_tokenizer(args: ModelArguments, documents, text_column: str, context:
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     model_args, data_args, args = parse_args(argv)
+    with script.claim(args):
+        train_and_publish(model_args, data_args, args, argv)
+
+
+def train_and_publish(
+    model_args: ModelArguments, data_args: DataArguments, args: ScriptConfig, argv: list[str]
+) -> None:
     args.include_num_input_tokens_seen = "all"  # for the tokens, and tokens per second, in the log
     set_seed(args.seed)
-    require_writable(args.output_dir)
     script.print_method(args)
     context = LLAMA_PRESETS[model_args.model].context
     block_size = context if model_args.block_size is None else model_args.block_size
@@ -164,7 +170,7 @@ def main(argv: list[str] | None = None) -> None:
         processing_class=tokenizer,
         data_collator=default_data_collator,  # blocks of one length need no padding
     )
-    trainer.script_args = (model_args, data_args)
+    script.begin(trainer, model_args, data_args)
     result = trainer.train(resume_from_checkpoint=script.checkpoint_to_resume(args))
     script.save_model(trainer)
     counts = {} if data_args.streaming else skipped_metrics(skipped, eval_split)  # a stream has them in the log

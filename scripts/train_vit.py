@@ -27,8 +27,7 @@ from transformers import (
 )
 from transformers.image_processing_utils import BaseImageProcessor
 
-from hf_gr import GRConfig, GRTrainer, script
-from hf_gr.config import require_writable
+from hf_gr import GRTrainer, script
 from hf_gr.data import (
     add_augmentation,
     check_first_example,
@@ -52,6 +51,7 @@ from hf_gr.models import (
     create_image_model,
     initialize_weights,
 )
+from hf_gr.script import ScriptConfig
 from hf_gr.value_checks import COUNT, NOT_NEGATIVE, POSITIVE, SHARE, Limit, check_ranges
 
 DEFAULT_RECIPE = Path(__file__).parent / "recipes" / "vit_digits.yaml"
@@ -166,8 +166,8 @@ class ImageTrainer(FullEvaluation, GRTrainer):
     """`GRTrainer` that evaluates on every image."""
 
 
-def parse_args(argv: list[str]) -> tuple[ModelArguments, DataArguments, GRConfig]:
-    kinds = (ModelArguments, DataArguments, GRConfig)
+def parse_args(argv: list[str]) -> tuple[ModelArguments, DataArguments, ScriptConfig]:
+    kinds = (ModelArguments, DataArguments, ScriptConfig)
     return script.parse_args(kinds, argv, DEFAULT_RECIPE, without_it=("dataset_name", "model_name_or_path"))
 
 
@@ -209,7 +209,7 @@ class Data(NamedTuple):
     skipped: dict[str, int]  # examples left out, as metrics; empty unless asked for
 
 
-def load_data(args: DataArguments, training: GRConfig) -> Data:
+def load_data(args: DataArguments, training: ScriptConfig) -> Data:
     dataset = load_image_dataset(args.dataset_name, args.dataset_config_name)
     features = next(iter(dataset.values())).features
     image_column = find_image_column(features, args.image_column_name)
@@ -232,10 +232,16 @@ def load_data(args: DataArguments, training: GRConfig) -> Data:
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     model_args, data_args, args = parse_args(argv)
+    with script.claim(args):
+        train_and_publish(model_args, data_args, args, argv)
+
+
+def train_and_publish(
+    model_args: ModelArguments, data_args: DataArguments, args: ScriptConfig, argv: list[str]
+) -> None:
     args.remove_unused_columns = False  # the image column is read when an example is asked for
     args.label_names = ["labels"]
     set_seed(args.seed)
-    require_writable(args.output_dir)
     script.print_method(args)
 
     with args.main_process_first(desc="loading the data"):
@@ -256,8 +262,8 @@ def main(argv: list[str] | None = None) -> None:
         compute_metrics=classification_metrics,
         preprocess_logits_for_metrics=rank_classes,
     )
+    script.begin(trainer, model_args, data_args)
 
-    trainer.script_args = (model_args, data_args)
     result = trainer.train(resume_from_checkpoint=script.checkpoint_to_resume(args))
     script.save_model(trainer)
     script.save_metrics(trainer, "train", {**result.metrics, **trainer.costs(), **data.skipped})

@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 import conftest  # noqa: F401  (the environment)
 import toys
 from hf_gr import GRConfig, GRTrainer
+from hf_gr.output_folder import claim_output_folder
 
 PRECISIONS = ("float32", "scaled", "bf16")
 CASES = [
@@ -221,8 +222,19 @@ def ire(folder: str) -> dict:
 RESUME = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, "optim": "adamw_torch", "learning_rate": 1e-2}
 
 
+def all_processes_refuse_a_folder_that_is_taken(args: GRConfig) -> None:
+    """The main process alone looks; the others must not wait for it."""
+    with claim_output_folder(args):
+        try:
+            claim_output_folder(args).__enter__()
+        except ValueError:
+            return
+    raise AssertionError("a second run was let into the folder")
+
+
 def resume(folder: str) -> dict:
     """What one process has written goes on in two; what two write is for one to go on with."""
+    all_processes_refuse_a_folder_that_is_taken(GRConfig(**toys.arguments(f"{folder}/taken", ddp_backend="gloo")))
     return {
         "from_one": run(f"{folder}/resumed", resume=f"{folder}/one/checkpoint-2", **RESUME),
         "two": run(f"{folder}/two", **RESUME),

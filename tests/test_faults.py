@@ -91,6 +91,7 @@ def test_a_full_disk_loses_nothing(start, uninterrupted, tmp_path):
     assert (
         f"{folder}/checkpoint-4 could not be written: " in message and "untouched: checkpoint-2. Make room" in message
     )
+    assert message.endswith("resume_from_checkpoint=True in Python, --resume_from_checkpoint last for a script.")
     assert last_complete_checkpoint(str(folder)) == str(folder / "checkpoint-2")
     process = start(folder)
     process.join(120)

@@ -514,3 +514,18 @@ def test_the_script_runs_real_trainings(tmp_path):
     assert f"| on | {100 * results['eval_error']:.4g} |" in table and "--max_steps 2" in table
     assert "paired t-test against off." in table and "Published" not in table
     assert (tmp_path / "out" / "curves.png").exists() and "2 runs, 0 of them finished" in printed
+
+
+@pytest.mark.parametrize("extra", [[], ["--resume_from_checkpoint", "last"]])
+def test_a_run_that_was_not_finished_is_started_in_its_folder_again(extra, training, tmp_path, monkeypatch):
+    """What it has left is removed by the script, which would refuse it otherwise, or continued."""
+    commands = []
+    monkeypatch.setattr(subprocess, "run", lambda words, **_: commands.append(words) or Failed())
+    runs = expand(Grid("training.py", ARMS, "off"), tmp_path, tmp_path, extra)
+    run_grid(training, runs)
+    assert len(commands) == 2
+    assert all(("--overwrite_output_dir" in words) == (not extra) for words in commands)
+
+
+class Failed:
+    returncode = 1

@@ -553,16 +553,16 @@ def test_a_checkpoint_without_a_record_is_named(tmp_path):
 
 
 def test_a_run_resumed_with_other_flags_is_described_as_it_was(tmp_path):
-    """Four plain steps, then two with GR and a learning rate that the checkpoint's optimizer overrules."""
-    flags = {"save_strategy": "steps", "save_steps": 4, "learning_rate": 5e-5, "gr_warmup": "none"}
-    trained(tmp_path, gr_lambda=0, **flags)
-    trainer = resumed(tmp_path, "checkpoint-4", **{**flags, "learning_rate": 5.0}, gr_r=0.07)
+    """Four steps of zero-warmup, then two with GR and a learning rate that the checkpoint's optimizer overrules."""
+    flags = {"save_strategy": "steps", "save_steps": 4, "learning_rate": 5e-5}
+    trained(tmp_path, **flags, gr_warmup="zero", gr_warmup_steps=4)
+    trainer = resumed(tmp_path, "checkpoint-4", **{**flags, "learning_rate": 5.0}, gr_warmup="none", gr_r=0.07)
     text = ModelCard.load(tmp_path / "README.md").text
     for sentence in (
         "with gradient regularization, using",
         "So it was in 2 of 6 steps",
-        "| `gr_r` | r | 0.07 |",
-        "| `gr_lambda` | lambda | 0 in steps 1 to 4, 0.07 in steps 5 to 6 |",
+        "| `gr_r` | r | 0.1 in steps 1 to 4, 0.07 in steps 5 to 6 |",
+        "| `gr_lambda` | lambda | 0.1 in steps 1 to 4, 0.07 in steps 5 to 6 |",
         "6 optimizer steps, 8 forward and backward passes over a batch of 2 examples",
         "| `learning_rate` | 5e-05 |",
         "at a learning rate of 5e-05 in the first step and 8.333e-06 in the last",

@@ -251,3 +251,65 @@ def test_a_run_that_goes_back_keeps_the_later_checkpoints(checkpoint, caplog):
     assert "checkpoint-6, checkpoint-8, are not part of this run and were moved to" in caplog.text
     trainer("vit", folder, **flags).train()
     assert "the checkpoints of an earlier run, checkpoint-5, are where this run writes" in caplog.text
+
+
+# ---- Another run ----
+
+
+def resumed_llama(folder, **flags):
+    """Resumed from the checkpoint that `llama_checkpoint` has made, with other flags."""
+    data = toys.text(flags.pop("examples", 24))
+    args = {"max_steps": 6, "save_strategy": "no", "gr_warmup": "none", "optim": "sgd", **flags}
+    resumed = GRTrainer(toys.llama(), GRConfig(**toys.arguments(folder, **args)), train_dataset=data)
+    resumed.train(resume_from_checkpoint=f"{folder}/checkpoint-4")
+    return resumed
+
+
+@pytest.fixture(scope="module")
+def llama_checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("llama")
+    flags = {"max_steps": 4, "save_strategy": "steps", "save_steps": 4, "gr_warmup": "none", "optim": "sgd"}
+    GRTrainer(toys.llama(), GRConfig(**toys.arguments(folder, **flags)), train_dataset=toys.text()).train()
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"gr_lambda": 0}, "has gr=True, this one gr=False. Resume with the same method"),
+        ({"ire_kappa": 1.0, "ire_start_step": 0}, "has ire=False, this one ire=True"),
+        ({"optim": "adamw_torch"}, "has optimizer=SGD, this one optimizer=AdamW"),
+        ({"examples": 12}, "has train_examples=24, this one train_examples=12. Resume with the same data"),
+    ],
+    ids=["gr", "ire", "optimizer", "data"],
+)
+def test_another_method_and_other_data_are_refused(flags, message, llama_checkpoint):
+    with pytest.raises(ValueError, match=f"resume_from_checkpoint=.*: the run that wrote it {message}"):
+        resumed_llama(llama_checkpoint, **flags)
+
+
+def test_other_arguments_are_named_with_the_value_in_force(llama_checkpoint, caplog):
+    flags = {"learning_rate": 5.0, "gr_r": 0.2, "lr_scheduler_type": "cosine", "weight_decay": 0.5}
+    resumed = resumed_llama(llama_checkpoint, **flags)
+    (warning,) = [r.getMessage() for r in caplog.records if "Differs from the run that wrote" in r.getMessage()]
+    for part in (
+        "checkpoint-4: ",
+        "learning_rate=5.0 has no effect, the checkpoint's 0.01 is in force",
+        "weight_decay=0.5 has no effect, the checkpoint's 0 is in force",
+        "gr_r=0.2 is in force, it was 0.1",
+        "lr_scheduler_type=cosine is in force, it was default",
+    ):
+        assert part in warning
+    assert resumed.optimizer.param_groups[0]["initial_lr"] == 0.01
+    caplog.clear()
+    resumed_llama(llama_checkpoint, max_steps=5)
+    assert "learning_rate" not in caplog.text and "gr_r" not in caplog.text
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "rmsprop", "lars"])
+def test_the_state_of_another_optimizer_is_refused_without_a_record(optim, llama_checkpoint, tmp_path):
+    """As of a checkpoint of `Trainer`. It was a `KeyError` in the first step."""
+    shutil.copytree(llama_checkpoint / "checkpoint-4", tmp_path / "checkpoint-4")
+    (tmp_path / "checkpoint-4" / "run.json").unlink()
+    with pytest.raises(ValueError, match=r"state of the optimizer in the checkpoint is not of \w+: it has no .*"):
+        resumed_llama(tmp_path, optim=optim)
