@@ -13,7 +13,7 @@ from accelerate.logging import get_logger
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 from .optimizer_training import innermost
-from .recording import data_of, differences, method_of, read_record
+from .recording import FILE, data_of, differences, method_of, read_record
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -49,7 +49,7 @@ def refuse_other_run(trainer: "GRMixin", checkpoint: str) -> None:
             there, here = (", ".join(f"{key}={side[key]}" for key in other) for side in (old, new))
             raise ValueError(
                 f"resume_from_checkpoint={checkpoint}: the run that wrote it has {there}, this one {here}. Resume with "
-                f"the same {kind}, or start a new run in another folder; its model can start from this checkpoint."
+                f"the same {kind}, or start a new run in another folder. To change it on purpose, remove {FILE} there."
             )
 
 

@@ -448,7 +448,9 @@ def test_resume_between_two_masks_is_bit_identical(optim, flags, accumulation, t
 
 
 def test_ire_can_be_switched_on_when_resuming(spy, tmp_path):
+    """From a checkpoint that no run of another method has signed, such as one of `Trainer`."""
     run(toys.vit(), toys.images(), tmp_path, gr_lambda=0, max_steps=4, save_strategy="steps", save_steps=2)
+    (tmp_path / "checkpoint-2" / "run.json").unlink()
     args = GRConfig(**toys.arguments(tmp_path, max_steps=6, **{**IRE_FLAGS, "ire_interval": 4}))
     trainer = GRTrainer(model=toys.vit(), args=args, train_dataset=toys.images(), callbacks=[spy])
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
