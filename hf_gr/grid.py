@@ -249,7 +249,7 @@ def _run(script: Path, run: Run, launcher: Iterable[str], lock: int) -> bool:
     run.folder.mkdir(parents=True, exist_ok=True)
     (run.folder / SETTINGS).write_text(json.dumps(run.settings))
     # What a run that was not finished has left is in the way, unless it is to be continued.
-    anew = [] if "--resume_from_checkpoint" in run.arguments else ["--overwrite_output_dir", "True"]
+    anew = [] if "resume_from_checkpoint" in map(flag_name, run.arguments) else ["--overwrite_output_dir", "True"]
     token = {"HF_TOKEN": run.hub_tokens[-1]} if run.hub_tokens else {}
     with (run.folder / "log.txt").open("w") as log:
         done = subprocess.run(

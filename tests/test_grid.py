@@ -516,7 +516,7 @@ def test_the_script_runs_real_trainings(tmp_path):
     assert (tmp_path / "out" / "curves.png").exists() and "2 runs, 0 of them finished" in printed
 
 
-@pytest.mark.parametrize("extra", [[], ["--resume_from_checkpoint", "last"]])
+@pytest.mark.parametrize("extra", [[], ["--resume_from_checkpoint", "last"], ["--resume-from-checkpoint=last"]])
 def test_a_run_that_was_not_finished_is_started_in_its_folder_again(extra, training, tmp_path, monkeypatch):
     """What it has left is removed by the script, which would refuse it otherwise, or continued."""
     commands = []
