@@ -1,5 +1,6 @@
 """Whether a flag can have the value that it was given: its type, its choices, its range."""
 
+import functools
 import math
 import types
 from collections.abc import Iterable, Mapping
@@ -52,7 +53,7 @@ def check_types(args: Any, cls: type, names: Iterable[str] | None = None) -> Non
     Args:
         names: of the fields to look at. Default: those that `cls` adds to its parents.
     """
-    hints = get_type_hints(cls)  # as they were written: HfArgumentParser changes those of the fields
+    hints = _hints(cls)
     names = set(cls.__annotations__ if names is None else names)
     for field in fields(cls):
         if field.name in names and hasattr(args, field.name):
@@ -61,7 +62,7 @@ def check_types(args: Any, cls: type, names: Iterable[str] | None = None) -> Non
 
 def refuse_booleans(args: Any, cls: type) -> None:
     """Raise `ValueError` where `cls` has a number and `args` a boolean."""
-    numeric = [name for name, hint in get_type_hints(cls).items() if _kinds(hint) <= {int, float, NoneType}]
+    numeric = [name for name, hint in _hints(cls).items() if _kinds(hint) <= {int, float, NoneType}]
     check_types(args, cls, [name for name in numeric if isinstance(getattr(args, name, None), bool)])
 
 
@@ -71,6 +72,12 @@ def refuse_nan(args: Any, cls: type) -> None:
         value = getattr(args, field.name, None)
         if isinstance(value, float) and math.isnan(value):
             raise ValueError(f"{field.name}={value}: give a number. NaN is none.")
+
+
+@functools.cache
+def _hints(cls: type) -> dict[str, Any]:
+    """The types of the fields as they were written: HfArgumentParser changes those that the fields have."""
+    return get_type_hints(cls)
 
 
 def _check(field: Field, value: Any, hint: Any) -> None:
