@@ -3,8 +3,9 @@
 import logging
 import os
 import shlex
+import sys
 import time
-from argparse import Namespace
+from argparse import ArgumentDefaultsHelpFormatter, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
@@ -89,7 +90,8 @@ def parse_args(
     Raises:
         ValueError: a recipe or a flag that makes no sense.
     """
-    parser = ArgumentParser(kinds)
+    about = sys.modules[kinds[0].__module__].__doc__
+    parser = ArgumentParser(kinds, description=about, formatter_class=_HelpFormatter)
     known = {argument.name for kind in kinds for argument in fields(kind)}
     default = recipes.read_recipe(default_recipe, known) if default_recipe is not None else {}
     recipe = None
@@ -115,6 +117,10 @@ def parse_args(
             recipes.check_scheduler(args)
             keep_token_out_of_files(args)
     return parsed
+
+
+class _HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
+    """Defaults with the flags, and the script's own words as they are."""
 
 
 def _given(parser: ArgumentParser, argv: list[str]) -> dict[str, Any]:

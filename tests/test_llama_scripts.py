@@ -391,4 +391,6 @@ def test_help(script, capsys):
     with pytest.raises(SystemExit) as end:
         load(script)(["--help"])
     assert end.value.code == 0
-    assert "usage:" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert printed.startswith("usage:")
+    assert sys.modules[script].__doc__.strip().splitlines()[-1] in printed
