@@ -76,7 +76,7 @@ def claim_output_folder(args: TrainingArguments, overwrite: bool = False) -> Ite
 
 
 def _lock(folder: Path) -> FileLock | None:
-    """Locked; None where the file system has no locks."""
+    """Locked, by flock, which Linux hands on to the server of NFS; None where the file system has no locks."""
     lock = FileLock(folder / LOCK)
     try:
         try:
@@ -92,8 +92,8 @@ def _lock(folder: Path) -> FileLock | None:
             f"output_dir={folder}: another run is at work in this folder ({who}). Wait for its end, or choose another "
             "folder."
         ) from None
-    except NotImplementedError:
-        logger.warning(f"output_dir={folder}: the file system has no locks. Make sure that no other run writes here.")
+    except (NotImplementedError, OSError) as error:
+        logger.warning(f"output_dir={folder} has no lock ({error}). Make sure that no other run writes here.")
         return None
     holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S %z")}
     (folder / HOLDER).write_text(json.dumps(holder), encoding="utf-8")

@@ -326,7 +326,7 @@ class GRMixin(CostMixin, IREMixin, OptimizerMixin, UploadMixin):
 
     def _check_checkpoints_ahead(self, resume_from: str | None) -> None:
         self.accelerator.wait_for_everyone()  # to read what is there, before the main process moves any of it
-        if not self.is_world_process_zero():
+        if not self.args.should_save:
             return
         if resume_from and not (self.is_deepspeed_enabled or self.args.save_on_each_node):
             warn_of_other_processes(resume_from, self.args.world_size)

@@ -1,8 +1,11 @@
 """An output folder belongs to one run."""
 
+import errno
 import importlib.util
 import json
-import multiprocessing
+import os
+import socket
+import subprocess
 import sys
 from pathlib import Path
 
@@ -20,35 +23,46 @@ def arguments(folder, **flags):
     return GRConfig(**toys.arguments(folder, **flags))
 
 
-def hold(folder, pipe):
-    with claim_output_folder(arguments(folder)):
-        pipe.send("held")
-        pipe.recv()
+#: Another run, as far as the lock goes.
+OTHER = """
+import json, os, socket, sys
+from filelock import FileLock
+lock = FileLock(sys.argv[1] + "/_lock")
+lock.acquire()
+with open(sys.argv[1] + "/_lock.json", "w") as file:
+    json.dump({"pid": os.getpid(), "host": socket.gethostname(), "since": "yesterday"}, file)
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+def refusal(folder):
+    with pytest.raises(ValueError, match="another run is at work in this folder") as error:
+        claim_output_folder(arguments(folder)).__enter__()
+    return str(error.value)
 
 
 def test_a_run_holds_its_folder_until_it_is_killed(tmp_path):
-    ours, theirs = multiprocessing.Pipe()
-    other = multiprocessing.get_context("fork").Process(target=hold, args=(tmp_path, theirs))
-    other.start()
-    assert ours.recv() == "held"
-    message = rf"output_dir={tmp_path}: another run is at work in this folder \(process {other.pid} on .*, since \d.*\)"
-    with pytest.raises(ValueError, match=message), claim_output_folder(arguments(tmp_path)):
-        pass
-    other.kill()
-    other.join()
-    with claim_output_folder(arguments(tmp_path)), pytest.raises(ValueError, match="another run is at work"):
-        claim_output_folder(arguments(tmp_path)).__enter__()
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", OTHER, str(tmp_path)], **pipes) as other:
+        assert other.stdout.readline() == "held\n"
+        assert f"output_dir={tmp_path}: " in refusal(tmp_path)
+        assert f"(process {other.pid} on {socket.gethostname()}, since yesterday)" in refusal(tmp_path)
+        other.kill()
+    with claim_output_folder(arguments(tmp_path)):
+        assert f"(process {os.getpid()} on {socket.gethostname()}, since 2" in refusal(tmp_path)
     with claim_output_folder(arguments(tmp_path)):
         pass
 
 
-def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch, caplog):
+@pytest.mark.parametrize("error", [NotImplementedError, OSError(errno.ENOLCK, "No locks available")])
+def test_a_file_system_without_locks_is_named(error, tmp_path, monkeypatch, caplog):
     def acquire(self, **_):
-        raise NotImplementedError
+        raise error
 
     monkeypatch.setattr("hf_gr.output_folder.FileLock.acquire", acquire)
     with claim_output_folder(arguments(tmp_path)):
-        assert "has no locks" in caplog.text
+        assert "has no lock (" in caplog.text
 
 
 @pytest.mark.parametrize("left", ["model.safetensors", "adapter_model.safetensors", "run.json", "checkpoint-4/any"])
