@@ -5,12 +5,14 @@ import random
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import Trainer
+
+if TYPE_CHECKING:
+    from .trainer import GRMixin
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class InputCheck:
     window only: a comparison makes an accelerator wait.
     """
 
-    def __init__(self, trainer: Trainer):
+    def __init__(self, trainer: "GRMixin"):
         self._trainer = trainer
         self._first: list[list[Tensor]] = []
         self.is_done = False

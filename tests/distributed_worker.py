@@ -13,6 +13,7 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch.distributed.tensor import DTensor
 
 import conftest  # noqa: F401  (the environment)
+import own_loop
 import toys
 from hf_gr import GRConfig, GRTrainer
 from hf_gr.output_folder import claim_output_folder
@@ -196,6 +197,16 @@ class Sharded(GRTrainer):
         return super().training_step(model, *args, **kwargs)
 
 
+def loop(folder: str) -> list[dict]:
+    """What the loop of the README makes in each process, in order."""
+    os.environ["ACCELERATE_USE_CPU"] = "true"  # as a file of `accelerate config` says it
+    mine = own_loop.run_block(seed=int(os.environ["RANK"]))
+    found = [None] * dist.get_world_size()
+    dist.all_gather_object(found, mine)
+    reset_state()
+    return found
+
+
 def fsdp(folder: str) -> dict:
     results = {case: run(folder, Sharded, **flags_of("global", *case)) for case in FSDP_CASES}
     settings = {"max_steps": 4, "gr_warmup": "zero", "warmup_steps": 1, "optim": "adamw_torch", "learning_rate": 1e-2,
@@ -253,6 +264,7 @@ SUITES = {
     "overflow": overflow_on_one_rank,
     "resume": resume,
     "fsdp": fsdp,
+    "loop": loop,
 }
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
+import own_loop
 import toys
 from distributed_worker import (
     CASES,
@@ -77,7 +78,7 @@ def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
     return {
         "one": alone(folder / "one"),
-        **launch(folder, 2, "scopes", "ire", "optimizers", "overflow", "resume"),
+        **launch(folder, 2, "scopes", "ire", "optimizers", "overflow", "resume", "loop"),
         "from_two": alone(folder / "resumed", folder / "two" / "checkpoint-2"),
     }
 
@@ -105,6 +106,13 @@ def test_scope_equals_its_reference(case, results):
 def test_four_processes(tmp_path):
     for case, path in launch(tmp_path, 4, "float32")["float32"].items():
         assert relative_error_of_path(path, reference_path(*case, 4)) <= TOLERANCE["float32"], case
+
+
+def test_loop_of_the_readme_equals_its_reference(results):
+    ranks = results["loop"]
+    assert all(torch.equal(ranks[0]["weights"], rank["weights"]) for rank in ranks)
+    assert ranks[0]["batches"][0] != ranks[1]["batches"][0]
+    assert own_loop.relative_error(ranks[0]["weights"], own_loop.reference([r["batches"] for r in ranks])) < 1e-13
 
 
 def test_scopes_are_different_algorithms(results):
