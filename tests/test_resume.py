@@ -241,7 +241,7 @@ def test_last_never_starts_from_the_beginning_where_there_are_checkpoints(checkp
 def test_a_run_that_goes_back_keeps_the_later_checkpoints(checkpoint, caplog):
     """`save_total_limit` would delete them, or with equal times of files those of the run itself."""
     folder, weights = checkpoint.parent, (checkpoint / "model.safetensors").read_bytes()
-    flags = {"gr_warmup": "none", "gr_lambda": 0, "save_total_limit": 1, "max_steps": 5}
+    flags = {"gr_warmup": "none", "save_total_limit": 1, "max_steps": 5}
     resumed = trainer("vit", folder, **flags)
     resumed.train(resume_from_checkpoint=str(folder / "checkpoint-3"))
     assert [p.name for p in checkpoints.checkpoints(folder)] == ["checkpoint-5"]
