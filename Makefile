@@ -1,4 +1,4 @@
-.PHONY: style quality test bench third-party
+.PHONY: style quality test bench
 
 style:  ## rewrite the code to the house style
 	ruff check --fix .
@@ -13,6 +13,3 @@ test:
 
 bench:
 	python benchmarks/gr_step.py
-
-third-party:  ## transformers' own tests with GRTrainer in Trainer's place: make third-party TRANSFORMERS=FOLDER
-	python tests/third_party/compare.py $(TRANSFORMERS)
