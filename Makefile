@@ -1,4 +1,4 @@
-.PHONY: style quality test bench
+.PHONY: style quality test test-lowest third-party bench
 
 style:  ## rewrite the code to the house style
 	ruff check --fix .
@@ -11,5 +11,16 @@ quality:  ## what CI checks
 test:
 	python -m pytest
 
+LOWEST_PYTHON ?= python3.10
+LOWEST_TESTS ?= $(addprefix tests/test_,trainer.py ire.py ire_training.py scripts.py llama_scripts.py)
+
+test-lowest:  ## the lower bounds of pyproject.toml, all together (torch has CUDA there: about 7 GB)
+	$(LOWEST_PYTHON) -m venv build/lowest
+	build/lowest/bin/pip install -c constraints-lowest.txt -e ".[test]"
+	build/lowest/bin/python -m pytest -o filterwarnings=default $(LOWEST_TESTS)
+
 bench:
 	python benchmarks/gr_step.py
+
+third-party:  ## transformers' own trainer tests with GRTrainer in Trainer's place; TRANSFORMERS is a checkout
+	python tests/third_party/compare.py $(TRANSFORMERS)

@@ -2,6 +2,8 @@
 
 import logging
 import resource
+import signal
+import time
 from pathlib import Path
 
 import torch
@@ -14,18 +16,34 @@ from hf_gr.checkpoints import last_complete_checkpoint
 
 STEPS = 240
 SAVE_STEPS = 2
+#: Bytes: the weights have 95 KiB, the state of the optimizer 230.
+NOT_THE_WEIGHTS, NOT_THE_OPTIMIZER = 2**16, 2**17
 
 
 class NoMoreRoom(TrainerCallback):
-    """From step 3 on no file can grow beyond 64 KiB, as on a full disk: less than the optimizer's state."""
+    """After some steps of this process no file can grow beyond a size, as on a full disk."""
+
+    def __init__(self, steps: int, size: int):
+        self.steps, self.size = steps, size
 
     def on_step_begin(self, args, state, control, **kwargs):
-        if state.global_step == 3:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, 2**16))
+        if self.steps == 0:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (self.size, self.size))
+        self.steps -= 1
 
 
-def train(folder: str, disk_is_full: bool = False) -> None:
-    """Go on from the last complete checkpoint, if there is one; leave the final weights in final.pt."""
+def train(folder: str, room: tuple[int, int] | None = None, dies_while_saving: bool = False, dies_after: float = 0.0):
+    """Go on from the last complete checkpoint, if there is one; leave the final weights in final.pt.
+
+    Args:
+        room: after so many steps there is none for a file of more than so many bytes (`NOT_THE_WEIGHTS`,
+            `NOT_THE_OPTIMIZER`): an error, or, if it `dies_while_saving`, the end by `SIGXFSZ` amid that file.
+        dies_after: so many seconds of processor time the end comes by `SIGPROF`.
+    """
+    if dies_while_saving:
+        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+    signal.setitimer(signal.ITIMER_PROF, dies_after)
+    began = time.process_time()
     torch.set_num_threads(1)
     logging.basicConfig(filename=f"{folder}/log.txt", level=logging.WARNING)
     args = GRConfig(
@@ -44,7 +62,7 @@ def train(folder: str, disk_is_full: bool = False) -> None:
             learning_rate=1e-3,
         )
     )
-    callbacks = [NoMoreRoom()] if disk_is_full else []
+    callbacks = [] if room is None else [NoMoreRoom(*room)]
     trainer = GRTrainer(toys.llama(0.1), args, train_dataset=toys.text(), callbacks=callbacks)
     try:
         trainer.train(resume_from_checkpoint=last_complete_checkpoint(folder))
@@ -52,3 +70,4 @@ def train(folder: str, disk_is_full: bool = False) -> None:
         Path(folder, "error.txt").write_text(str(error)[:5000])
         raise SystemExit(1) from error
     torch.save(toys.weights(trainer.model), f"{folder}/final.pt")
+    Path(folder, "seconds.txt").write_text(str(time.process_time() - began))

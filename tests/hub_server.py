@@ -52,7 +52,7 @@ class Handler(BaseHTTPRequestHandler):
             ]
             self._answer(200, {"files": files})
         elif self.path.endswith(".git/info/lfs/objects/batch"):
-            self.hub.may_transfer.wait(timeout=60)
+            self.hub.may_transfer.wait(timeout=600)
             objects = [
                 {**obj, "actions": {"upload": {"href": f"{self.hub.url}/lfs/{obj['oid']}"}}}
                 for obj in json.loads(body)["objects"]

@@ -68,7 +68,7 @@ def reference_path(scope: str, accumulation: int, degree: float, precision: str,
 def launch(folder: Path, processes: int, *suites: str) -> dict:
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--master_port=0",
                "--standalone", str(TESTS / "distributed_worker.py"), str(folder), *suites]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=400)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stderr[-5000:]
     return torch.load(folder / "results.pt")
 
@@ -190,7 +190,7 @@ def test_another_number_of_processes_resumes(whole, resumed, results):
 
 def ends(folder: Path, *runs: str) -> list[int]:
     command = [sys.executable, str(TESTS / "ending_worker.py"), str(folder), *runs]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stderr[-5000:]
     return [int(code) for code in done.stdout.splitlines()[-1].split()]
 

@@ -44,8 +44,8 @@ with open(folder.parent / "started.txt", "a") as log:
     log.write(folder.name + "\\n")
 told = folder.parent / "told.json"
 told = json.loads(told.read_text()) if told.exists() else {}
-time.sleep(told.get("sleep", 0))
-while "until" in told and not pathlib.Path(told["until"]).exists():
+waits = told.get("waits") in (folder.name, "all")
+while waits and not (folder.parent / "go").exists():
     time.sleep(0.02)
 if flags["--gr_lambda"] == told.get("fails_at"):
     sys.exit("no luck")
@@ -72,7 +72,15 @@ def training(tmp_path) -> Path:
 
 
 def started(folder: Path) -> list[str]:
-    return (folder / "started.txt").read_text().split()
+    log = folder / "started.txt"
+    return log.read_text().split() if log.exists() else []
+
+
+def kill_when_started(worker: subprocess.Popen, folder: Path, run: str, kill=os.kill) -> None:
+    while worker.poll() is None and run not in started(folder):
+        time.sleep(0.02)
+    kill(worker.pid, signal.SIGKILL)
+    worker.wait()
 
 
 def test_every_combination_is_expanded_once(tmp_path):
@@ -191,18 +199,15 @@ def test_killed_in_the_middle_only_the_unfinished_are_run(training, tmp_path):
         "runs = g.expand(grid, folder, folder)\n"
         f"g.run_grid(Path({str(training)!r}), runs)"
     )
-    (tmp_path / "told.json").write_text(json.dumps({"sleep": 1}))
+    (tmp_path / "told.json").write_text(json.dumps({"waits": "on_0"}))
     worker = subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
-    until = time.monotonic() + 60
-    while time.monotonic() < until and not (tmp_path / "on_0" / "log.txt").exists():
-        time.sleep(0.05)
-    os.killpg(worker.pid, signal.SIGKILL)
-    worker.wait()
+    kill_when_started(worker, tmp_path, "on_0", os.killpg)
     runs = expand(Grid("x", ARMS, "off", seeds=[0, 1]), tmp_path, tmp_path)
     assert [run.is_finished for run in runs] == [True, False, False, False]
+    (tmp_path / "go").touch()
     run_grid(training, runs)
     assert all(run.is_finished for run in runs)
-    assert [started(tmp_path).count(run.name) for run in runs] in ([1, 2, 1, 1], [1, 1, 1, 1])
+    assert [started(tmp_path).count(run.name) for run in runs] == [1, 2, 1, 1]
 
 
 def test_a_run_whose_worker_was_killed_is_waited_for_not_started_again(training, tmp_path, monkeypatch):
@@ -213,13 +218,9 @@ def test_a_run_whose_worker_was_killed_is_waited_for_not_started_again(training,
         f"folder = Path({str(tmp_path)!r})\n"
         f"run_grid(Path({str(training)!r}), expand(Grid('x', {ARMS!r}, 'off'), folder, folder))"
     )
-    (tmp_path / "told.json").write_text(json.dumps({"until": str(tmp_path / "go")}))
+    (tmp_path / "told.json").write_text(json.dumps({"waits": "all"}))
     worker = subprocess.Popen([sys.executable, "-c", code])
-    until = time.monotonic() + 120
-    while time.monotonic() < until and not (tmp_path / "started.txt").exists():
-        time.sleep(0.02)
-    os.kill(worker.pid, signal.SIGKILL)
-    worker.wait()
+    kill_when_started(worker, tmp_path, "off_0")
     runs = expand(grid, tmp_path, tmp_path)
     assert started(tmp_path) == ["off_0"] and [run.is_locked() for run in runs] == [True, False]
     waiting = []

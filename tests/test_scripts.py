@@ -33,7 +33,7 @@ def launch(*arguments, processes=1, script=SCRIPT):
         [sys.executable, "-m", *command, str(script), *map(str, arguments)],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=1800,
         env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-4000:]

@@ -36,7 +36,7 @@ def launch(script: Path, *flags: str, **named) -> None:
         [sys.executable, str(script), *flags],
         capture_output=True,
         text=True,
-        timeout=180,
+        timeout=1800,
         env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr[-3000:]

@@ -59,7 +59,7 @@ def test_trackio(tmp_path):
     )
     environment = {**os.environ, "TRACKIO_DIR": str(tmp_path / "trackio")}
     done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path)], cwd=Path(__file__).parent, env=environment, timeout=120,
+        [sys.executable, "-c", code, str(tmp_path)], cwd=Path(__file__).parent, env=environment, timeout=1800,
         capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]

@@ -1,0 +1,19 @@
+"""`make test-lowest` tests what pyproject.toml says."""
+
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_the_lowest_versions_that_are_tested_are_the_bounds():
+    tomllib = pytest.importorskip("tomllib")  # Python 3.11
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lines = (ROOT / "constraints-lowest.txt").read_text().splitlines()
+    pins = dict(line.split("==") for line in lines if not line.startswith("#"))
+    for requirement in map(Requirement, [*project["dependencies"], *project["optional-dependencies"]["test"]]):
+        bound = next(s.version for s in requirement.specifier if s.operator == ">=")
+        pin = Requirement(f"x=={pins[requirement.name.replace('_', '-')]}").specifier
+        assert pin.contains(bound), f"{requirement}: tested with {pin}"
