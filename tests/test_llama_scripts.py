@@ -81,7 +81,8 @@ def test_pretraining_ends_in_a_model_a_card_and_a_picture(pretrained):
     for name in ("model.safetensors", "tokenizer.json", "curves.png"):
         assert (folder / name).exists()
     card = (folder / "README.md").read_text()
-    assert "`LlamaForCausalLM` with" in card and "trained from scratch on the local file text.txt" in card and "with IRE" in card
+    assert "`LlamaForCausalLM` with" in card and "with IRE" in card
+    assert "trained from scratch on the local file text.txt" in card
     assert "| perplexity |" in card and "## Sample" in card and "split `20 documents of train`" in card
     assert "6 optimizer steps, 6 forward and backward passes over a batch of 4 examples and 2 over it for IRE" in card
 
