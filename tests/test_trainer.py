@@ -634,12 +634,13 @@ def test_trl_sft_trainer(tmp_path):
 
     data = Dataset.from_list([{k: v.tolist() for k, v in example.items()} for example in toys.text()])
 
+    if hasattr(trl.SFTConfig, "activation_checkpointing"):
+        settings = {"bf16": False, "activation_checkpointing": False}
+    else:
+        settings = {"bf16": False, "gradient_checkpointing": False}
+
     def train(name, cls, config, **flags):
-        args = config(
-            **toys.arguments(
-                tmp_path / name, gradient_accumulation_steps=2, bf16=False, activation_checkpointing=False, **flags
-            )
-        )
+        args = config(**toys.arguments(tmp_path / name, gradient_accumulation_steps=2, **settings, **flags))
         trainer = cls(
             model=toys.llama(), args=args, train_dataset=data, processing_class=word_tokenizer(), data_collator=pad
         )
