@@ -12,7 +12,7 @@ test:
 	python -m pytest
 
 LOWEST_PYTHON ?= python3.10
-LOWEST_TESTS ?= $(addprefix tests/test_,trainer.py ire.py ire_training.py scripts.py llama_scripts.py)
+LOWEST_TESTS ?= $(addprefix tests/,trainer/test_trainer.py optim/test_ire.py trainer/test_ire_training.py cli)
 
 test-lowest:  ## the lower bounds of pyproject.toml, all together (torch has CUDA there: about 7 GB)
 	$(LOWEST_PYTHON) -m venv build/lowest

@@ -23,8 +23,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, logging
 
 from hf_gr import GRConfig, GRTrainer, __version__
-from hf_gr.gradient_regularization import Perturbation, gradient_norm, scale_gradients_
-from hf_gr.models import create_vit
+from hf_gr.models.presets import create_vit
+from hf_gr.optim.gradient_regularization import Perturbation, gradient_norm, scale_gradients_
 
 
 class TwoPassSAM:

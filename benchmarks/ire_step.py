@@ -22,8 +22,8 @@ from torch import nn
 from transformers import Trainer, TrainingArguments, logging
 
 from hf_gr import IRE, GRConfig, GRTrainer, __version__
-from hf_gr.fisher import causal_lm_losses, classification_losses
-from hf_gr.models import create_vit
+from hf_gr.models.presets import create_vit
+from hf_gr.optim.fisher import causal_lm_losses, classification_losses
 
 KAPPA, GAMMA, INTERVAL = 4.0, 0.6, 10
 

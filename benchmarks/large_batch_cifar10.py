@@ -28,9 +28,9 @@ from torch.optim.swa_utils import update_bn
 from transformers import ViTImageProcessorPil, logging, set_seed
 
 from hf_gr import GRConfig, GRTrainer
-from hf_gr.data import add_augmentation, load_image_dataset, preprocess
-from hf_gr.models import create_resnet, initialize_weights
-from hf_gr.plots import COLORS
+from hf_gr.data.images import add_augmentation, load_image_dataset, preprocess
+from hf_gr.models.presets import create_resnet, initialize_weights
+from hf_gr.reporting.plots import COLORS
 
 COSINE = {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr_rate": 1e-3}}
 ARMS: dict[str, dict] = {

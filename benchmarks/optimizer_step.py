@@ -26,7 +26,7 @@ from gr_step import LiveBytes, interleave, llama, ratio
 from torch import nn
 
 from hf_gr import LAMB, LARS, TVLARS, __version__
-from hf_gr.models import create_vit
+from hf_gr.models.presets import create_vit
 
 
 def timm_optimizers(folder: Path) -> tuple[type, type]:

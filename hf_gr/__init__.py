@@ -1,10 +1,16 @@
-"""Gradient regularization with GR warmup, IRE and TVLARS for the Hugging Face Trainer."""
+"""Gradient regularization with GR warmup, IRE and TVLARS for the Hugging Face Trainer.
 
-from .config import GRArguments, GRConfig
-from .ire import IRE
-from .optimizer_factory import create_optimizer, list_optimizers
-from .optimizers import LAMB, LARS, TVLARS
-from .trainer import GRMixin, GRTrainer
+Names are imported when they are first asked for: the optimizers alone load neither transformers nor accelerate.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .config import GRArguments, GRConfig
+    from .optim import IRE, LAMB, LARS, TVLARS
+    from .optimizer_factory import create_optimizer, list_optimizers
+    from .trainer import GRMixin, GRTrainer
 
 __version__ = "0.1.0"
 
@@ -20,3 +26,21 @@ __all__ = [
     "create_optimizer",
     "list_optimizers",
 ]
+
+_MODULES = {
+    "config": ("GRArguments", "GRConfig"),
+    "optim": ("IRE", "LAMB", "LARS", "TVLARS"),
+    "optimizer_factory": ("create_optimizer", "list_optimizers"),
+    "trainer": ("GRMixin", "GRTrainer"),
+}
+_HOME = {name: module for module, names in _MODULES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_HOME[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

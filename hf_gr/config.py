@@ -8,9 +8,9 @@ from dataclasses import MISSING, dataclass, field, is_dataclass
 from transformers import SchedulerType, TrainingArguments
 from transformers.training_args import OptimizerNames
 
-from .gr_warmup import GR_WARMUPS, GRStrength, gr_strength
-from .ire import ESTIMATED_MASKS, IRE_PRESETS, KAPPA_SCHEDULES, MASKS, SCOPES, check_ire_arguments
-from .value_checks import NOT_NEGATIVE, SHARE, check_ranges, check_types, refuse_booleans, refuse_nan
+from .checks import NOT_NEGATIVE, SHARE, check_ranges, check_types, refuse_booleans, refuse_nan
+from .optim.gr_warmup import GR_WARMUPS, GRStrength, gr_strength
+from .optim.ire import ESTIMATED_MASKS, IRE_PRESETS, KAPPA_SCHEDULES, MASKS, SCOPES, check_ire_arguments
 
 GR_SCOPES = ("global", "local", "micro")
 ON_NONFINITE = ("stop", "skip")

@@ -15,7 +15,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_optimizer import is_optimizer_factory
 from transformers.training_args import OptimizerNames
 
-from .optimizers import LAMB, LARS, TVLARS
+from .optim import LAMB, LARS, TVLARS
 
 OPTIMIZERS: dict[str, type[Optimizer]] = {"lamb": LAMB, "lars": LARS, "tvlars": TVLARS}
 

@@ -25,11 +25,12 @@ from pathlib import Path
 from tqdm.auto import tqdm
 from transformers import TrainingArguments
 
-from hf_gr import script
+from hf_gr.cli import script
 from hf_gr.config import require_writable
-from hf_gr.grid import Run, expand, run_grid, with_underscores
-from hf_gr.grid_file import Grid, load_grid
-from hf_gr.grid_report import (
+from hf_gr.errors import Failure
+from hf_gr.reporting.grid import Run, expand, run_grid, with_underscores
+from hf_gr.reporting.grid_file import Grid, load_grid
+from hf_gr.reporting.grid_report import (
     check_published,
     explanation,
     markdown_table,
@@ -40,8 +41,7 @@ from hf_gr.grid_report import (
     table_like_the_papers,
     write_results,
 )
-from hf_gr.mistakes import Failure
-from hf_gr.redaction import redact
+from hf_gr.reporting.redaction import redact
 
 SCRIPTS = Path(__file__).parent
 #: What our scripts report of which less is better. Those of another script are known after its first run.

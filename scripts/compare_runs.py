@@ -11,10 +11,10 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from hf_gr import script
-from hf_gr.comparison import common_target, curve, plot_comparison, speedups
-from hf_gr.plots import require_picture
-from hf_gr.run_files import History, read_history
+from hf_gr.cli import script
+from hf_gr.reporting.comparison import common_target, curve, plot_comparison, speedups
+from hf_gr.reporting.plots import require_picture
+from hf_gr.reporting.run_files import History, read_history
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -15,13 +15,13 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_gr import script
-from hf_gr.data import keep_first
-from hf_gr.mistakes import explained
-from hf_gr.multiple_choice import evaluate_multiple_choice
-from hf_gr.run_files import read_mapping
-from hf_gr.text import load_text_dataset
-from hf_gr.value_checks import COUNT, check_ranges
+from hf_gr.checks import COUNT, check_ranges
+from hf_gr.cli import script
+from hf_gr.data.images import keep_first
+from hf_gr.data.text import load_text_dataset
+from hf_gr.errors import explained
+from hf_gr.evaluation import evaluate_multiple_choice
+from hf_gr.reporting.run_files import read_mapping
 
 
 def multiple_choice(options: argparse.Namespace) -> dict[str, float]:

@@ -25,14 +25,15 @@ from transformers import (
 )
 from transformers.utils import find_adapter_config_file
 
-from hf_gr import script
-from hf_gr.data import keep_first
-from hf_gr.instructions import answer_metrics, prompt_and_answer, tokenize_instructions, without_bad_examples
-from hf_gr.language_modeling import CausalLMTrainer, generate_text
-from hf_gr.mistakes import explained
-from hf_gr.script import ScriptConfig
-from hf_gr.text import load_text_dataset, skipped_metrics, split_documents
-from hf_gr.value_checks import COUNT, NOT_NEGATIVE, SHARE, check_ranges
+from hf_gr.checks import COUNT, NOT_NEGATIVE, SHARE, check_ranges
+from hf_gr.cli import script
+from hf_gr.cli.script import ScriptConfig
+from hf_gr.cli.trainers import CausalLMTrainer
+from hf_gr.data.images import keep_first
+from hf_gr.data.instructions import answer_metrics, prompt_and_answer, tokenize_instructions, without_bad_examples
+from hf_gr.data.text import load_text_dataset, skipped_metrics, split_documents
+from hf_gr.errors import explained
+from hf_gr.evaluation import generate_text
 
 DEFAULT_RECIPE = Path(__file__).parent / "recipes" / "lora_alpaca.yaml"
 

@@ -18,13 +18,12 @@ from pathlib import Path
 from datasets import IterableDataset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, default_data_collator, set_seed
 
-from hf_gr import script
-from hf_gr.data import keep_first
-from hf_gr.language_modeling import CausalLMTrainer, generate_text, steps_for_tokens
-from hf_gr.mistakes import explained
-from hf_gr.models import LLAMA_PRESETS, create_llama
-from hf_gr.script import ScriptConfig
-from hf_gr.text import (
+from hf_gr.checks import COUNT, Limit, check_ranges
+from hf_gr.cli import script
+from hf_gr.cli.script import ScriptConfig
+from hf_gr.cli.trainers import CausalLMTrainer, steps_for_tokens
+from hf_gr.data.images import keep_first
+from hf_gr.data.text import (
     features_of,
     find_text_column,
     load_text_dataset,
@@ -34,7 +33,9 @@ from hf_gr.text import (
     train_tokenizer,
     without_null_documents,
 )
-from hf_gr.value_checks import COUNT, Limit, check_ranges
+from hf_gr.errors import explained
+from hf_gr.evaluation import generate_text
+from hf_gr.models.presets import LLAMA_PRESETS, create_llama
 
 DEFAULT_RECIPE = Path(__file__).parent / "recipes" / "llama_tiny_python.yaml"
 

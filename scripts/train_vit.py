@@ -27,8 +27,12 @@ from transformers import (
 )
 from transformers.image_processing_utils import BaseImageProcessor
 
-from hf_gr import GRTrainer, script
-from hf_gr.data import (
+from hf_gr import GRTrainer
+from hf_gr.checks import COUNT, NOT_NEGATIVE, POSITIVE, SHARE, Limit, check_ranges
+from hf_gr.cli import script
+from hf_gr.cli.script import ScriptConfig
+from hf_gr.cli.trainers import FullEvaluation
+from hf_gr.data.images import (
     add_augmentation,
     check_first_example,
     find_image_column,
@@ -40,10 +44,9 @@ from hf_gr.data import (
     preprocess,
     split_train_eval,
 )
-from hf_gr.full_evaluation import FullEvaluation
-from hf_gr.metrics import classification_metrics, rank_classes
-from hf_gr.mistakes import explained
-from hf_gr.models import (
+from hf_gr.errors import explained
+from hf_gr.evaluation import classification_metrics, rank_classes
+from hf_gr.models.presets import (
     IMAGE_PRESETS,
     RESNET_PRESETS,
     RESNET_STEMS,
@@ -51,8 +54,6 @@ from hf_gr.models import (
     create_image_model,
     initialize_weights,
 )
-from hf_gr.script import ScriptConfig
-from hf_gr.value_checks import COUNT, NOT_NEGATIVE, POSITIVE, SHARE, Limit, check_ranges
 
 DEFAULT_RECIPE = Path(__file__).parent / "recipes" / "vit_digits.yaml"
 

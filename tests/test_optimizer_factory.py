@@ -7,7 +7,7 @@ import torch
 from transformers import Trainer, TrainingArguments
 from transformers.training_args import OptimizerNames
 
-import toys
+from helpers import toys
 from hf_gr import LAMB, LARS, TVLARS, GRConfig, GRTrainer, create_optimizer, list_optimizers
 from hf_gr.config import OPTIMIZER_NAMES
 from hf_gr.optimizer_factory import OPTIMIZERS, parse_optim_args

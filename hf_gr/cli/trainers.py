@@ -1,0 +1,72 @@
+"""The trainers of the scripts: no example is dropped unseen; perplexity in the log, budgets in tokens."""
+
+import math
+
+from torch.utils.data import DataLoader
+from transformers import TrainingArguments
+from transformers.trainer_utils import has_length
+
+from ..trainer import GRTrainer
+
+
+class FullEvaluation:
+    """In front of a trainer: `dataloader_drop_last`, which Trainer applies to evaluation, too, drops training examples
+    only, and not all of them."""
+
+    def get_eval_dataloader(self, *args, **kwargs) -> DataLoader:
+        drop_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        try:
+            return super().get_eval_dataloader(*args, **kwargs)
+        finally:
+            self.args.dataloader_drop_last = drop_last
+
+    def get_train_dataloader(self) -> DataLoader:
+        if has_length(self.train_dataset):
+            self._require_full_batch(len(self.train_dataset))
+        return super().get_train_dataloader()
+
+    def _require_full_batch(self, examples: int) -> None:
+        size, processes = self.args.train_batch_size, self.args.world_size
+        if examples == 0:
+            raise ValueError("There is no training example. Look at the dataset and at the flags that select from it.")
+        if self.args.dataloader_drop_last and examples < size * processes:
+            raise ValueError(
+                f"dataloader_drop_last=True: the {examples} training examples do not fill one batch of "
+                f"{size * processes} ({size} on each of {processes} processes) and would all be dropped. Lower "
+                "per_device_train_batch_size, or set dataloader_drop_last=False."
+            )
+
+
+class CausalLMTrainer(FullEvaluation, GRTrainer):
+    """`GRTrainer` with `eval_perplexity` beside `eval_loss`, on every evaluation example."""
+
+    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+        if "eval_loss" in logs:
+            logs["eval_perplexity"] = perplexity(logs["eval_loss"])
+        super().log(logs, *args, **kwargs)
+
+    def add_to_last_evaluation(self, metrics: dict[str, float]) -> None:
+        """Put further results beside the last ones in the log, where the model card finds them."""
+        index = max(i for i, entry in enumerate(self.state.log_history) if "eval_loss" in entry)
+        self.state.log_history[index].update(metrics)
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss), infinite where that overflows."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf
+
+
+def steps_for_tokens(max_train_tokens: int, args: TrainingArguments, block_size: int) -> int:
+    """The optimizer steps that see at least `max_train_tokens` tokens."""
+    if max_train_tokens < 1:
+        raise ValueError(f"max_train_tokens={max_train_tokens}: give at least 1, or leave it out.")
+    if args.max_steps > 0:
+        raise ValueError(
+            f"max_train_tokens={max_train_tokens} and max_steps={args.max_steps} both say how long to train. Leave one "
+            "of them out."
+        )
+    per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size * block_size
+    return math.ceil(max_train_tokens / per_step)

@@ -1,0 +1,358 @@
+"""Image data: loading, finding the columns and splits, preprocessing, augmentation."""
+
+import functools
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value, load_dataset
+from PIL import Image as PILImage
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..errors import explained, one_line
+from .pixels import RangeError, is_deep, to_rgb
+
+logger = logging.getLogger(__name__)
+
+EVAL_SPLITS = ("test", "validation", "valid")
+DIGITS_EVAL_SIZE = 360
+#: The column of `number_rows`.
+ROW = "_row"
+
+
+def load_image_dataset(name: str, config: str | None = None) -> DatasetDict:
+    """`digits`, a parquet file, a folder (of parquet files, or of images in one folder per class), or a Hub data set.
+
+    `digits` comes with scikit-learn: 1,797 scans of handwritten digits, 8 x 8 pixels in 17 shades of gray. Its split is
+    ours: 360 test images, drawn per class with a fixed seed.
+    """
+    if name == "digits":
+        if config is not None:
+            raise ValueError(f"dataset_config_name={config!r}: 'digits' has no configurations. Leave it out.")
+        return _load_digits()
+    if name.endswith(".parquet") and config is not None:
+        raise ValueError(f"dataset_config_name={config!r}: a file has no configurations. Leave it out.")
+    remedy = (
+        "Give 'digits' (embedded), a parquet file, a folder with parquet files or with one folder of images per class, "
+        "or the name of a dataset on the Hub that can be reached from here."
+    )
+    with explained(f"dataset_name={name!r} could not be loaded", remedy):
+        if name.endswith(".parquet"):
+            return load_dataset("parquet", data_files=name)
+        return load_dataset(name, config)
+
+
+def _load_digits() -> DatasetDict:
+    from sklearn.datasets import load_digits
+
+    scans = load_digits()
+    # Intensities are counts from 0 to 16.
+    images = (scans.images * (255 / 16)).round().astype("uint8")
+    dataset = Dataset.from_dict(
+        {"image": list(images), "label": scans.target},
+        features=Features({"image": Image(), "label": ClassLabel(names=[str(d) for d in range(10)])}),
+    )
+    return dataset.train_test_split(test_size=DIGITS_EVAL_SIZE, stratify_by_column="label", seed=0)
+
+
+def find_image_column(features: Features, name: str | None = None) -> str:
+    """The column to take images from: `name`, or the only one of type `Image`."""
+    if name is not None:
+        if name not in features:
+            raise ValueError(
+                f"image_column_name={name!r} is not a column of the data set, which has {_list(features)}."
+            )
+        if not isinstance(features[name], Image):
+            raise ValueError(f"image_column_name={name!r} holds {_type(features[name])}, not images.")
+        return name
+    return _only_column(features, Image, "image", "image_column_name")
+
+
+def find_label_column(features: Features, name: str | None = None) -> tuple[str, list[str]]:
+    """The column to take classes from, and the names of the classes: `name`, or the only one of type `ClassLabel`."""
+    if name is not None and name not in features:
+        raise ValueError(f"label_column_name={name!r} is not a column of the data set, which has {_list(features)}.")
+    if name is None:
+        name = _only_column(features, ClassLabel, "class label", "label_column_name")
+    if not isinstance(features[name], ClassLabel):
+        raise ValueError(
+            f"label_column_name={name!r} holds {_type(features[name])}, not class labels. Give the column its classes, "
+            f"dataset = dataset.class_encode_column({name!r}), and save the data set again."
+        )
+    names = features[name].names
+    if len(names) < 2:
+        raise ValueError(
+            f"label_column_name={name!r} has {len(names)} class ({_list(names)}): there is nothing to tell "
+            "apart. Choose another column or dataset."
+        )
+    return name, names
+
+
+def _only_column(features: Features, kind: type, what: str, flag: str) -> str:
+    found = [column for column, feature in features.items() if isinstance(feature, kind)]
+    if len(found) == 1:
+        return found[0]
+    columns = ", ".join(f"{column} ({_type(feature)})" for column, feature in features.items())
+    if not found:
+        raise ValueError(f"The data set has no {what} column; its columns are {columns}. Name one with --{flag}.")
+    raise ValueError(f"The data set has several {what} columns: {', '.join(found)}. Choose one with --{flag}.")
+
+
+def _type(feature: Any) -> str:
+    return feature.dtype if isinstance(feature, Value) else type(feature).__name__
+
+
+def _list(features: Iterable) -> str:
+    return ", ".join(map(str, features))
+
+
+def number_rows(dataset: DatasetDict) -> DatasetDict:
+    """With a column that keeps, through shuffles and selections, which row of its split an example was."""
+    return DatasetDict({name: _numbered(split) for name, split in dataset.items()})
+
+
+def _numbered(split: Dataset) -> Dataset:
+    return split if ROW in split.column_names else split.add_column(ROW, np.arange(len(split)))
+
+
+def split_train_eval(
+    dataset: DatasetDict,
+    label_column: str,
+    eval_fraction: float | None,
+    seed: int,
+    skipped: Counter[str] | None = None,
+) -> tuple[Dataset, Dataset, str]:
+    """(train, evaluation, name of the evaluation split), with a class in every row.
+
+    The evaluation split is `test`, `validation` or `valid`, whichever is there first with labels (benchmarks hide those
+    of their test split, and put -1). Without any, it is a share of `train`, drawn per class with `seed`: 10 % unless
+    `eval_fraction` says otherwise.
+
+    Args:
+        skipped: rows without a class are left out, and counted in here by split; by default they are an error.
+    """
+    if "train" not in dataset:
+        raise ValueError(f"The data set has no split 'train', only {', '.join(dataset)}.")
+    train = _with_labels(dataset["train"], "train", label_column, skipped)
+    _warn_of_absent_classes(train, label_column)
+    for name in EVAL_SPLITS:
+        if name in dataset and (_labels(dataset[name], label_column) >= 0).any():
+            if eval_fraction is not None:
+                raise ValueError(
+                    f"eval_fraction={eval_fraction} has no effect: the data set has a split {name!r} to evaluate on. "
+                    "Leave it out."
+                )
+            return train, _with_labels(dataset[name], name, label_column, skipped), name
+    fraction = 0.1 if eval_fraction is None else eval_fraction
+    if not 0 < fraction < 1:
+        raise ValueError(f"eval_fraction={eval_fraction}: must be a share between 0 and 1.")
+    remedy = "Every class needs two examples or more, and each part one of every class. Give another eval_fraction."
+    with explained(f"eval_fraction={fraction}: the split 'train' could not be divided", remedy):
+        parts = train.train_test_split(test_size=fraction, stratify_by_column=label_column, seed=seed)
+    return parts["train"], parts["test"], f"{fraction:g} of train"
+
+
+def _labels(dataset: Dataset, label_column: str) -> np.ndarray:
+    """All class ids, -1 where there is none."""
+    column = dataset.select_columns([label_column]).with_format("arrow")[:].column(label_column)
+    return column.fill_null(-1).to_numpy()
+
+
+def _with_labels(dataset: Dataset, split: str, label_column: str, skipped: Counter[str] | None) -> Dataset:
+    labels, classes = _labels(dataset, label_column), dataset.features[label_column].num_classes
+    is_good = (labels >= 0) & (labels < classes)
+    if is_good.all():
+        return dataset
+    what = f"label_column_name={label_column!r} has none of the classes 0 to {classes - 1}"
+    _skip_or_raise(split, np.flatnonzero(~is_good), what, skipped)
+    return dataset.select(np.flatnonzero(is_good))
+
+
+def _warn_of_absent_classes(train: Dataset, label_column: str) -> None:
+    names, present = train.features[label_column].names, set(_labels(train, label_column))
+    if absent := [name for i, name in enumerate(names) if i not in present]:
+        logger.warning(f"Of {len(names)} classes {len(absent)} have no training example: {_some(absent)}.")
+
+
+def _skip_or_raise(split: str, rows: np.ndarray, what: str, skipped: Counter[str] | None) -> None:
+    where = f"split {split!r}, row{'s' * (len(rows) > 1)} {_some(rows)}: {what}"
+    if skipped is None:
+        raise ValueError(f"{where}. Fix or remove such examples, or leave them out with --skip_bad_examples.")
+    logger.warning(f"{where}. {len(rows)} left out.")
+    skipped[split] += len(rows)
+
+
+def _some(values: Any) -> str:
+    return _list(values[:5]) + (f" and {len(values) - 5} more" if len(values) > 5 else "")
+
+
+def keep_first(dataset: Dataset, count: int | None, seed: int, flag: str) -> Dataset:
+    """`count` examples of a shuffled `dataset`, or all if `count` is None. `flag` is named in errors."""
+    if count is None or count >= len(dataset):
+        return dataset
+    if count < 1:
+        raise ValueError(f"{flag}={count}: give at least 1, or leave it out for all.")
+    return dataset.shuffle(seed=seed).select(range(count))
+
+
+@dataclass(frozen=True)
+class ImageReader:
+    """Reads the images of one split, as RGB, and names the row of one that it cannot read.
+
+    Args:
+        column: of the images, as their files are.
+        split: its name.
+        max_value: what is white in images of more than 8 bits; see `to_rgb`.
+        mode: of 8 bits, which the dataset wants its images in.
+    """
+
+    column: str
+    split: str
+    max_value: float | None
+    mode: str | None
+
+    def __call__(self, batch: dict) -> list[PILImage.Image]:
+        """The images of `batch`, which has the column `ROW`, too. Raises `ValueError` if one cannot be read."""
+        return [self.read(file, row) for file, row in zip(batch[self.column], batch[ROW], strict=True)]
+
+    def read(self, file: dict | None, row: int) -> PILImage.Image:
+        """One image. Raises `ValueError`, or the more special `RangeError`, if that cannot be done."""
+        where = f"split {self.split!r}, row {row}" + (f" ({file['path']})" if file and file["path"] else "")
+        try:
+            if file is None:
+                raise ValueError("there is none")
+            return to_rgb(Image().decode_example(file), self.max_value, self.mode)
+        except RangeError as error:
+            raise RangeError(f"{error} It is of {where}.") from error
+        except Exception as error:  # a broken file is whatever its decoder runs into
+            reason = one_line(error).split(" <_io.")[0]
+            raise ValueError(
+                f"{where}: the image cannot be used ({reason}). Fix or remove it, or leave out all such examples with "
+                "--skip_bad_examples."
+            ) from error
+
+    def can_read(self, file: dict | None, row: int) -> bool:
+        """Whether the image can be used. A wrong range is an error all the same: it would leave out the bright ones."""
+        try:
+            self.read(file, row)
+        except RangeError:
+            raise
+        except ValueError:
+            return False
+        return True
+
+
+def _image_files(dataset: Dataset, column: str, split: str, max_value: float | None) -> tuple[Dataset, ImageReader]:
+    """`dataset` with images as their files are, and what reads them."""
+    mode = dataset.features[column].mode
+    reader = ImageReader(column, split, max_value, mode)
+    return dataset.cast_column(column, Image(mode=mode, decode=False)), reader
+
+
+def keep_readable(
+    dataset: Dataset,
+    split: str,
+    skipped: Counter[str],
+    image_column: str,
+    max_value: float | None = None,
+    num_proc: int | None = None,
+) -> Dataset:
+    """The examples of `dataset` whose images can be read; to find out, all are.
+
+    Args:
+        dataset: of `number_rows`.
+        skipped: counts the others by split.
+        max_value: see `to_rgb`.
+        num_proc: processes that read.
+    """
+    files, reader = _image_files(dataset, image_column, split, max_value)
+    kept = files.filter(reader.can_read, input_columns=[image_column, ROW], num_proc=num_proc)
+    bad = np.setdiff1d(dataset[ROW][:], kept[ROW][:])
+    if len(bad):
+        _skip_or_raise(split, bad, "the image cannot be used", skipped)
+    if not len(kept):
+        raise ValueError(f"split {split!r}: no image can be used. Without --skip_bad_examples the error says why.")
+    return kept
+
+
+def preprocess(
+    dataset: Dataset,
+    image_processor: Callable,
+    image_column: str,
+    label_column: str,
+    split: str = "train",
+    max_value: float | None = None,
+) -> Dataset:
+    """Examples as the model takes them, made when they are asked for: `pixel_values` and `labels`.
+
+    Args:
+        split: named in errors.
+        max_value: what is white in images of more than 8 bits; see `to_rgb`.
+    """
+    dataset = _numbered(dataset).select_columns([image_column, label_column, ROW])
+    dataset, reader = _image_files(dataset, image_column, split, max_value)
+    transform = functools.partial(
+        _to_model_inputs, image_processor=image_processor, read=reader, label_column=label_column
+    )
+    return dataset.with_transform(transform)
+
+
+def _to_model_inputs(batch: dict, image_processor: Callable, read: ImageReader, label_column: str) -> dict:
+    pixels = image_processor(read(batch), return_tensors="pt")["pixel_values"]
+    return {"pixel_values": pixels, "labels": batch[label_column]}
+
+
+def check_first_example(inputs: Dataset, image_column: str, max_value: float | None, crop_padding: int) -> None:
+    """Read the first example of `preprocess`, and refuse or warn of what does not go with it before training starts."""
+    height, width = inputs[0]["pixel_values"].shape[-2:]
+    if crop_padding >= min(height, width):
+        raise ValueError(
+            f"crop_padding={crop_padding}: an image of {height} x {width} pixels cannot be reflected so far. Give at "
+            f"most {min(height, width) - 1}, or 0 (off)."
+        )
+    file = inputs.with_format(None)[0][image_column]
+    if max_value is not None and not is_deep(Image().decode_example(file)):
+        logger.warning(f"image_max_value={max_value:g}: no effect on images of 8 bits, such as the first one.")
+
+
+def random_crop(images: Tensor, padding: int) -> Tensor:
+    """Each image of (n, c, h, w) shifted by up to `padding` pixels both ways, the border filled by reflection."""
+    n, _, height, width = images.shape
+    padded = F.pad(images, (padding,) * 4, mode="reflect")
+    top, left = torch.randint(0, 2 * padding + 1, (2, n, 1), device=images.device)
+    rows = top + torch.arange(height, device=images.device)
+    columns = left + torch.arange(width, device=images.device)
+    image = torch.arange(n, device=images.device)
+    # Advanced indices around a slice put their own axes first: (n, h, w, c).
+    return padded[image[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+def random_flip(images: Tensor) -> Tensor:
+    """Each image of (n, c, h, w) mirrored left to right, or not, with equal chance."""
+    flip = torch.rand(len(images), 1, 1, 1, device=images.device) < 0.5
+    return torch.where(flip, images.flip(-1), images)
+
+
+def add_augmentation(model: nn.Module, *, flip: bool, crop_padding: int) -> None:
+    """Let `model` augment its own `pixel_values` in training mode: flip, then crop, as the released code of GR does.
+
+    Done in the forward pass, on the model's device and from the training's random stream, so that both passes of GR
+    see the same images and a resumed run the ones it would have seen. In the data loader neither would hold.
+    """
+    if flip or crop_padding:
+        model.register_forward_pre_hook(
+            functools.partial(_augment, flip=flip, crop_padding=crop_padding), with_kwargs=True
+        )
+
+
+def _augment(module: nn.Module, args: tuple, kwargs: dict, *, flip: bool, crop_padding: int) -> tuple[tuple, dict]:
+    if module.training:
+        images = kwargs["pixel_values"]
+        images = random_flip(images) if flip else images
+        kwargs["pixel_values"] = random_crop(images, crop_padding) if crop_padding else images
+    return args, kwargs

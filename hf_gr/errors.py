@@ -1,0 +1,153 @@
+"""How scripts report a mistake: one line on stderr and an exit code, not a traceback."""
+
+import argparse
+import difflib
+import os
+import re
+import sys
+import textwrap
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+from accelerate.utils import str_to_bool
+from accelerate.utils.environment import get_int_from_env
+from tqdm.auto import tqdm
+from transformers import HfArgumentParser
+
+TRACEBACK_VARIABLE = "HF_GR_TRACEBACK"
+#: Seconds that other processes give the main one to report what they have met as well.
+HEAD_START = 10
+#: Characters of a library's message, some of which list all that they know.
+MAX_REASON = 400
+_WORKER = "in DataLoader worker process"
+_RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
+_REMEDIES = {
+    r"(invalid float value: .*)": r"\1. Give a number.",
+    r"(invalid int value: .*)": r"\1. Give a whole number.",
+    r"(expected (?:one|at least one|\d+) arguments?)": r"\1. Write the value behind the flag.",
+}
+
+
+class Failure(RuntimeError):
+    """Something went wrong that is nobody's mistake and that a traceback does not explain better than one line does."""
+
+
+#: What ends a script with one line and exit code 2: the user can mend it.
+MISTAKES = (ValueError, OSError, ImportError)
+#: With one line and exit code 1. All other exceptions show their traceback.
+FAILURES = (Failure, FloatingPointError)
+
+
+def run(main: Callable[[list[str]], Any], argv: Sequence[str] | None = None) -> None:
+    """Call `main` with the command line; end the process with one line `error: ...` if that raises a mistake.
+
+    Exit code 0: done; 2: a user's mistake; 1: anything else. `--traceback` or HF_GR_TRACEBACK=1 shows the traceback in
+    place of the line. Of several processes the main one speaks; another one does only where it outlives that by
+    `HEAD_START` seconds, because it has met something that the main one has not.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    shows_all = "--traceback" in argv or str_to_bool(os.environ.get(TRACEBACK_VARIABLE) or "0")
+    try:
+        main([word for word in argv if word != "--traceback"])
+    except (*MISTAKES, *FAILURES) as error:
+        if shows_all:
+            traceback.print_exc()
+        else:
+            _report(error, main)
+        sys.exit(2 if isinstance(error, MISTAKES) else 1)
+
+
+def _report(error: Exception, main: Callable) -> None:
+    rank = get_int_from_env(_RANKS, 0)
+    who = ""
+    if rank:
+        time.sleep(HEAD_START)
+        who = f"process {rank}: "
+    # Through tqdm, which takes its bars off the line.
+    tqdm.write(f"error: {who}{one_line(error)}{_origin(error, main)}", file=sys.stderr)
+    sys.stderr.flush()
+
+
+def one_line(error: BaseException) -> str:
+    """The message of `error`, or its type if it has none."""
+    message = str(error)
+    if _WORKER in message:  # which sends its traceback in place of the message
+        message = message.rpartition(f"\n{type(error).__name__}: ")[2]
+    return " ".join(message.split()) or type(error).__name__
+
+
+def _origin(error: Exception, main: Callable) -> str:
+    """Where an error comes from that our own code has not raised: its message may need that."""
+    if _WORKER in str(error):
+        return ""
+    frames = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
+    path = Path(next(name for name in reversed(frames) if not name.startswith("<")))
+    package, script = Path(__file__).parent, Path(main.__code__.co_filename)
+    if package in path.parents or path.parent == script.parent:
+        return ""
+    return f" ({type(error).__name__} in {path.parent.name}/{path.name}; --traceback shows all)"
+
+
+@contextmanager
+def explained(what: str, remedy: str) -> Iterator[None]:
+    """Whatever a library raises in this block becomes a `ValueError`: "WHAT (its error). REMEDY"
+
+    Args:
+        what: what was being done, with flag and value: "model_name_or_path='x' could not be loaded".
+    """
+    try:
+        yield
+    except Exception as error:  # the many ways in which a name can fail: wrong path, no network, a broken file
+        message = textwrap.shorten(f"{type(error).__name__}: {one_line(error)}", MAX_REASON, placeholder=" ...")
+        raise ValueError(f"{what} ({message.rstrip('.')}). {remedy}") from error
+
+
+class _Ignored(argparse.Action):
+    def __call__(self, *_: Any) -> None:
+        pass
+
+
+class ArgumentParser(HfArgumentParser):
+    """For dataclasses or plain arguments: mistakes are `ValueError`s of one line, and flags are written out in full."""
+
+    def __init__(self, dataclass_types: Any = None, **kwargs: Any):
+        super().__init__(dataclass_types, allow_abbrev=False, **kwargs)
+        help_ = f"Show the traceback of a mistake, not one line only; {TRACEBACK_VARIABLE}=1 does the same."
+        self.add_argument("--traceback", action=_Ignored, nargs=0, default=argparse.SUPPRESS, help=help_)
+
+    def error(self, message: str) -> NoReturn:
+        message = re.sub(r"(--\w+)/--[\w-]+", r"\1", message.removeprefix("argument "))
+        for pattern, remedy in _REMEDIES.items():
+            message = re.sub(pattern, remedy, message)
+        raise ValueError(message)
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> argparse.Namespace:
+        known, rest = self.parse_known_args(args, namespace)
+        self.refuse(rest)
+        return known
+
+    def parse_args_into_dataclasses(self, args: Sequence[str] | None = None, **kwargs: Any) -> tuple[Any, ...]:
+        # Before the dataclasses look at the values: a misspelled flag may be why one of them is wrong.
+        self.refuse(self.parse_known_args(args)[1])
+        return super().parse_args_into_dataclasses(args, look_for_args_file=False, **kwargs)
+
+    def refuse(self, words: Sequence[str]) -> None:
+        """Raise `ValueError` for `words` that are left of a command line."""
+        flags = [word.split("=")[0] for word in words if word.startswith("-")]
+        if flags:
+            raise ValueError(f"{flags[0]}: there is no such flag. {self._suggestion(flags[0])}")
+        if words:
+            raise ValueError(f"{words[0]!r} belongs to no flag. Write --FLAG VALUE; a recipe comes first of all.")
+
+    def _suggestion(self, flag: str) -> str:
+        known = [option[2:] for action in self._actions for option in action.option_strings[:1]]
+        name = flag.lstrip("-").replace("-", "_")
+        longer = [option for option in known if option.startswith(name)]
+        found = longer[:3] or difflib.get_close_matches(name, known, n=1)
+        if not found:
+            return "See --help for all flags."
+        return f"Did you mean {' or '.join('--' + option for option in found)}?"

@@ -1,0 +1,1 @@
+"""Models that are trained from scratch, by name."""

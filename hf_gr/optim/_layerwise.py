@@ -1,0 +1,235 @@
+"""LARS, TVLARS and LAMB: optimizers that choose the size of the step for each layer, for large batches; torch alone.
+
+All three move a layer w along a direction u by a length that follows the size of the layer: the trust ratio
+||w|| / ||u||. They differ in u (SGD with momentum, or Adam) and in what multiplies the ratio:
+
+    LARS     "Large Batch Training of Convolutional Networks", You, Gitman and Ginsburg, arXiv:1708.03888
+    TVLARS   "Revisiting LARS for Large Batch Training Generalization of Neural Networks", Do et al., arXiv:2309.14053
+    LAMB     "Large Batch Optimization for Deep Learning: Training BERT in 76 Minutes", You et al., arXiv:1904.00962
+
+A layer is a parameter with at least two dimensions. Norms and biases, which have one, are told by that and by nothing
+else: they take the optimizer's plain step, without ratio and without weight decay, unless `exclude_1d` is False. (Some
+implementations take a weight decay of zero for the sign of a bias, and are plain SGD wherever there is no decay.)
+
+State and arithmetic of parameters in half precision are float32; what is stored in the parameter is rounded.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+Group = dict[str, Any]
+
+
+class LayerwiseOptimizer(Optimizer):
+    """What the three have in common: the loop over groups, and two ways of computing the same step.
+
+    One layer after the other, through torch's fused kernels, is faster on a CPU. All layers together is faster on a
+    GPU, where no number then travels to the host.
+    """
+
+    def __init__(self, params: Iterable[Tensor] | Iterable[Group], **defaults: Any):
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: Group) -> None:
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            self._check(group)
+        except ValueError:
+            del self.param_groups[-1]
+            raise
+
+    def _check(self, group: Group) -> None:
+        """Raise `ValueError` for what cannot be trained, or for a setting out of its range."""
+        name = type(self).__name__
+        for p in group["params"]:
+            if p.is_complex():
+                raise ValueError(f"{name} takes real parameters, and one is {p.dtype}. Use torch.view_as_real.")
+            if hasattr(p, "device_mesh"):
+                raise ValueError(f"{name} takes the norm of whole layers, and cannot where they are sharded (DTensor).")
+        if isinstance(group["lr"], Tensor) and group["lr"].numel() != 1:
+            raise ValueError(f"lr={group['lr']}: a tensor must have one element. Give groups for several rates.")
+        for key in ("lr", "weight_decay"):
+            if not 0 <= group[key] < math.inf:
+                raise ValueError(f"{key}={group[key]}: must be >= 0, and finite.")
+        clamp = group["norm_clamp"]
+        if clamp is not None and not (len(clamp) == 2 and 0 <= clamp[0] < clamp[1]):
+            raise ValueError(f"norm_clamp={clamp}: give None, or (low, high) with 0 <= low < high.")
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """One step. `closure`, if there is one, computes the loss and the gradients first; its loss is returned."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            self._begin(group)
+            layers, others, together = [], [], {}
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                if p.grad.is_sparse:  # RuntimeError, as torch's own
+                    raise RuntimeError(
+                        f"{type(self).__name__} cannot read sparse gradients. Use sparse=False in embeddings."
+                    )
+                moments = self._prepare_state(p, group)
+                is_layer = p.ndim > 1 or not group["exclude_1d"]
+                if not group["foreach"] and suits_fused_kernels(p, p.grad, *moments):
+                    (layers if is_layer else others).append(p)
+                else:
+                    alike = (is_layer, p.device, p.dtype, self.state[p].get("step"))
+                    together.setdefault(alike, []).append(p)
+            self._step_each(layers, others, group)
+            for (is_layer, *_), params in together.items():
+                dtype = precision(params[0])
+                weights, grads = [p.to(dtype) for p in params], [p.grad.to(dtype) for p in params]
+                self._step_together(weights, grads, [self.state[p] for p in params], group, is_layer)
+                if weights[0] is not params[0]:
+                    torch._foreach_copy_(params, weights)
+        return loss
+
+    # `step` is not to be overridden: torch wraps it once per class, and a hook would then run once for each of them.
+    def _begin(self, group: Group) -> None:
+        """Called at each step."""
+
+    def _prepare_state(self, p: Tensor, group: Group) -> list[Tensor]:
+        """Make the state of a parameter that has none; the tensors in it, in the precision in which `p` is updated."""
+        state = self.state[p]
+        if not state:
+            state.update({key: torch.zeros_like(p, dtype=precision(p)) for key in self._moments(group)})
+        for key, value in state.items():
+            if isinstance(value, Tensor) and value.dtype != precision(p):  # `p` was cast since
+                state[key] = value.to(precision(p))
+        return [value for value in state.values() if isinstance(value, Tensor)]
+
+    def _moments(self, group: Group) -> tuple[str, ...]:
+        """The names of the tensors that are kept of each parameter."""
+        raise NotImplementedError
+
+    def _step_each(self, layers: list[Tensor], others: list[Tensor], group: Group) -> None:
+        """The layers one by one; the others take the plain step."""
+        raise NotImplementedError
+
+    def _step_together(
+        self, weights: list[Tensor], grads: list[Tensor], states: list[dict], group: Group, are_layers: bool
+    ) -> None:
+        """Parameters of one device and type, at one step; a plain step if they are not layers."""
+        raise NotImplementedError
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As in torch, but the state stays float32 where the parameters are not.
+
+        Raises:
+            ValueError: the state is of another optimizer or of other parameters, or has a setting out of its range.
+                Nothing is loaded then.
+        """
+        loaded: dict[str, Any] = {}
+
+        def look(_: Optimizer, final: dict[str, Any]) -> None:  # after all other hooks, which may have replaced it
+            self._check_state_dict(final)
+            loaded.update(final)
+
+        look_handle = self.register_load_state_dict_pre_hook(look)
+        restore_handle = self.register_load_state_dict_post_hook(lambda _: self._restore(loaded), prepend=True)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            look_handle.remove()
+            restore_handle.remove()
+
+    def _check_state_dict(self, state_dict: dict[str, Any]) -> None:
+        name = type(self).__name__
+        for own, saved in zip(self.param_groups, state_dict["param_groups"], strict=False):
+            # torch adds settings to `defaults` alone; `foreach` changes no result.
+            if lacking := sorted((self.defaults.keys() & own.keys()) - saved.keys() - {"foreach"}):
+                raise ValueError(
+                    f"The state to be loaded is not of {name}: its groups have no {', '.join(lacking)}. Make the "
+                    "optimizer that it was saved from, or start without it."
+                )
+            self._check({**saved, "params": own["params"]})
+            for p, index in zip(own["params"], saved["params"], strict=False):
+                state = state_dict["state"].get(index, {})
+                expected = set(self._moments(saved))
+                if state and state.keys() - {"step"} != expected:
+                    raise ValueError(
+                        f"The state to be loaded is not of {name}: it has {', '.join(map(str, state))} of a parameter, "
+                        f"and not {', '.join(sorted(expected)) or 'nothing'}. Make the one that it was saved from."
+                    )
+                if any(state[key].shape != p.shape for key in state.keys() & expected):
+                    raise ValueError(
+                        f"The state to be loaded is of other parameters: number {index} has the shape {tuple(p.shape)} "
+                        "here and another one there. Load it into an optimizer of the same model."
+                    )
+
+    def _restore(self, state_dict: dict[str, Any]) -> None:
+        """Take the tensors once more, as torch has cast them to the type of the parameters."""
+        for own, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
+            own.setdefault("foreach", self.defaults["foreach"])
+            for p, index in zip(own["params"], saved["params"], strict=True):
+                for key in self.state[p].keys() & set(self._moments(own)) if p in self.state else ():
+                    self.state[p][key] = state_dict["state"][index][key].to(p.device, precision(p))
+
+
+# ---- Norms and their ratio ----
+
+
+def trust_ratio(w_norm: float, u_norm: float, w_clamp: tuple | None, u_clamp: tuple | None) -> float | None:
+    """||w|| / ||u|| after clamping; None where one of them is 0, and 0 where one is not finite: such a layer stays."""
+    w_norm, u_norm = (
+        norm if clamp is None else min(max(norm, clamp[0]), clamp[1])
+        for norm, clamp in ((w_norm, w_clamp), (u_norm, u_clamp))
+    )
+    if not (math.isfinite(w_norm) and math.isfinite(u_norm)):
+        return 0.0
+    return w_norm / u_norm if w_norm > 0 and u_norm > 0 else None
+
+
+def trust_factors(
+    w_norms: Tensor, u_norms: Tensor, w_clamp: tuple | None, u_clamp: tuple | None, factor: float, otherwise: float
+) -> Tensor:
+    """`factor` times the same ratios, for vectors of norms; `otherwise` where there is none."""
+    w_norms = w_norms if w_clamp is None else w_norms.clamp(*w_clamp)
+    u_norms = u_norms if u_clamp is None else u_norms.clamp(*u_clamp)
+    ratios = torch.where((w_norms > 0) & (u_norms > 0), factor * (w_norms / u_norms), otherwise)
+    return torch.where(w_norms.isfinite() & u_norms.isfinite(), ratios, 0.0)
+
+
+def norms(tensors: list[Tensor]) -> Tensor:
+    """The norms as one vector."""
+    return torch.stack(torch._foreach_norm(tensors))
+
+
+def precision(p: Tensor) -> torch.dtype:
+    """In which a parameter is updated."""
+    return torch.promote_types(p.dtype, torch.float32)
+
+
+def suits_fused_kernels(*tensors: Tensor) -> bool:
+    """Whether all are on the CPU, in single precision or all in double, and in the same order in memory."""
+    dtype = tensors[0].dtype
+    return dtype in (torch.float32, torch.float64) and all(
+        t.is_cpu and t.is_contiguous() and t.dtype == dtype for t in tensors
+    )
+
+
+def norm(t: Tensor) -> float:
+    t = t.view(-1)
+    return math.sqrt(torch.dot(t, t).item())  # faster than the norm
+
+
+def norms_with_decay(w: Tensor, g: Tensor, weight_decay: float) -> tuple[float, float]:
+    """||w|| and ||g + weight_decay w||, the latter without the sum itself."""
+    if weight_decay == 0:
+        return norm(w), norm(g)
+    w, g = w.view(-1), g.view(-1)
+    ww, gg = torch.dot(w, w).item(), torch.dot(g, g).item()
+    square = gg + 2 * weight_decay * torch.dot(g, w).item() + weight_decay**2 * ww
+    if not square > 0.01 * (gg + weight_decay**2 * ww):  # what is left of such a difference is rounding
+        return math.sqrt(ww), norm(torch.add(g, w, alpha=weight_decay))
+    return math.sqrt(ww), math.sqrt(square)

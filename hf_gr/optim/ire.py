@@ -1,0 +1,623 @@
+"""IRE, the implicit regularization enhancement: longer steps along the flat coordinates, on plain tensors.
+
+IRE wraps an optimizer that is already built. Of the step that this one takes it lengthens what lies along the
+coordinates on which the loss is flat ("Improving Generalization and Convergence by Enhancing Implicit Regularization",
+Wang et al., NeurIPS 2024, Algorithm 1):
+
+    theta_new = theta_old + (1 + kappa n) (theta_base - theta_old),    n in {0, 1}^N elementwise,
+
+where theta_base is where the base optimizer goes, and n_i = 1 for the fraction gamma of all coordinates with the
+smallest h_i, a diagonal estimate of the Hessian: the squared gradient of the loss with labels drawn from the model's
+own distribution. With AdamW as the base this is AdmIRE. kappa = 0 is the base optimizer, bit for bit.
+
+    optimizer = IRE(torch.optim.AdamW(model.parameters(), lr=3e-4, fused=True), kappa=4.0, gamma=0.6)
+    for step, (inputs, labels) in enumerate(data):
+        if step % 10 == 0:
+            loss(model(inputs), sampled_labels).backward()
+            optimizer.update_mask()
+            optimizer.zero_grad()
+        loss(model(inputs), labels).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+Like the released code, and unlike the paper's box, IRE scales the step that was really taken: momentum and decoupled
+weight decay are part of it (`amplify_weight_decay=False` takes the decay out), and a gradient is clipped before. Unlike
+the released code it never replaces the storage of a parameter, leaves `.grad` as it is, and saves its masks.
+"""
+
+import logging
+import math
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import ASGD, LBFGS, AdamW, Optimizer
+from torch.optim.adamw import adamw
+
+from .order_statistics import Scan, count_true, in_blocks, kth_smallest, merge_small, to_ints
+
+logger = logging.getLogger(__name__)
+
+#: Which coordinates are amplified. The last three are controls, with which to check that the choice matters.
+MASKS = ("flat", "inverted", "random", "uniform")
+#: Those that are chosen by a gradient.
+ESTIMATED_MASKS = ("flat", "inverted")
+SCOPES = ("global", "per_tensor")
+KAPPA_SCHEDULES = ("constant", "lr")
+
+#: Settings in the range that was published: kappa 2 to 4 for Llamas, 20 and 50 for ViTs on CIFAR, 1 and 2 for CNNs (the
+#: authors' replies to the reviewers), ViT on ImageNet as in Table 4 of the paper; gamma as there or in the released
+#: commands. `start` is the first step of IRE as a fraction of the run; without it IRE starts at the end of the
+#: learning-rate warmup.
+IRE_PRESETS: dict[str, dict[str, float]] = {
+    "llama": {"kappa": 4.0, "gamma": 0.6},
+    "vit_imagenet": {"kappa": 2.0, "gamma": 0.8, "start": 1 / 3},
+    "vit_cifar": {"kappa": 20.0, "gamma": 0.6},
+    "cnn": {"kappa": 1.0, "gamma": 0.9},
+}
+
+#: Elements that are updated at a time, so that they stay in the processor's cache, or that fill a GPU.
+CPU_BLOCK, GPU_BLOCK = 2**18, 2**24
+
+
+class IRE(Optimizer):
+    """Wrap a built optimizer so that it takes (1 + kappa) times its step on the flat coordinates.
+
+    `param_groups`, `state` and `defaults` are the base optimizer's own objects, so that learning-rate schedulers and
+    whatever else edits them reach it. The masks, 1 byte per trainable parameter, are kept apart, under "ire" in
+    `state_dict()`. Until the first `update_mask()` a step is that of the base optimizer.
+
+    Args:
+        base_optimizer: any optimizer that updates in `step()`. A fused AdamW on a CPU is updated and amplified block by
+            block; any other is stepped as it is, with a copy of the amplified parameters during the step. Refused are
+            those that keep other weights beside the parameters (schedule-free, ASGD), evaluate the loss along a line
+            (LBFGS), or wrap another optimizer, and parameters in half precision, which lose most of such a step.
+        kappa: how much is added on flat coordinates; >= 0. 0 is the base optimizer.
+        gamma: fraction of the coordinates called flat, in (0, 1]; the paper has (0.5, 1).
+        scope: "global" takes the floor(gamma N) smallest values of all N coordinates together (the paper), "per_tensor"
+            the floor(gamma n) smallest of each tensor.
+        exclude: parameters never to be amplified. They do not count in N.
+        amplify_weight_decay: False leaves decoupled weight decay as it is. Refused where decay is part of the gradient.
+        beta: of the moving average h <- beta h + (1 - beta) g^2 over the mask updates, with bias correction; in [0, 1).
+            0, as published, keeps no average and no buffer.
+        mask: one of `MASKS`. "inverted" is what "flat" is not, "random" has each coordinate with probability gamma and
+            "uniform" has all: (1 + kappa) times the base optimizer's step.
+        kappa_schedule: "constant", or "lr" for kappa_t = kappa lr_t / initial_lr of each group, where `initial_lr` is
+            what a learning-rate scheduler has written there (the released code's `prog_decay`).
+        seed: of the random masks.
+
+    Attributes:
+        active: set it to False for the steps in which IRE is not to act yet.
+        kappa_scale: factor of kappa, halved by `observe_loss`.
+        updates: how often the mask has been chosen.
+        flat_counts: how many coordinates of each parameter are amplified.
+        mask_overlap: |A and B| / |A or B| of the last two masks (Jaccard index), None before the second.
+
+    Raises:
+        ValueError: an argument is out of its range, or the base optimizer or a parameter is one of those above.
+        RuntimeError: a gradient is sparse.
+    """
+
+    def __init__(
+        self,
+        base_optimizer: Optimizer,
+        kappa: float = 2.0,
+        gamma: float = 0.6,
+        scope: str = "global",
+        exclude: Iterable[Tensor] = (),
+        amplify_weight_decay: bool = True,
+        beta: float = 0.0,
+        *,
+        mask: str = "flat",
+        kappa_schedule: str = "constant",
+        seed: int = 0,
+    ):
+        check_ire_arguments(kappa, gamma, scope, beta, mask, kappa_schedule)
+        _require_own_weights(base_optimizer)
+        self._excluded = set(exclude)
+        for group in base_optimizer.param_groups:
+            self._check_group(group)
+        if gamma < 0.5 and mask == "flat":
+            logger.warning(f"IRE with gamma={gamma}: the paper calls more than half of the coordinates flat.")
+        if not amplify_weight_decay:
+            _require_decoupled_decay(base_optimizer)
+        super().__init__(base_optimizer.param_groups, base_optimizer.defaults)  # for the hooks
+        self.base_optimizer = base_optimizer
+        self._share()
+        # Loading gives the base new lists.
+        base_optimizer.register_load_state_dict_post_hook(self._share)
+        self.kappa, self.gamma, self.scope = kappa, gamma, scope
+        self.amplify_weight_decay, self.beta, self.mask = amplify_weight_decay, beta, mask
+        self.kappa_schedule, self.seed = kappa_schedule, seed
+        self.active = True
+        self.kappa_scale = 1.0
+        self.flat_counts: dict[Tensor, int] = {}
+        self.mask_overlap: float | None = None
+        self._masks: dict[Tensor, Tensor] = {}
+        self._averages: dict[Tensor, Tensor] = {}
+        self._steps = self.updates = 0
+        self._loss_monitor = _LossMonitor()
+
+    def _share(self, *_: Any) -> None:
+        self.param_groups = self.base_optimizer.param_groups
+        self.state = self.base_optimizer.state
+        self.defaults = self.base_optimizer.defaults
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        """Raise `ValueError` for a parameter that cannot be amplified, or for a setting that is not a number."""
+        for p in group["params"]:
+            if hasattr(p, "device_mesh"):
+                raise ValueError(
+                    "IRE compares all coordinates, and cannot do so where they are sharded (DTensor). Use DDP."
+                )
+            if p.requires_grad and p not in self._excluded and p.dtype in (torch.float16, torch.bfloat16):
+                raise ValueError(
+                    f"IRE around {p.dtype} parameters: what it adds to a step is lost in their rounding. Keep the "
+                    "weights in float32 and use autocast, or leave these parameters out by exclude."
+                )
+        for key in ("lr", "weight_decay"):
+            if math.isnan(group.get(key, 0.0)):
+                raise ValueError(f"{key}={group[key]}: the base optimizer of IRE needs a number.")
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        if "base_optimizer" not in vars(self):  # torch's __init__ comes by with groups that the base has already
+            super().add_param_group(param_group)
+            return
+        self.base_optimizer.add_param_group(param_group)
+        try:
+            self._check_group(self.param_groups[-1])
+        except ValueError:
+            del self.param_groups[-1]
+            raise
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__.copy()
+
+    # ---- The step ----
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """One step of the base optimizer, amplified. Returns what the base optimizer returns."""
+        self._steps += 1
+        if not self.active or self.kappa == 0 or not self._masks:
+            if self.active and self.kappa != 0 and self._steps == 1:
+                logger.warning(
+                    "IRE has no mask yet and steps as its base optimizer. Call update_mask() with the gradient of "
+                    "sampled labels in .grad; until IRE is to start, set active = False."
+                )
+            return self.base_optimizer.step(closure)
+        with torch.no_grad():
+            blocks = self._fused_adamw_blocks() if closure is None else None
+            if blocks is None:
+                return self._step_any(closure)
+            self._step_fused_adamw(blocks)
+            return None
+
+    def _step_any(self, closure: Callable[[], float] | None) -> float | None:
+        """Copy, let the base optimizer step, amplify the difference."""
+        amplified = []
+        for group in self.param_groups:
+            kappa, decay = self._kappa_of(group), self._decay_of(group)
+            # A closure computes the gradients later.
+            moving = [p for p in group["params"] if p.grad is not None or closure is not None]
+            lists = _by_size([p for p in moving if p in self._masks])
+            amplified += [(params, [p.clone() for p in params], kappa, decay) for params in lists]
+        result = self.base_optimizer.step(closure)
+        while amplified:  # each copy is freed as soon as it has been used
+            params, old, kappa, decay = amplified.pop()
+            _amplify_(params, old, [self._masks[p].to(p.dtype) for p in params], kappa, decay)
+        return result
+
+    def _step_fused_adamw(self, blocks: list["_Block"]) -> None:
+        """The same for a fused AdamW: each block is updated and amplified while it is in the processor's cache."""
+        # One piece of scratch space for all of them: fresh memory would cost more than the arithmetic.
+        largest = max((sum(p.numel() for p in block.params) for block in blocks), default=0)
+        scratch = torch.empty(2, largest, dtype=blocks[0].params[0].dtype) if blocks else None
+        for block in blocks:
+            group = block.group
+            flat = [p.view(-1) for p in block.params]
+            sizes = [len(p) for p in flat]
+            old, weights = (half[: sum(sizes)].split(sizes) for half in scratch)
+            torch._foreach_copy_(old, flat)
+            adamw(
+                block.params,
+                block.grads,
+                block.exp_avgs,
+                block.exp_avg_sqs,
+                [],
+                block.steps,
+                fused=True,
+                amsgrad=False,
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
+                lr=group["lr"],
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                maximize=group["maximize"],
+            )
+            torch._foreach_copy_(weights, [mask.view(-1) for mask in block.masks])
+            _amplify_(flat, old, weights, self._kappa_of(group), self._decay_of(group))
+
+    def _fused_adamw_blocks(self) -> list["_Block"] | None:
+        """What a step has to update, in blocks of about `CPU_BLOCK` elements.
+
+        Small parameters share a block, large ones are cut. None unless the base optimizer is a fused AdamW on a CPU
+        that has made its state already.
+        """
+        base = self.base_optimizer
+        if type(base) is not AdamW or base._optimizer_step_pre_hooks or base._optimizer_step_post_hooks:
+            return None
+        blocks, dtype = [], None
+        for group in self.param_groups:
+            if not group["fused"] or group["amsgrad"] or isinstance(group["lr"], Tensor):
+                return None
+            block, size = _Block(group), 0
+            for p in group["params"]:
+                grad = p.grad
+                if grad is None:
+                    continue
+                state, dtype = self.state.get(p), dtype or p.dtype
+                if not (state and p.is_cpu and p.dtype == dtype and p.is_contiguous() and grad.is_contiguous()):
+                    return None
+                mask = self._masks[p] if p in self._masks else torch.zeros_like(p, dtype=torch.uint8)
+                if p.numel() > CPU_BLOCK:
+                    blocks.extend(_Block.parts(group, p, grad, state, mask))
+                    continue
+                block.append(p, grad, state["exp_avg"], state["exp_avg_sq"], state["step"], mask)
+                size += p.numel()
+                if size >= CPU_BLOCK:
+                    blocks.append(block)
+                    block, size = _Block(group), 0
+            if size:
+                blocks.append(block)
+        return blocks
+
+    def _kappa_of(self, group: dict[str, Any]) -> float:
+        kappa = self.kappa * self.kappa_scale
+        if self.kappa_schedule == "lr":
+            peak = float(group.get("initial_lr", group["lr"]))
+            kappa *= float(group["lr"]) / peak if peak > 0 else 0.0
+        return kappa
+
+    def _decay_of(self, group: dict[str, Any]) -> float:
+        """lr * weight_decay, where that part of the step is to be left alone."""
+        return 0.0 if self.amplify_weight_decay else float(group["lr"]) * group.get("weight_decay", 0.0)
+
+    @property
+    def kappa_in_force(self) -> float:
+        """kappa_t of the next step, of the first parameter group; 0 while IRE does not act."""
+        return self._kappa_of(self.param_groups[0]) if self.active and self._masks else 0.0
+
+    # ---- The mask ----
+
+    @property
+    def needs_estimate(self) -> bool:
+        """Whether `update_mask` reads `.grad`; two of the controls do not."""
+        return self.mask in ESTIMATED_MASKS
+
+    @property
+    def has_mask(self) -> bool:
+        return bool(self._masks)
+
+    @property
+    def flat_fraction(self) -> float:
+        """The share of the coordinates that is amplified; 0 before the first mask."""
+        return sum(self.flat_counts.values()) / max(1, sum(p.numel() for p in self.flat_counts))
+
+    def _amplifiable(self) -> list[Tensor]:
+        params = [p for group in self.param_groups for p in group["params"]]
+        return [p for p in params if p.requires_grad and p not in self._excluded]
+
+    @torch.no_grad()
+    def update_mask(self) -> bool:
+        """Choose the flat coordinates anew, from the estimate in `.grad`, which is left as it is.
+
+        The floor(gamma N) coordinates with the smallest squared gradient are flat, and with them every other one whose
+        value equals the largest of those. A parameter without a gradient counts as zero. Constant factors, such as the
+        batch size in the Gauss-Newton-Bartlett estimator, do not change the order and are left out.
+
+        Returns False, and keeps the mask there is, if the gradient is not finite.
+        """
+        params = self._amplifiable()
+        if self.needs_estimate:
+            if any(p.grad is not None and p.grad.is_sparse for p in params):
+                raise RuntimeError("IRE cannot read sparse gradients. Build embeddings with sparse=False.")
+            grads = [p.grad for p in params if p.grad is not None]
+            if grads and not torch.isfinite(torch.nn.utils.get_total_norm(grads)):
+                return False
+        self.updates += 1
+        sizes, thresholds = self._estimate(params) if self.needs_estimate else (params, [math.nan] * len(params))
+        choose = self._chooser(scan := Scan(params))
+        is_first, old_count, common_counts = not self._masks, sum(self.flat_counts.values()), []
+        for p in params:
+            if p not in self._masks:
+                self._masks[p] = torch.zeros_like(p, dtype=torch.uint8)
+        masks = [self._masks[p] for p in params]
+        for values, mask, threshold, parts in merge_small(sizes, masks, thresholds):
+            for block, part in in_blocks(values, mask):
+                common_counts.append(scan.replace(part, choose(block, threshold)))
+            if parts:
+                torch._foreach_copy_(parts, mask.split([len(part) for part in parts]))
+        counts = to_ints([count_true(mask.view(torch.bool)) for mask in masks])
+        self.flat_counts = dict(zip(params, counts, strict=True))
+        common_count = sum(to_ints(common_counts))
+        union = old_count + sum(counts) - common_count
+        self.mask_overlap = None if is_first or not union else common_count / union
+        return True
+
+    def _estimate(self, params: list[Tensor]) -> tuple[list[Tensor], list[float]]:
+        """For each parameter what is to be compared in absolute value, and with what."""
+        # |g| has the order of g^2, and does not underflow.
+        sizes = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
+        if self.beta > 0:
+            sizes = [self._average(p, size) for p, size in zip(params, sizes, strict=True)]
+        if self.scope == "per_tensor":
+            return sizes, [kth_smallest([size], math.floor(self.gamma * size.numel())) for size in sizes]
+        count = math.floor(self.gamma * sum(p.numel() for p in params))
+        return sizes, [kth_smallest(sizes, count)] * len(params)
+
+    def _chooser(self, scan: Scan) -> Callable[[Tensor, float], Tensor]:
+        """`f(values, threshold)`: True where a coordinate is to be amplified."""
+        if self.mask == "uniform":
+            return lambda values, _: torch.ones_like(values, dtype=torch.bool)
+        if self.mask == "random":
+            generators: dict[torch.device, torch.Generator] = {}
+
+            def draw(values: Tensor, _: float) -> Tensor:
+                device = values.device
+                if device not in generators:  # made anew from numbers that are saved: a resumed run draws the same
+                    generators[device] = torch.Generator(device).manual_seed(1_000_003 * self.seed + self.updates)
+                return torch.rand(values.shape, generator=generators[device], device=device) < self.gamma
+
+            return draw
+        if self.mask == "inverted":
+            return lambda values, threshold: scan.at_most(values, threshold).logical_not_()
+        return scan.at_most
+
+    def _average(self, p: Tensor, grad: Tensor) -> Tensor:
+        """h / (1 - beta^n) after n updates, for h <- beta h + (1 - beta) g^2, kept in its bias-corrected form."""
+        if p not in self._averages:
+            self._averages[p] = torch.zeros_like(p)
+        weight = (1 - self.beta) / (1 - self.beta**self.updates)
+        return self._averages[p].lerp_(grad.square(), weight)
+
+    # ---- Divergence ----
+
+    def observe_loss(self, loss: float, factor: float = 3.0, cooldown: int = 10) -> bool:
+        """Tell IRE the training loss of the step; if training diverges under it, kappa is halved.
+
+        It diverges if the loss is not finite, or more than `factor` times its running mean and above the mean with
+        which IRE started. After a halving the next `cooldown` steps are let pass.
+
+        Returns True if kappa was halved.
+        """
+        is_acting = self.active and self.has_mask and self.kappa != 0
+        if not self._loss_monitor.diverges(loss, is_acting, factor, cooldown):
+            return False
+        self.kappa_scale /= 2
+        return True
+
+    # ---- State ----
+
+    def state_dict(self) -> dict[str, Any]:
+        """The base optimizer's, and under "ire" the masks, averages, counters and what `observe_loss` has seen.
+
+        The hooks of the base optimizer run around its part, those of IRE around the whole.
+        """
+        for hook in self._optimizer_state_dict_pre_hooks.values():
+            hook(self)
+        state_dict = self._full_state_dict()
+        for hook in self._optimizer_state_dict_post_hooks.values():
+            state_dict = _unless_none(hook(self, state_dict), state_dict)
+        return state_dict
+
+    def _full_state_dict(self) -> dict[str, Any]:
+        index = {p: i for i, p in enumerate(p for group in self.param_groups for p in group["params"])}
+        return {
+            **self.base_optimizer.state_dict(),
+            "ire": {
+                "masks": {index[p]: mask for p, mask in self._masks.items()},
+                "averages": {index[p]: average for p, average in self._averages.items()},
+                "flat_counts": {index[p]: count for p, count in self.flat_counts.items()},
+                "mask_overlap": self.mask_overlap,
+                "step": self._steps,
+                "updates": self.updates,
+                "kappa_scale": self.kappa_scale,
+                "losses": dict(vars(self._loss_monitor)),
+            },
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what `state_dict` returned. Without its part "ire", as from a run that had no IRE, there is no mask.
+
+        Raises:
+            ValueError: the state is of another optimizer or of other parameters. Nothing is loaded then.
+        """
+        state_dict = state_dict.copy()
+        for hook in self._optimizer_load_state_dict_pre_hooks.values():
+            state_dict = _unless_none(hook(self, state_dict), state_dict)
+        self._load_full_state_dict(state_dict)
+        for hook in self._optimizer_load_state_dict_post_hooks.values():
+            hook(self)
+
+    def _load_full_state_dict(self, state_dict: dict[str, Any]) -> None:
+        base = {key: value for key, value in state_dict.items() if key != "ire"}
+        ire = state_dict.get("ire", {})
+        params = [p for group in self.param_groups for p in group["params"]]
+        for i, mask in (*ire.get("masks", {}).items(), *ire.get("averages", {}).items()):
+            if i >= len(params) or mask.shape != params[i].shape:
+                raise ValueError(
+                    f"The IRE state for parameter {i}, of shape {tuple(mask.shape)}, does not fit this optimizer. "
+                    "Load it into one that was made from the same parameters in the same order."
+                )
+        self._load_base(base)
+        self._masks = {params[i]: _like(params[i], mask) for i, mask in ire.get("masks", {}).items()}
+        self._averages = {params[i]: _like(params[i], value) for i, value in ire.get("averages", {}).items()}
+        self.flat_counts = {params[i]: count for i, count in ire.get("flat_counts", {}).items()}
+        self.mask_overlap = ire.get("mask_overlap")
+        self._steps, self.updates = ire.get("step", 0), ire.get("updates", 0)
+        self.kappa_scale = ire.get("kappa_scale", 1.0)
+        self._loss_monitor = _LossMonitor()
+        vars(self._loss_monitor).update(ire.get("losses", {}))
+
+    def _load_base(self, state_dict: dict[str, Any]) -> None:
+        """Load it into the base optimizer, or raise `ValueError` if it is of another one."""
+        before = self.base_optimizer.state_dict()
+        try:
+            self.base_optimizer.load_state_dict(state_dict)
+            lacking = {key for group in self.param_groups for key in self.defaults.keys() - group.keys()}
+        except KeyError as error:  # torch has looked for it
+            lacking = {error.args[0]}
+        if lacking := sorted(lacking - {"differentiable"}):  # which torch adds to the defaults alone
+            self.base_optimizer.load_state_dict(before)
+            raise ValueError(
+                f"The state to be loaded is not of {type(self.base_optimizer).__name__}: it has no "
+                f"{', '.join(lacking)}. Make the optimizer that it was saved from, or start without it."
+            )
+
+
+def _unless_none(result: Any, otherwise: Any) -> Any:
+    return otherwise if result is None else result
+
+
+class _LossMonitor:
+    """The running mean of the loss, against which a divergence is told."""
+
+    #: Weight of the newest loss; the mean looks back some 50 steps.
+    WEIGHT = 0.02
+
+    def __init__(self):
+        self.mean = 0.0
+        self.count = 0
+        self.mean_at_start: float | None = None
+        self.wait = 0
+
+    def diverges(self, loss: float, is_acting: bool, factor: float, cooldown: int) -> bool:
+        if is_acting and self.mean_at_start is None and self.count:
+            self.mean_at_start = self.mean
+        self.wait = max(0, self.wait - 1)
+        # The small loss of a model that is nearly done jumps by such a factor from batch to batch: it has to climb
+        # above where IRE found it, too.
+        is_high = (
+            self.mean_at_start is not None
+            and loss > self.mean_at_start
+            and loss - self.mean > (factor - 1) * abs(self.mean)
+        )
+        is_high = is_high or not math.isfinite(loss)
+        if not is_high:
+            self.count += 1
+            self.mean += (loss - self.mean) * max(self.WEIGHT, 1 / self.count)
+        if not (is_high and is_acting) or self.wait:
+            return False
+        self.wait = cooldown
+        return True
+
+
+def check_ire_arguments(
+    kappa: float, gamma: float, scope: str, beta: float, mask: str, kappa_schedule: str, prefix: str = ""
+) -> None:
+    """Raise `ValueError` for an argument of `IRE` that is out of its range; `prefix` is what its flag begins with."""
+    if not (math.isfinite(kappa) and kappa >= 0):
+        raise ValueError(f"{prefix}kappa={kappa}: must be >= 0; 0 is the base optimizer.")
+    if not 0 < gamma <= 1:
+        raise ValueError(
+            f"{prefix}gamma={gamma}: the fraction of flat coordinates must be in (0, 1]; the paper has (0.5, 1)."
+        )
+    if not 0 <= beta < 1:
+        raise ValueError(f"{prefix}beta={beta}: must be in [0, 1); 0 uses the last estimate alone.")
+    for name, value, choices in (
+        ("scope", scope, SCOPES),
+        ("mask", mask, MASKS),
+        ("kappa_schedule", kappa_schedule, KAPPA_SCHEDULES),
+    ):
+        if value not in choices:
+            raise ValueError(f"{prefix}{name}={value!r}: choose one of {', '.join(choices)}.")
+
+
+def _require_own_weights(optimizer: Optimizer) -> None:
+    """Raise `ValueError` for an optimizer whose step is not a displacement of the parameters that it was given."""
+    name = type(optimizer).__name__
+    if isinstance(optimizer, IRE):
+        raise ValueError("IRE around IRE amplifies twice. Give the base optimizer, and one kappa.")
+    if not isinstance(optimizer, Optimizer):
+        raise ValueError(f"IRE around {name}, which is no torch.optim.Optimizer: give the optimizer inside it.")
+    if isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
+        inside = type(inner).__name__
+        raise ValueError(f"IRE around {name}, which wraps {inside}: put IRE around {inside}, and {name} around IRE.")
+    if isinstance(optimizer, LBFGS):
+        raise ValueError("IRE around LBFGS: it chooses its step by the loss along it. Use a first-order optimizer.")
+    if isinstance(optimizer, ASGD) or (callable(getattr(optimizer, "train", None)) and hasattr(optimizer, "eval")):
+        raise ValueError(
+            f"IRE around {name}: it keeps an average of the weights, which would not be amplified. Use an optimizer "
+            "without train() and eval(), such as AdamW or SGD."
+        )
+
+
+def _require_decoupled_decay(optimizer: Optimizer) -> None:
+    for group in optimizer.param_groups:
+        if group.get("weight_decay", 0) and not group.get("decoupled_weight_decay", False):
+            raise ValueError(
+                f"amplify_weight_decay=False: the weight decay of {type(optimizer).__name__} is part of its gradient "
+                "and cannot be told from the rest of the step. Use an optimizer with decoupled decay, such as AdamW."
+            )
+
+
+class _Block:
+    """Parameters of one group, or a part of one, with all that belongs to their update by AdamW."""
+
+    __slots__ = ("exp_avg_sqs", "exp_avgs", "grads", "group", "masks", "params", "steps")
+
+    def __init__(self, group: dict[str, Any]):
+        self.group = group
+        self.params, self.grads, self.exp_avgs, self.exp_avg_sqs, self.steps, self.masks = [], [], [], [], [], []
+
+    def append(self, p: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: Tensor, mask: Tensor) -> None:
+        self.params.append(p)
+        self.grads.append(grad)
+        self.exp_avgs.append(exp_avg)
+        self.exp_avg_sqs.append(exp_avg_sq)
+        self.steps.append(step)
+        self.masks.append(mask)
+
+    @classmethod
+    def parts(
+        cls, group: dict[str, Any], p: Tensor, grad: Tensor, state: dict[str, Tensor], mask: Tensor
+    ) -> Iterator["_Block"]:
+        """A large parameter in blocks. The kernel counts a step with each, so all but the last count on a copy."""
+        tensors = (p, grad, state["exp_avg"], state["exp_avg_sq"], mask)
+        parts = list(zip(*(t.view(-1).split(CPU_BLOCK) for t in tensors), strict=True))
+        for i, (*update, part_mask) in enumerate(parts):
+            block = cls(group)
+            step = state["step"]
+            block.append(*update, step if i == len(parts) - 1 else step.clone(), part_mask)
+            yield block
+
+
+def _by_size(params: list[Tensor]) -> Iterator[list[Tensor]]:
+    """The parameters in lists of about a block; one that is larger makes a list of its own."""
+    chunk: list[Tensor] = []
+    size = 0
+    for p in params:
+        limit = CPU_BLOCK if p.device.type == "cpu" else GPU_BLOCK
+        if chunk and (size + p.numel() > limit or p.device != chunk[0].device or p.dtype != chunk[0].dtype):
+            yield chunk
+            chunk, size = [], 0
+        chunk.append(p)
+        size += p.numel()
+    if chunk:
+        yield chunk
+
+
+def _amplify_(params: list[Tensor], old: list[Tensor], masks: list[Tensor], kappa: float, decay: float) -> None:
+    """p += kappa mask (p - old), where `decay` times `old` is first taken out of the difference; overwrites `old`."""
+    if decay:
+        torch._foreach_mul_(old, 1 - decay)
+    # With the difference negated, the scratch space needs no further pass.
+    torch._foreach_sub_(old, params)
+    torch._foreach_addcmul_(params, old, masks, value=-kappa)
+
+
+def _like(p: Tensor, value: Tensor) -> Tensor:
+    """A copy of `value` on the device, and in the memory layout, of `p`."""
+    return torch.empty_like(p, dtype=value.dtype).copy_(value)

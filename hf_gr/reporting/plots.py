@@ -1,0 +1,182 @@
+"""Pictures of a run, drawn from its `log_history` alone.
+
+python -m hf_gr.plots FOLDER    # draws curves.png of a finished run, or of its last checkpoint, anew
+"""
+
+import math
+import os
+from pathlib import Path
+
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from ..errors import ArgumentParser, run
+from .run_files import read_history
+
+# Colour-blind safe (Okabe and Ito, 2008).
+BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
+COLORS = (BLUE, ORANGE, GREEN, PURPLE, "#E69F00", "#56B4E9", "#000000")
+
+
+def plot_curves(log_history: list[dict[str, float]], path: str | Path) -> None:
+    """Loss, error, gradient norms, schedules and flat coordinates against the optimizer step, as one PNG.
+
+    What the run did not log is left out: the error of a language model, ||g2|| of a run without GR.
+
+    Args:
+        log_history: `TrainerState.log_history`.
+        path: where to write the picture.
+    """
+    has_error = any("eval_error" in entry for entry in log_history)
+    kinds = sorted({key for entry in log_history for key in entry if key.startswith("ire_flat_fraction_")})
+    panels = 3 + has_error + bool(kinds)
+    rows, columns = {3: (1, 3), 4: (2, 2), 5: (2, 3)}[panels]
+    figure = Figure(figsize=(14 if columns == 3 else 11, 4 if rows == 1 else 7), layout="constrained")
+    axes = figure.subplots(rows, columns).flatten().tolist()
+    for unused in axes[panels:]:
+        unused.remove()
+    panel = iter(axes)
+    loss, error = next(panel), next(panel) if has_error else None
+    norms, schedules = next(panel), next(panel)
+
+    _line(loss, log_history, "loss", "training", BLUE)
+    _line(loss, log_history, "eval_loss", "evaluation", ORANGE)
+    loss.set(title="Loss", ylabel="loss")
+    if has_error:
+        _line(error, log_history, "eval_error", "evaluation", ORANGE, scale=100)
+        error.set(title="Classification error", ylabel="error (%)")
+        error.set_ylim(bottom=0)
+    if kinds:
+        flat = next(panel)
+        for key, color in zip(kinds, COLORS * 2, strict=False):
+            _line(flat, log_history, key, key.removeprefix("ire_flat_fraction_"), color)
+        flat.set(title="Flat coordinates by kind of layer", ylabel="fraction", ylim=(0, 1))
+        flat.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))  # six curves leave no room inside
+
+    if not _line(norms, log_history, "gr_grad_norm", r"$\|g_1\|$ at $\theta$", BLUE):
+        _line(norms, log_history, "grad_norm", r"$\|g\|$", BLUE)
+    _line(norms, log_history, "gr_perturbed_grad_norm", r"$\|g_2\|$ at $\theta + r\,g_1/\|g_1\|$", ORANGE)
+    norms.set(title="Gradient norm before clipping", ylabel="norm")
+    make_logarithmic(norms)
+
+    handles = _plot_schedules(schedules, log_history)
+
+    for axis in axes[:panels]:
+        axis.set_xlabel("optimizer step")
+        axis.grid(alpha=0.3)
+        axis.spines["top"].set_visible(False)
+        if axis is not schedules and axis.get_lines() and axis.get_legend() is None:
+            axis.legend(frameon=False)
+    if handles:
+        # Below the axes: the curves of a warmup and a decay leave no corner free.
+        schedules.legend(handles=handles, frameon=False, ncols=3, loc="upper right", bbox_to_anchor=(1, -0.14))
+    figure.savefig(path, dpi=120)
+
+
+def _plot_schedules(axis: Axes, log_history: list[dict[str, float]]) -> list[Line2D]:
+    """The learning rate and, on an axis of their own, lambda_t and r_t. Returns the curves, for a legend."""
+    _line(axis, log_history, "learning_rate", "learning rate", GREEN)
+    with_phi = [entry for entry in log_history if "tvlars_phi" in entry]
+    scaled = [{**entry, "scaled": entry["learning_rate"] * entry["tvlars_phi"]} for entry in with_phi]
+    _line(axis, scaled, "scaled", r"learning rate $\times\ \varphi_t$", ORANGE)
+    axis.set(title="Schedules", ylabel="learning rate")
+    axis.set_ylim(bottom=0)
+    curves = axis.get_lines()
+    if any("gr_lambda" in entry for entry in log_history):
+        degree = axis.twinx()
+        _line(degree, log_history, "gr_lambda", r"$\lambda_t$", PURPLE, drawstyle="steps-pre")
+        _line(degree, log_history, "gr_r", r"$r_t$", PURPLE, linestyle=":")
+        degree.set_ylabel(r"$\lambda_t$, $r_t$")
+        degree.set_ylim(bottom=0)
+        curves = [*curves, *degree.get_lines()]
+    return list(curves)
+
+
+def plot_layer_statistics(table: dict[str, list], path: str | Path) -> None:
+    """Weight norm, gradient norm and their ratio of each layer against the optimizer step, as one PNG.
+
+    Args:
+        table: the columns step, layer, kind and value of `LayerStatisticsCallback.table`.
+        path: where to write the picture.
+    """
+    titles = {
+        "weight_norm": r"Weight norm $\|w\|$ (LWN)",
+        "gradient_norm": r"Gradient norm $\|g\|$ (LGN)",
+        "trust_ratio": r"Trust ratio $\|w\| / \|g\|$ (LNR)",
+    }
+    curves: dict[str, dict[str, list[tuple[int, float]]]] = {kind: {} for kind in titles}
+    for step, layer, kind, value in zip(*(table[key] for key in ("step", "layer", "kind", "value")), strict=True):
+        points = curves[kind].setdefault(layer, [])
+        if value is not None and value > 0:  # the axis is logarithmic
+            points.append((step, value))
+    figure = Figure(figsize=(14, 4), layout="constrained")
+    axes = figure.subplots(1, 3)
+    depth = Normalize(0, max(1, len(curves["weight_norm"]) - 1))
+    colors = colormaps["viridis"]
+    for axis, (kind, title) in zip(axes, titles.items(), strict=True):
+        for i, points in enumerate(curves[kind].values()):
+            if points:
+                axis.plot(*zip(*points, strict=True), color=colors(depth(i)), linewidth=0.9)
+        axis.set(title=title, xlabel="optimizer step", yscale="log")
+        axis.grid(alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+    bar = figure.colorbar(ScalarMappable(depth, colors), ax=axes, ticks=[0, depth.vmax], pad=0.01)
+    bar.ax.set_yticklabels(["first\nlayer", "last\nlayer"])
+    figure.savefig(path, dpi=120)
+
+
+def make_logarithmic(axis: Axes) -> None:
+    """The y axis, with plain numbers, also between the powers of ten where there are few of those. It stays linear
+    where nothing that is drawn has a logarithm: zeros, NaN."""
+    if not any(0 < y < math.inf for line in axis.get_lines() for y in line.get_ydata()):
+        return
+    axis.set_yscale("log")
+    axis.yaxis.set_major_formatter("{x:g}")
+    low, high = axis.get_ylim()
+    if high < 20 * low:
+        axis.yaxis.set_minor_formatter("{x:g}")
+
+
+def _line(axis: Axes, log_history: list[dict], key: str, label: str, color: str, scale: float = 1, **style) -> bool:
+    """Draw one logged value; False if it was never logged. A single point is drawn as a dot."""
+    points = [(entry["step"], entry[key] * scale) for entry in log_history if entry.get(key) is not None]
+    if points:
+        axis.plot(*zip(*points, strict=True), label=label, color=color, marker="o" if len(points) == 1 else "", **style)
+    return bool(points)
+
+
+def require_picture(flag: str, path: Path) -> None:
+    """Raise `ValueError` if no picture can be written to `path`."""
+    kinds = Figure().canvas.get_supported_filetypes()
+    if path.suffix.removeprefix(".").lower() not in kinds:
+        raise ValueError(f"{flag}={path}: its ending is of no kind of picture. Use .png, or one of {', '.join(kinds)}.")
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise ValueError(f"{flag}={path}: it cannot be written. Choose a file in a folder that exists and is yours.")
+
+
+def _last_state(folder: Path) -> Path:
+    """`folder`, or its last checkpoint if the run has not finished."""
+    found = [path for path in folder.glob("checkpoint-*") if path.name[11:].isdigit()]
+    folders = [folder, *sorted(found, key=lambda path: -int(path.name[11:]))]
+    return next((path for path in folders if (path / "trainer_state.json").is_file()), folder)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = ArgumentParser(prog="python -m hf_gr.reporting.plots", description="Draw the curves of a run anew.")
+    parser.add_argument("folder", type=Path, help="the output folder of a run, or one of its checkpoints")
+    parser.add_argument("--picture", type=Path, help="default: curves.png in the folder")
+    options = parser.parse_args(argv)
+    history = read_history(_last_state(options.folder))
+    if not history:
+        raise ValueError(f"folder={options.folder}: the run has logged nothing to draw. Give one that has.")
+    picture = options.picture or options.folder / "curves.png"
+    require_picture("picture", picture)
+    plot_curves(history, picture)
+
+
+if __name__ == "__main__":
+    run(main)

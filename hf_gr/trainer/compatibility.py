@@ -1,0 +1,169 @@
+"""What gradient regularization and IRE refuse to run with, and what to use instead.
+
+A combination is refused where the update would silently be another one than the paper's, or where nobody has tested
+that it is the same.
+"""
+
+from collections.abc import Collection
+
+from accelerate.utils import DistributedType
+from accelerate.utils.environment import parse_flag_from_env
+from torch import nn
+from torch.distributed.fsdp import CPUOffloadPolicy
+from transformers import Trainer
+from transformers.utils import is_sagemaker_mp_enabled
+
+from ..config import OPTIMIZER_NAMES
+from ..optim.gradient_regularization import HALF_PRECISION
+
+#: Trainers whose `training_step` generates, or takes other inputs, each time that it is called: a second pass would
+#: be of other data. Matched against the names of a trainer's classes, as TRL need not be installed.
+GENERATING_TRAINERS = frozenset(
+    {
+        "A2POTrainer",
+        "AsyncDistillationTrainer",
+        "AsyncGRPOTrainer",
+        "DistillationTrainer",
+        "GKDTrainer",
+        "GOLDTrainer",
+        "GRPOTrainer",
+        "IWOPDTrainer",
+        "MiniLLMTrainer",
+        "NashMDTrainer",
+        "OnlineDPOTrainer",
+        "PPOTrainer",
+        "RLOOTrainer",
+        "SDFTTrainer",
+        "SDPOTrainer",
+        "XPOTrainer",
+    }
+)
+#: Trainers whose batches have no labels that the model could draw others for.
+PREFERENCE_TRAINERS = frozenset(
+    {"BCOTrainer", "CPOTrainer", "DPOTrainer", "KTOTrainer", "ORPOTrainer", "RewardTrainer", "TPOTrainer"}
+)
+METHODS = {
+    "gr_lambda": "Gradient regularization",
+    "ire_kappa": "IRE",
+}
+
+
+def refuse_unsupported(trainer: Trainer, flag: str) -> None:
+    """Raise `ValueError` if `trainer` is set up in a way under which a method is not known to be right.
+
+    `flag` names the method: it is the one that turns it off at 0.
+    """
+    reasons = (
+        _data(trainer),
+        _parallelism(trainer),
+        _sharding(trainer, flag),
+        _optimizer(trainer, flag),
+        _weights(trainer, flag),
+    )
+    for reason in reasons:
+        if reason is not None:
+            method = METHODS[flag]
+            raise ValueError(f"{method} cannot be used with {reason}, or set {flag}=0 to train without {method}.")
+
+
+def refuse_unsupported_optimizer(trainer: Trainer) -> None:
+    """Raise `ValueError` if the optimizer of `trainer` cannot step under its way of sharding."""
+    name = trainer.args.optim
+    if name in OPTIMIZER_NAMES and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+        raise ValueError(
+            f"optim={name} cannot be used with FSDP or DeepSpeed: it takes the norm of whole layers, of which each "
+            "process has a part. Use DDP, or another optimizer."
+        )
+
+
+def class_among(trainer: Trainer, names: Collection[str]) -> str | None:
+    """The first of the trainer's classes that has one of these names."""
+    return next((cls.__name__ for cls in type(trainer).__mro__ if cls.__name__ in names), None)
+
+
+def _data(trainer: Trainer) -> str | None:
+    if name := class_among(trainer, GENERATING_TRAINERS):
+        return (
+            f"{name}: it makes the data of a step inside the step, with the weights as they are then, and would make "
+            "other data for each pass. Use a trainer on a fixed dataset, such as SFTTrainer or DPOTrainer"
+        )
+    return None
+
+
+def _parallelism(trainer: Trainer) -> str | None:
+    accelerator = trainer.accelerator
+    if trainer.is_deepspeed_enabled:
+        return (
+            "DeepSpeed, whatever the ZeRO stage: accelerate lets it step inside the backward pass, which would be the "
+            "second one, at the perturbed weights; stages 1 to 3 also keep the gradients out of `.grad`. Use DDP, or "
+            "FSDP2 (fsdp_version: 2) for a model that does not fit"
+        )
+    if accelerator.distributed_type in (DistributedType.MEGATRON_LM, DistributedType.XLA):
+        return f"{accelerator.distributed_type}: not tested. Use DDP"
+    if is_sagemaker_mp_enabled():
+        return "SageMaker model parallelism: it runs forward and backward itself. Use DDP"
+    parallel = getattr(accelerator, "parallelism_config", None)
+    if parallel is not None and any(getattr(parallel, f"{kind}_enabled", False) for kind in ("tp", "cp", "sp")):
+        return "tensor, context or sequence parallelism: the inputs of a step cannot be replayed. Use DDP"
+    if trainer.args.n_gpu > 1:
+        return (
+            f"nn.DataParallel over {trainer.args.n_gpu} GPUs: not tested. Start the script with `accelerate launch` "
+            "(one process per GPU), or make one GPU visible with CUDA_VISIBLE_DEVICES"
+        )
+    return None
+
+
+def _sharding(trainer: Trainer, flag: str) -> str | None:
+    # The attribute is younger than the oldest transformers that we support.
+    if getattr(trainer, "is_distributed_loading_by_transformers", False):
+        return "a model that was sharded when it was loaded: not tested. Use DDP or FSDP2"
+    accelerator = trainer.accelerator
+    if accelerator.distributed_type != DistributedType.FSDP:
+        if trainer.is_fsdp_enabled or trainer.args.fsdp or parse_flag_from_env("ACCELERATE_USE_FSDP"):
+            return (
+                "FSDP here: accelerate shards on accelerators alone, and would train without it and without a word "
+                f"({accelerator.distributed_type}). Leave FSDP out"
+            )
+        return None
+    if flag == "ire_kappa":
+        return "FSDP: it compares all coordinates, of which each process has a part. Use DDP"
+    plugin = accelerator.state.fsdp_plugin
+    if plugin.fsdp_version != 2:
+        return "FSDP version 1: not tested. Set fsdp_version: 2"
+    if isinstance(plugin.cpu_offload, CPUOffloadPolicy):
+        return "the CPU offload of FSDP: not tested. Leave it out"
+    scope = trainer.gr_args.gr_scope
+    if scope != "global":
+        return f"gr_scope={scope!r} and FSDP: a process has no gradient of its own to follow. Set gr_scope=global"
+    return None
+
+
+def _optimizer(trainer: Trainer, flag: str) -> str | None:
+    optim = trainer.args.optim
+    name = getattr(optim, "value", optim)
+    if flag == "ire_kappa" and name.startswith("schedule_free"):
+        return f"optim={name}: it keeps an average of the weights that IRE does not know of. Use another optimizer"
+    if name in ("lomo", "adalomo") or name.endswith("_layerwise"):
+        return f"optim={name}: it updates the weights during the backward pass. Use another optimizer"
+    return None
+
+
+def _weights(trainer: Trainer, flag: str) -> str | None:
+    model, args = trainer.model, trainer.args
+    halves = [(name, p) for name, p in model.named_parameters() if p.requires_grad and p.dtype in HALF_PRECISION]
+    if halves:
+        name, p = halves[0]
+        what = f"trainable weights in {str(p.dtype).removeprefix('torch.')} ({name})"
+        remedy = "Load the model with dtype=torch.float32 and use --bf16 or --fp16, which keep the weights in float32"
+        if flag != "gr_lambda" or not trainer.gr_args.gr_half_precision_weights:
+            override = ", or set gr_half_precision_weights" if flag == "gr_lambda" else ""
+            return f"{what}: steps this small are lost in their rounding. {remedy}{override}"
+        if args.bf16 or args.fp16 or args.world_size > 1 or trainer.is_fsdp_enabled:
+            return (
+                f"{what} under gr_half_precision_weights with --bf16, --fp16 or several processes: the second pass "
+                f"could not be in float32. {remedy}"
+            )
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse and module.weight.requires_grad:
+            return f"sparse gradients ({name}). Build the embedding with sparse=False"
+    return None

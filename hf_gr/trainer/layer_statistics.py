@@ -1,0 +1,126 @@
+"""The norms of each layer's weights and gradient along a run, as a table and a picture.
+
+The paper of TVLARS argues with them: LWN = ||w||, LGN = ||g|| and LNR = ||w|| / ||g||, the trust ratio of LARS without
+its constants.
+"""
+
+import os
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from ..reporting.plots import plot_layer_statistics
+
+TABLE, PICTURE = "layer_statistics.parquet", "layer_statistics.png"
+KINDS = ("weight_norm", "gradient_norm", "trust_ratio")
+MAX_ROWS = 100_000
+
+
+class LayerStatisticsCallback(TrainerCallback):
+    """Writes `layer_statistics.parquet`, with the columns step, layer, kind and value, and a picture of it.
+
+    A layer is a trainable parameter of at least two dimensions, by its name; a kind one of `KINDS`. The gradient is the
+    one that the optimizer is given, after clipping; step 1 is the first one. The file is written with every checkpoint
+    and at the end, and a resumed run goes on with it.
+
+    Args:
+        every: optimizer steps from one entry to the next.
+        max_rows: bound of the table. Where it is reached, every other entry is dropped and `every` doubled; two entries
+            are always kept.
+    """
+
+    def __init__(self, every: int, max_rows: int = MAX_ROWS):
+        self.every, self.max_rows = every, max_rows
+        #: Whether the picture is of the last training.
+        self.has_drawn = False
+        self._layers: list[str] = []
+        self._entries: dict[int, tuple[list[float], list[float]]] = {}  # step -> ||w||, ||g|| of the layers
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs
+    ) -> None:
+        self._layers = [name for name, p in model.named_parameters() if p.requires_grad and p.ndim > 1]
+        self._entries = {}
+        self.has_drawn = False
+        path = Path(args.output_dir) / TABLE
+        if state.is_world_process_zero and state.global_step > 0 and path.is_file():
+            self._continue(path, state.global_step)
+
+    def _continue(self, path: Path, until: int) -> None:
+        """Take over what an interrupted run has written up to the step that is resumed from."""
+        columns = pq.read_table(path).to_pydict()
+        values = dict(
+            zip(zip(columns["step"], columns["layer"], columns["kind"], strict=True), columns["value"], strict=True)
+        )
+        steps = sorted({step for step in columns["step"] if step <= until})
+        if set(columns["layer"]) != set(self._layers):
+            return  # of another model
+        for step in steps:
+            self._entries[step] = tuple([values[step, layer, kind] for layer in self._layers] for kind in KINDS[:2])
+        if len(steps) > 1:  # it may have been thinned
+            self.every = max(self.every, steps[1] - steps[0])
+
+    @torch.no_grad()
+    def on_pre_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module,
+        optimizer: Optimizer,
+        **kwargs,
+    ) -> None:
+        if state.global_step % self.every or not state.is_world_process_zero:
+            return
+        scaler = getattr(optimizer, "scaler", None)
+        # Clipping has undone the scale of fp16; without it the optimizer will.
+        scale = scaler.get_scale() if scaler is not None and not args.max_grad_norm else 1.0
+        params = dict(model.named_parameters())
+        norms = [torch.linalg.vector_norm(params[name]) for name in self._layers]
+        norms += [
+            torch.zeros_like(norm) if params[name].grad is None else torch.linalg.vector_norm(params[name].grad)
+            for name, norm in zip(self._layers, norms, strict=True)
+        ]
+        # Brought over together: one wait for the device, not one for each.
+        values = torch.stack([norm.to(norms[0].device) for norm in norms]).tolist() if norms else []
+        self._entries[state.global_step + 1] = (
+            values[: len(self._layers)],
+            [value / scale for value in values[len(self._layers) :]],
+        )
+        while len(self._entries) > 2 and len(self._entries) * len(self._layers) * len(KINDS) > self.max_rows:
+            self.every *= 2
+            self._entries = {step: e for step, e in self._entries.items() if (step - 1) % self.every == 0}
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+        self._write(args, state)
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+        self._write(args, state)
+        if state.is_world_process_zero and self._entries:
+            plot_layer_statistics(self.table(), Path(args.output_dir) / PICTURE)
+            self.has_drawn = True
+
+    def _write(self, args: TrainingArguments, state: TrainerState) -> None:
+        if state.is_world_process_zero and self._entries:
+            path = Path(args.output_dir) / TABLE
+            path.parent.mkdir(parents=True, exist_ok=True)
+            # A run that is stopped while it writes leaves the earlier table whole.
+            pq.write_table(pa.table(self.table()), path.with_suffix(".tmp"))
+            os.replace(path.with_suffix(".tmp"), path)
+
+    def table(self) -> dict[str, list]:
+        """The columns step, layer, kind and value."""
+        rows = [
+            (step, layer, kind, value)
+            for step, (weights, gradients) in self._entries.items()
+            for layer, w, g in zip(self._layers, weights, gradients, strict=True)
+            for kind, value in zip(KINDS, (w, g, w / g if g > 0 else None), strict=True)
+        ]
+        return dict(
+            zip(("step", "layer", "kind", "value"), (list(column) for column in zip(*rows, strict=True)), strict=True)
+        )

@@ -1,0 +1,225 @@
+"""The optimizers of hf_gr inside `Trainer`: by name, with a learning rate for the batch, and with the schedule phi.
+
+What depends on the run, its number of steps and its total batch, is filled in here.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from types import MethodType
+from typing import Any
+
+import torch
+from accelerate.logging import get_logger
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from transformers import TrainingArguments
+
+from ..config import BASE_BATCH_SIZE, TIME_VARYING, GRArguments
+from ..optim.ire import IRE
+from ..optim.tvlars import TVLARS, check_time_varying, time_varying_factor
+from ..optimizer_factory import (
+    OPTIMIZERS,
+    parameters_by_trainer,
+    require_known_optim_args,
+    settings_by_flags,
+    time_varying_settings,
+)
+from .compatibility import refuse_unsupported_optimizer
+from .layer_statistics import LayerStatisticsCallback
+
+logger = get_logger(__name__)
+
+
+def innermost(optimizer: Optimizer | None) -> Optimizer | None:
+    """The optimizer itself, out of what accelerate and IRE have wrapped around it; None before it is made."""
+    optimizer = getattr(optimizer, "optimizer", optimizer)
+    return optimizer.base_optimizer if isinstance(optimizer, IRE) else optimizer
+
+
+def trainable_parameters(optimizer: Optimizer) -> list[Tensor]:
+    """What `optimizer` trains, in the order of its groups: of a loss with weights of its own those, too."""
+    return [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+
+
+class _OnClassOrInstance:
+    """A method that can be called on either: `Trainer` has a static one, and subclasses make it an instance's."""
+
+    def __init__(self, function: Callable[..., Any]):
+        self._function = function
+
+    def __get__(self, instance: Any, owner: type) -> Callable[..., Any]:
+        return MethodType(self._function, owner if instance is None else instance)
+
+
+def in_steps(tv_lambda: float, delay_steps: float, num_training_steps: int) -> tuple[float, float]:
+    """tv_lambda and delay_steps in steps. A delay below 1 is a fraction of the run, and tv_lambda then per run."""
+    if 0 < delay_steps < 1:
+        return tv_lambda / num_training_steps, delay_steps * num_training_steps
+    return tv_lambda, delay_steps
+
+
+class OptimizerMixin:
+    """TVLARS, LARS and LAMB by name, the scaling of the learning rate, and phi as its schedule. Part of `GRMixin`."""
+
+    gr_args: GRArguments
+
+    def __init__(self, *args, **kwargs):
+        self._made_optimizer: Optimizer | None = None
+        self._lr_factor = 1.0
+        self._tvlars: TVLARS | None = None
+        self._tvlars_settings: list[dict[str, Any]] = []
+        super().__init__(*args, **kwargs)
+        refuse_unsupported_optimizer(self)
+        if self.gr_args.layer_statistics_steps:
+            self.add_callback(LayerStatisticsCallback(self.gr_args.layer_statistics_steps))
+
+    @_OnClassOrInstance
+    def get_optimizer_cls_and_kwargs(
+        self, args: TrainingArguments, model: nn.Module | None = None
+    ) -> tuple[Any, dict[str, Any]]:
+        """As in `Trainer`, with our names, and with an error for a key of `optim_args` that nobody reads."""
+        resolve = super().get_optimizer_cls_and_kwargs
+        if args.optim in OPTIMIZERS:
+            return OPTIMIZERS[args.optim], settings_by_flags(args) | parameters_by_trainer(resolve, args, model)
+        if args.optim_args:
+            require_known_optim_args(resolve, args, model)
+        return resolve(args, model)
+
+    def create_optimizer(self, *args, **kwargs) -> Optimizer:
+        """As in `Trainer`, with the learning rate times `lr_scaling`'s factor."""
+        self.gr_args.check_optimizer_arguments()  # a sweep sets attributes
+        is_new = self.optimizer is None
+        optimizer = super().create_optimizer(*args, **kwargs)
+        inner = innermost(optimizer)
+        if is_new:
+            self._made_optimizer, self._lr_factor = inner, 1.0
+        if self.gr_args.decay_norms_and_biases and inner.param_groups[0].get("exclude_1d"):
+            raise ValueError(
+                f"decay_norms_and_biases=True has no effect on {type(inner).__name__}, which excludes norms and biases "
+                "by itself. Set optim_args=exclude_1d=False as well, or leave the flag out."
+            )
+        scaling = self.gr_args.lr_scaling
+        if inner is self._made_optimizer:
+            batch = self.get_total_train_batch_size(self.args)
+            factor = self.gr_args.lr_factor(batch)
+            _scale_learning_rate(inner, factor / self._lr_factor)
+            self._lr_factor = factor
+            if scaling != "none":
+                logger.info(f"  Learning rate: {inner.defaults['lr']:g}, scaled by {self.describe_lr_scaling()}")
+        elif self.gr_args.decay_norms_and_biases:
+            raise ValueError(
+                "decay_norms_and_biases=True has no effect on an optimizer that was given to the trainer ready-made. "
+                "Set the weight decay of its parameter groups, or leave the flag out."
+            )
+        elif scaling != "none":
+            raise ValueError(
+                f"lr_scaling={scaling!r} has no effect on an optimizer that was given to the trainer ready-made. Scale "
+                "its learning rate yourself, or leave lr_scaling out."
+            )
+        return optimizer
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """As in `Trainer`, or all of them with `decay_norms_and_biases`."""
+        if not self.gr_args.decay_norms_and_biases:
+            return super().get_decay_parameter_names(model)
+        if self.args.weight_decay == 0:
+            logger.warning("decay_norms_and_biases=True has no effect with weight_decay=0.")
+        return [name for name, _ in model.named_parameters()]
+
+    def describe_lr_scaling(self) -> str:
+        batch = self.get_total_train_batch_size(self.args)
+        root = " under the root" if self.gr_args.lr_scaling == "sqrt" else ""
+        return f"{self._lr_factor:g} (the total batch of {batch:,} / {BASE_BATCH_SIZE}{root})"
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LRScheduler:
+        """As in `Trainer`, with the schedule `time_varying`; what TVLARS must know of the run it is told here."""
+        target = self.optimizer if optimizer is None else optimizer
+        inner = innermost(target)
+        self._tvlars = inner if inner is self._tvlars else None
+        is_time_varying = self.args.lr_scheduler_type == TIME_VARYING and self.lr_scheduler is None
+        if isinstance(inner, TVLARS):
+            if is_time_varying:
+                raise ValueError(
+                    f"lr_scheduler_type={TIME_VARYING!r}: TVLARS has this schedule in itself and would apply it "
+                    "twice. Set lr_scheduler_type=constant, or use LARS."
+                )
+            self._set_tvlars(inner, num_training_steps)
+        if not is_time_varying:
+            return super().create_scheduler(num_training_steps, optimizer)
+        if self.args.warmup_steps:
+            logger.warning(
+                f"warmup_steps={self.args.warmup_steps}: the learning rate has no warmup with "
+                f"lr_scheduler_type={TIME_VARYING!r}."
+            )
+        # The first step is taken at epoch 0 of a scheduler, and is step 1 of phi.
+        self.lr_scheduler = LambdaLR(target, partial(_phi_of_epoch, **self._time_varying(num_training_steps)))
+        self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def _time_varying(self, num_training_steps: int) -> dict[str, float]:
+        """The arguments of phi as a learning-rate schedule."""
+        given = self.args.lr_scheduler_kwargs or {}
+        if unknown := set(given) - {"tv_lambda", "delay_steps", "alpha", "gamma_min"}:
+            raise ValueError(
+                f"lr_scheduler_kwargs: {', '.join(sorted(unknown))} is unknown to {TIME_VARYING!r}, which takes "
+                "tv_lambda, delay_steps, alpha, gamma_min."
+            )
+        settings = {"alpha": 1.0, "gamma_min": None, **time_varying_settings("lr_scheduler_kwargs", given)}
+        check_time_varying(**settings)
+        settings["tv_lambda"], settings["delay_steps"] = in_steps(
+            settings["tv_lambda"], settings["delay_steps"], num_training_steps
+        )
+        if settings["gamma_min"] is None:
+            settings["gamma_min"] = self._default_gamma_min()
+        return settings
+
+    def _default_gamma_min(self) -> float:
+        """0.001 batch / 256 as a factor of the unscaled learning rate, which `lr_scaling` may have scaled already."""
+        return 1e-3 * self.get_total_train_batch_size(self.args) / BASE_BATCH_SIZE / self._lr_factor
+
+    def _set_tvlars(self, optimizer: TVLARS, num_training_steps: int) -> None:
+        """Put into the optimizer what it cannot know, and start its schedule with the run."""
+        if optimizer is not self._tvlars:
+            self._tvlars = optimizer
+            keys = ("tv_lambda", "delay_steps", "gamma_min", "step")
+            self._tvlars_settings = [{key: group[key] for key in keys} for group in optimizer.param_groups]
+        for group, settings in zip(optimizer.param_groups, self._tvlars_settings, strict=True):
+            group.update(settings)
+            group["tv_lambda"], group["delay_steps"] = in_steps(
+                group["tv_lambda"], group["delay_steps"], num_training_steps
+            )
+            if group["gamma_min"] is None:
+                group["gamma_min"] = self._default_gamma_min()
+        group = optimizer.param_groups[0]
+        logger.info(
+            f"  TVLARS: phi from {optimizer.phi(group, 1):.3g} to {optimizer.phi(group, num_training_steps):.3g} in "
+            f"{num_training_steps} steps, with tv_lambda = {group['tv_lambda']:.3g}, delay_steps = "
+            f"{group['delay_steps']:g}, gamma_min = {group['gamma_min']:g}"
+        )
+        name = getattr(self.args.lr_scheduler_type, "value", self.args.lr_scheduler_type)
+        if self.lr_scheduler is None and name != "constant":
+            logger.warning(
+                f"lr_scheduler_type={name!r} multiplies the learning rate of TVLARS, which has a schedule of its own. "
+                "Set lr_scheduler_type=constant for TVLARS as published."
+            )
+
+    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+        """As in `Trainer`, with phi of TVLARS, as it was at that step, beside the learning rate."""
+        if "loss" in logs and self._tvlars is not None:
+            logs["tvlars_phi"] = self._tvlars.phi(self._tvlars.param_groups[0])
+        super().log(logs, *args, **kwargs)
+
+
+def _phi_of_epoch(epoch: int, **settings: float) -> float:
+    return time_varying_factor(epoch + 1, **settings)
+
+
+@torch.no_grad()
+def _scale_learning_rate(optimizer: Optimizer, factor: float) -> None:
+    if factor == 1:
+        return
+    for settings in (optimizer.defaults, *optimizer.param_groups):
+        for key in ("lr", "initial_lr"):
+            if key in settings:
+                settings[key] = settings[key] * factor

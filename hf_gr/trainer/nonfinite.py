@@ -1,0 +1,126 @@
+"""A step whose gradient is not finite changes nothing, and a run of them ends with an error that says where; weights
+that are not finite get into no checkpoint."""
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.logging import get_logger
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from ..optim.gradient_regularization import are_finite, as_float, gradient_norm
+from .layerwise import trainable_parameters
+
+if TYPE_CHECKING:
+    from .trainer import GRMixin
+
+logger = get_logger(__name__)
+#: So many steps in a row are no accident.
+PATIENCE = 3
+
+
+class NonFiniteGuard(TrainerCallback):
+    """Skips the steps of a run with GR or IRE whose gradient is infinite or NaN, and stops after `PATIENCE` in a row
+    unless `gr_on_nonfinite="skip"`.
+
+    What it looks at is the gradient of all processes, as the optimizer would get it: they decide alike. With a gradient
+    scaler (fp16), which skips such steps itself and may well do so until its scale fits, those count that it skips at a
+    scale below 1.
+
+    Attributes:
+        norm_before_clipping: of the gradient of this step, as far as it is known. Where it overflows, clipping makes
+            the gradient 0, which looks finite.
+        skipped_steps: how many it skipped.
+    """
+
+    def __init__(self, trainer: "GRMixin"):
+        self._trainer = trainer
+        self._in_a_row = 0
+        self._finite_after = 0  # the last step after which the weights were looked at, and finite
+        self.norm_before_clipping: torch.Tensor | float | None = None
+        self.skipped_steps = 0
+
+    def _is_active(self) -> bool:
+        return self._trainer.gr_args.gr_degree != 0 or self._trainer.ire_optimizer is not None
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
+        self._in_a_row = self.skipped_steps = 0
+        self._finite_after = state.global_step
+        self.require_finite_weights()
+        if not self._is_active() and self._trainer.gr_args.gr_on_nonfinite != "stop":
+            logger.warning("gr_on_nonfinite: no effect with gr_lambda=0 and without IRE.")
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        if self._trainer.accelerator.scaler is not None or not self._is_active():
+            return
+        params = trainable_parameters(self._trainer.optimizer)
+        before = self.norm_before_clipping
+        if math.isfinite(gradient_norm(params)) and (before is None or math.isfinite(as_float(before))):
+            self._in_a_row = 0
+            return
+        for p in params:  # optimizers leave out what has no gradient
+            p.grad = None
+        self._trainer.recorder.segment.skipped_steps += 1
+        self._skip(state.global_step + 1)
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        accelerator = self._trainer.accelerator
+        if accelerator.scaler is None or not self._is_active():
+            return
+        if not accelerator.optimizer_step_was_skipped:
+            self._in_a_row = 0
+        elif accelerator.scaler.get_scale() < 1:
+            self._skip(state.global_step + 1)
+
+    def _skip(self, step: int) -> None:
+        self._in_a_row += 1
+        self.skipped_steps += 1
+        if self._in_a_row == 1:
+            self.require_finite_weights(done=step - 1)
+        if self._trainer.gr_args.gr_on_nonfinite == "stop" and self._in_a_row >= PATIENCE:
+            first = step - self._in_a_row + 1
+            raise FloatingPointError(
+                f"The gradients of steps {first} to {step} are not finite. The model has the weights of step "
+                f"{first - 1}, and checkpoints up to that step are good. Look at the examples of these steps, lower "
+                "learning_rate or gr_r, or prefer --bf16 to --fp16; with gr_on_nonfinite=skip such steps are left out "
+                "for as long as they come."
+            )
+        logger.warning(f"Step {step}: the gradient is not finite. The step is skipped, the weights stay as they are.")
+
+    def require_finite_weights(self, done: int | None = None) -> None:
+        """Raise `FloatingPointError` on all processes if a trainable weight is not finite after `done` steps.
+
+        Without GR and IRE, where `Trainer` goes on, it is a warning.
+        """
+        trainer = self._trainer
+        if trainer.is_deepspeed_enabled:
+            return
+        done = trainer.state.global_step if done is None else done
+        bad = not are_finite(trainable_parameters(trainer.optimizer))
+        if trainer.accelerator.reduce(torch.tensor(float(bad), device=trainer.args.device), "sum").item() == 0:
+            self._finite_after = done
+            return
+        if done > self._finite_after:
+            message = (
+                f"The weights are not finite after step {done}. After step {self._finite_after} they were, and "
+                "checkpoints up to that step are good. Lower learning_rate, weight_decay or ire_kappa."
+            )
+        else:
+            message = f"The weights are not finite before step {done + 1}. Start from other ones."
+        if self._is_active():
+            raise FloatingPointError(message)
+        logger.warning(message)
+
+    def require_trained(self) -> None:
+        """At the end of a run: raise `FloatingPointError` unless the weights are finite and a step has moved them."""
+        self.require_finite_weights()
+        steps = self._trainer.state.global_step
+        if self._trainer.gr_args.gr_on_nonfinite == "stop" and 0 < steps == self.skipped_steps:
+            raise FloatingPointError(
+                f"The gradients of all {steps} steps are not finite: nothing was trained. Look at the examples and at "
+                "the loss, lower gr_r, or prefer --bf16 to --fp16."
+            )

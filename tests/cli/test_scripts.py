@@ -1,0 +1,382 @@
+"""The scripts as users start them: as subprocesses, offline. Mistakes in this process, for their messages."""
+
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
+from PIL import Image as PILImage
+from transformers import AutoModelForImageClassification, pipeline
+
+from helpers import SCRIPTS
+from helpers.scripts import launch
+from hf_gr import GRConfig
+from hf_gr.cli import script
+
+SCRIPT = SCRIPTS / "train_vit.py"
+
+
+@pytest.fixture(scope="module")
+def main():
+    spec = importlib.util.spec_from_file_location("train_vit", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["train_vit"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module.main
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The default job, cut to two epochs."""
+    folder = tmp_path_factory.mktemp("vit") / "digits"
+    printed = launch("--output_dir", folder, "--num_train_epochs", 2, "--save_strategy", "epoch",
+                     "--license", "apache-2.0")  # fmt: skip
+    return folder, printed
+
+
+def test_output_folder(finished):
+    folder, printed = finished
+    written = {p.name for p in folder.iterdir()}
+    assert written >= {
+        "model.safetensors",
+        "config.json",
+        "preprocessor_config.json",
+        "trainer_state.json",
+        "all_results.json",
+        "curves.png",
+        "README.md",
+    }
+    assert json.loads((folder / "config.json").read_text())["id2label"]["7"] == "7"
+    results = json.loads((folder / "all_results.json").read_text())
+    assert f"Test error {100 * results['eval_error']:.2f} % on 360 images." in printed
+    for name in ("Model", "Card", "Picture"):
+        assert Path(re.search(rf"{name}\s+(\S+)", printed).group(1)).exists()
+    card = (folder / "README.md").read_text()
+    assert "trained from scratch on scikit-learn digits (1,437 training examples)" in card
+    assert "| `gr_warmup` |  | zero |" in card and "license: apache-2.0" in card and "`license`" not in card
+
+
+def test_pipeline_without_torchvision(finished):
+    folder, _ = finished
+    if importlib.util.find_spec("torchvision") is not None:
+        pytest.skip("torchvision is installed")
+    classify = pipeline("image-classification", model=str(folder))
+    assert classify(PILImage.new("L", (20, 20)))[0]["label"] in set("0123456789")
+
+
+def test_the_code_on_the_card_runs(finished, tmp_path, monkeypatch, capsys):
+    folder, _ = finished
+    if importlib.util.find_spec("torchvision") is not None:
+        pytest.skip("torchvision is installed")
+    (tmp_path / folder.name).symlink_to(folder)
+    PILImage.new("L", (20, 20)).save(tmp_path / "image.png")
+    monkeypatch.chdir(tmp_path)
+    code = (folder / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    exec(code, {})
+    assert "'score':" in capsys.readouterr().out
+
+
+def test_the_command_on_the_card_is_the_one_that_was_given(finished):
+    folder, _ = finished
+    (command,) = re.findall(r"```bash\n(.*?)\n```", (folder / "README.md").read_text(), flags=re.DOTALL)
+    assert command.startswith("python scripts/train_vit.py --output_dir ") and command.endswith("--license apache-2.0")
+    assert f"--output_dir path/to/{folder.name} " in command and str(folder) not in command
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["--hub_token", "hf_secret", "--gr_r=0.1"], "python train.py --hub_token ... --gr_r=0.1"),
+        (["--hub-tok=hf_secret"], "python train.py --hub-tok=..."),
+        (["--hub_token", "one", "--hub_token", "hf_secret"], "python train.py --hub_token ... --hub_token ..."),
+        (["--hub_model_id", "me/hf_secret"], "python train.py --hub_model_id me/..."),
+        (["--hub_model_id", f"hf_{'a1' * 17}"], "python train.py --hub_model_id ..."),
+        (["--dataset_name", "/home/me/data/"], "python train.py --dataset_name path/to/data"),
+        (["r.yaml", "--dataset_name=../../data.parquet"], "python train.py r.yaml --dataset_name=path/to/data.parquet"),
+        (["--dataset_name", "of/mine"], "python train.py --dataset_name ./of/mine"),
+        (["--dataset_name", "of/others"], "python train.py --dataset_name of/others"),
+        (["--sample_prompt", "It's a"], "python train.py --sample_prompt 'It'\"'\"'s a'"),
+    ],
+)
+def test_a_published_command_gives_away_neither_tokens_nor_folders(argv, expected, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "of" / "mine").mkdir(parents=True)
+    args = GRConfig(output_dir=str(tmp_path), use_cpu=True, hub_token="hf_secret")
+    assert script.command_line(str(tmp_path / "train.py"), argv, args) == expected
+
+
+def test_resume_is_bit_identical(finished, tmp_path):
+    """From the last complete checkpoint: the one after it was being written when the run was killed."""
+    folder, _ = finished
+    for step in (23, 46):
+        shutil.copytree(folder / f"checkpoint-{step}", tmp_path / f"checkpoint-{step}")
+    (tmp_path / "checkpoint-46" / "trainer_state.json").unlink()
+    launch("--output_dir", tmp_path, "--num_train_epochs", 2, "--resume_from_checkpoint", "last")
+    log = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]
+    assert any("train_runtime" in entry for entry in log)
+    assert (tmp_path / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+
+
+def test_ire_by_flags(tmp_path):
+    launch("--output_dir", tmp_path, "--num_train_epochs", 2, "--gr_lambda", 0, "--ire_preset", "cnn",
+           "--ire_interval", 5, "--warmup_steps", 10, "--ire_exclude", "norm", "bias")  # fmt: skip
+    logs = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]
+    last = [entry for entry in logs if "loss" in entry][-1]
+    assert last["ire_kappa"] == 1.0
+    assert last["ire_flat_fraction"] == pytest.approx(0.9, abs=1e-3)
+    card = (tmp_path / "README.md").read_text()
+    assert "| `ire_preset` |  | cnn |" in card and "`SGD`" not in card and "In 36 of 46 steps" in card
+
+
+def test_resnet_with_tvlars_by_flags(tmp_path):
+    """The flags of a comparison at large batches; the folder is loaded by a process that has never heard of hf_gr."""
+    launch("--output_dir", tmp_path, "--model", "resnet-18", "--stem", "cifar", "--weight_init", "kaiming_uniform",
+           "--max_train_samples", 64, "--max_eval_samples", 20, "--num_train_epochs", 2, "--optim", "tvlars",
+           "--per_device_train_batch_size", 16, "--lr_scheduler_type", "constant", "--learning_rate", 1.0,
+           "--lr_scaling", "linear", "--gr_lambda", 0, "--layer_statistics_steps", 2)  # fmt: skip
+    card = (tmp_path / "README.md").read_text()
+    assert "Optimizer: `TVLARS` (see above)" in card
+    assert "| `tv_lambda` | lambda | 1.25 |" in card and "| `delay_steps` | d_e | 4 |" in card
+    assert "with `learning_rate` times 0.0625 (the total batch of 16 / 256)" in card
+    assert "| `stem` | cifar |" in card and "| `weight_init` | kaiming_uniform |" in card
+    assert "trust ratio of each layer](layer_statistics.png)" in card
+    assert "trust_remote_code=True)" in card
+    for name in ("layer_statistics.parquet", "layer_statistics.png", "cifar_resnet.py"):
+        assert (tmp_path / name).exists()
+    code = (
+        "import sys; from transformers import pipeline; from PIL import Image;"
+        f"print(pipeline('image-classification', {str(tmp_path)!r}, trust_remote_code=True)(Image.new('L', (9, 9))));"
+        "assert 'hf_gr' not in sys.modules"
+    )
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_recipe_in_json_flags_overrule_it_and_two_processes(tmp_path):
+    recipe = {
+        "output_dir": str(tmp_path / "out"),
+        "dataset_name": "digits",
+        "model": "vit-micro",
+        "max_train_samples": 64,
+        "max_eval_samples": 41,
+        "max_steps": 100,
+        "per_device_train_batch_size": 8,
+        "gr_warmup": "lambda",
+        "gr_warmup_steps": 2,
+        "crop_padding": 1,
+        "logging_steps": 1,
+        "report_to": "none",
+        "ddp_backend": "gloo",
+        "use_cpu": True,
+    }
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe))
+    printed = launch(tmp_path / "recipe.json", "--max_steps", 3, processes=2)
+    # 41 images over two processes: one of them is padded, and must not be counted twice.
+    assert "on 41 images" in printed
+    state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
+    degrees = [e["gr_lambda"] for e in state["log_history"] if "gr_lambda" in e]
+    assert degrees == pytest.approx([0.05, 0.1, 0.1])
+    assert "2 processes, each on CPU" in (tmp_path / "out" / "README.md").read_text()
+    accuracy = json.loads((tmp_path / "out" / "eval_results.json").read_text())["eval_accuracy"]
+    assert round(accuracy * 41, 6) == round(accuracy * 41)
+
+
+def test_fine_tuning_a_checkpoint_with_another_number_of_classes(finished, main, tmp_path):
+    folder, _ = finished
+    pixels = np.random.default_rng(0).integers(0, 255, (12, 8, 8), dtype=np.uint8)
+    names = ["odd", "even", "zero"]
+    data = Dataset.from_dict(
+        {"picture": list(pixels), "parity": [i % 3 for i in range(12)]},
+        features=Features({"picture": Image(), "parity": ClassLabel(names=names)}),
+    )
+    data.to_parquet(tmp_path / "data.parquet")
+    main(
+        f"--dataset_name {tmp_path}/data.parquet --model_name_or_path {folder} --output_dir {tmp_path}/out "
+        "--max_steps 2 --random_flip False --crop_padding 0 --eval_fraction 0.25 --report_to none --use_cpu "
+        "--gr_warmup none".split()
+    )
+    model = AutoModelForImageClassification.from_pretrained(tmp_path / "out")
+    assert list(model.config.id2label.values()) == names and model.classifier.weight.shape[0] == 3
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "trained from a local checkpoint on the local file data.parquet (9 training examples)" in card
+
+
+def test_what_cannot_be_used_is_counted_and_nothing_else_is_lost(main, tmp_path, monkeypatch, capsys):
+    """Bad examples are left out by order; evaluation sees all others, whatever training drops; the home directory may
+    be read-only."""
+    monkeypatch.setattr("evaluate.config.HF_METRICS_CACHE", "/proc/no/such/folder")
+    gray = np.random.default_rng(0).integers(0, 65535, (20, 8, 8), dtype=np.uint16)
+    features = Features({"image": Image(), "label": ClassLabel(names=["odd", "even"])})
+    train = Dataset.from_dict({"image": list(gray), "label": [0, 1] * 9 + [-1, -1]}, features=features)
+    files = train.cast_column("image", Image(decode=False))["image"][:]
+    files[3] = {"bytes": b"no image", "path": None}
+    test = Dataset.from_dict({"image": files[:6], "label": [0, 1] * 3}, features=features)
+    (tmp_path / "data").mkdir()
+    train.to_parquet(tmp_path / "data" / "train.parquet")
+    test.to_parquet(tmp_path / "data" / "test.parquet")
+    main(
+        f"--dataset_name {tmp_path}/data --output_dir {tmp_path}/out --model vit-micro --skip_bad_examples --use_cpu "
+        "--image_max_value 65535 --per_device_train_batch_size 8 --per_device_eval_batch_size 8 --max_steps 2 "
+        "--dataloader_drop_last --report_to none --gr_warmup none --crop_padding 0".split()
+    )
+    results = json.loads((tmp_path / "out" / "all_results.json").read_text())
+    assert (results["train_skipped_examples"], results["eval_skipped_examples"]) == (2, 1)
+    assert results["epoch"] == 1.0  # two batches of 8 from 18
+    assert round(results["eval_accuracy"] * 5, 6) == round(results["eval_accuracy"] * 5)
+    assert "on 5 images" in capsys.readouterr().out
+
+
+def parquet(folder, features, columns):
+    dataset = Dataset.from_dict(columns, features=Features(features))
+    DatasetDict(train=dataset, test=dataset)["train"].to_parquet(folder / "data.parquet")
+    return str(folder / "data.parquet")
+
+
+def no_image(folder):
+    return ["--dataset_name", parquet(folder, {"text": Value("string")}, {"text": ["a", "b"]})]
+
+
+def string_labels(folder):
+    pixels = [np.zeros((8, 8), np.uint8)] * 2
+    features = {"image": Image(), "label": Value("string")}
+    return ["--dataset_name", parquet(folder, features, {"image": pixels, "label": ["cat", "dog"]})]
+
+
+def unwritable(folder):
+    (folder / "file").write_text("")
+    return ["--output_dir", str(folder / "file" / "out")]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--gr_r", "0"], "gr_r=0.0: the radius must be > 0"),
+        (["--gr_lambda", "-1"], "gr_lambda=-1.0: the degree must be >= 0"),
+        (
+            ["--gr_warmup_steps", "100", "--max_steps", "50"],
+            "gr_warmup_steps=100.0 is 100 steps, as long as the whole run",
+        ),
+        (["--dataset_name", "/no/such/data"], "dataset_name='/no/such/data' could not be loaded"),
+        (no_image, "The data set has no image column; its columns are text (string)"),
+        (string_labels, "The data set has no class label column; its columns are image (Image), label (string)"),
+        (
+            lambda f: [*string_labels(f), "--label_column_name", "label"],
+            "label_column_name='label' holds string, not cla",
+        ),
+        (unwritable, "cannot be written to"),
+        (
+            ["--resume_from_checkpoint", "/no/such/checkpoint"],
+            "resume_from_checkpoint=/no/such/checkpoint: there is no s",
+        ),
+        (["--model_name_or_path", "x", "--dropout", "0.2"], "dropout=0.2 has no effect with model_name_or_path='x'"),
+        (
+            ["--model", "resnet-18", "--dropout", "0.2"],
+            "dropout=0.2 has no effect with model='resnet-18'",
+        ),
+        (["--model", "vit-s", "--stem", "cifar"], "stem=cifar has no effect with model='vit-s', which is not a ResNet"),
+        (["--model_name_or_path", "x", "--weight_init", "xavier_normal"], "weight_init=xavier_normal has no effect"),
+        (["--optim", "lars", "--optim_args", "momentun=0.9"], "optim_args: momentun is unknown to optim=lars, which"),
+        (lambda f: [recipe_with_a_typo(f)], "unknown argument gr_radius; see --help"),
+    ],
+)
+def test_mistakes_are_named(arguments, message, main, tmp_path):
+    arguments = arguments(tmp_path) if callable(arguments) else arguments
+    if "--output_dir" not in arguments and not arguments[0].endswith(".yaml"):
+        arguments = [*arguments, "--output_dir", str(tmp_path / "out")]
+    with pytest.raises(ValueError) as error:
+        main([*arguments, "--use_cpu"])
+    assert message in str(error.value)
+
+
+def recipe_with_a_typo(folder):
+    (folder / "recipe.yaml").write_text("gr_radius: 0.1\n")
+    return str(folder / "recipe.yaml")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--gr_warmup", "foo"], "--gr_warmup: invalid choice: 'foo' (choose from"),
+        (["--optim", "nosuch"], "--optim: invalid choice: 'nosuch' (choose from"),
+        (["--model", "vit-xl"], "--model: invalid choice: 'vit-xl' (choose from"),
+    ],
+)
+def test_wrong_choices_are_named(arguments, message, main):
+    with pytest.raises(ValueError) as error:
+        main(arguments)
+    assert message in str(error.value)
+
+
+def test_recipes_parse(main):
+    module = sys.modules["train_vit"]
+    for recipe in (SCRIPTS / "recipes").glob("vit_*.yaml"):
+        model, data, args = module.parse_args([str(recipe), "--use_cpu", "--report_to", "none"])
+        assert args.gr_warmup == "zero" and model.model.startswith("vit-") and data.dataset_name
+    recipe = SCRIPTS / "recipes" / "resnet18_cifar10_tvlars.yaml"
+    model, _, args = module.parse_args([str(recipe), "--use_cpu", "--report_to", "none"])
+    assert (model.model, args.optim, args.lr_scaling) == ("resnet-18", "tvlars", "linear")
+    assert torch.get_default_dtype() == torch.float32
+
+
+def test_push_to_hub_uploads_the_finished_card(main, monkeypatch, tmp_path):
+    """The client is replaced; what it is asked to upload is real."""
+    uploads = []
+
+    def upload_folder(self, repo_id, folder_path, **kwargs):
+        folder = Path(folder_path)
+        uploads.append((repo_id, {p.name for p in folder.iterdir()}, (folder / "README.md").read_text()))
+
+    repository = type("Url", (), {"repo_id": "somebody/digits"})
+    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", lambda self, name, **kwargs: repository)
+    monkeypatch.setattr("huggingface_hub.HfApi.upload_folder", upload_folder)
+    main(
+        f"--output_dir {tmp_path}/vit --push_to_hub --hub_model_id digits --num_train_epochs 0.1 --use_cpu "
+        "--max_train_samples 128 --eval_strategy no".split()
+    )
+    repository, files, card = uploads[-1]
+    assert repository == "somebody/digits"
+    assert {"model.safetensors", "config.json", "preprocessor_config.json", "curves.png", "README.md"} <= files
+    assert 'model="somebody/digits"' in card and "| accuracy |" in card and "name: digits" in card
+    assert "type: " not in card  # the digits have no name on the Hub
+
+
+def test_a_token_is_not_written_into_files(monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_TOKEN", "")
+    argv = ["--output_dir", str(tmp_path), "--hub_token", "hf_secret", "--use_cpu"]
+    (args,) = script.parse_args((GRConfig,), argv, None, without_it=("output_dir",))
+    assert args.hub_token is None and os.environ["HF_TOKEN"] == "hf_secret"
+    torch.save(args, tmp_path / "training_args.bin")
+    assert b"hf_secret" not in (tmp_path / "training_args.bin").read_bytes()
+    assert script.command_line(str(SCRIPT), argv, args).endswith("--hub_token ... --use_cpu")
+
+
+@pytest.mark.parametrize("path", sorted((SCRIPTS / "accelerate").glob("*.yaml")), ids=lambda path: path.stem)
+def test_accelerate_configurations_say_only_what_accelerate_knows(path):
+    """And start what they say. The two for a CPU are those that `launch` uses."""
+    config = load_config_from_file(str(path))
+    known = vars(launch_command_parser().parse_args(["script.py"]))
+    assert set(config.fsdp_config) <= set(known)
+    assert config.distributed_type.value == {"cpu": "NO", "fsdp2": "FSDP"}.get(path.stem, "MULTI_GPU")
+    assert config.use_cpu == path.stem.startswith("cpu")
+    if path.stem == "fsdp2":
+        args = launch_command_parser().parse_args(["--config_file", str(path), "script.py"])
+        args, *_ = _validate_launch_command(args)
+        assert args.use_fsdp and str(args.fsdp_version) == "2" and args.mixed_precision == "bf16"
+
+
+def test_fsdp_on_a_cpu_is_refused(main, tmp_path, monkeypatch):
+    """accelerate would start two processes and train them under DDP."""
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match="FSDP here: accelerate shards on accelerators alone"):
+        main(["--use_cpu", "--output_dir", str(tmp_path), "--report_to", "none"])

@@ -1,0 +1,52 @@
+"""With `dataloader_drop_last` nothing but the rest of the training data is dropped."""
+
+import math
+
+import pytest
+
+from helpers import toys
+from hf_gr import GRConfig, GRTrainer
+from hf_gr.cli.trainers import CausalLMTrainer, FullEvaluation, perplexity, steps_for_tokens
+
+
+class Whole(FullEvaluation, GRTrainer):
+    pass
+
+
+def trainer(cls, folder, count, **kwargs):
+    args = GRConfig(**toys.arguments(folder, dataloader_drop_last=True, per_device_eval_batch_size=8, **kwargs))
+    return cls(toys.vit(), args, train_dataset=toys.images(count), eval_dataset=toys.images(11))
+
+
+def test_evaluation_sees_the_last_batch(tmp_path):
+    whole = trainer(Whole, tmp_path, 10)
+    assert whole.evaluate()["eval_loss"] > 0
+    assert whole.evaluation_loop(whole.get_eval_dataloader(), "").num_samples == 11
+    assert whole.args.dataloader_drop_last and len(whole.get_train_dataloader()) == 5
+    assert issubclass(CausalLMTrainer, FullEvaluation)
+
+
+@pytest.mark.parametrize(
+    ("count", "message"),
+    [(3, r"the 3 training examples do not fill one batch of 4 \(4 on each of 1"), (0, "There is no training example")],
+)
+def test_training_data_without_a_batch_is_refused(count, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        trainer(Whole, tmp_path, count, per_device_train_batch_size=4).train()
+
+
+def test_perplexity_does_not_overflow():
+    assert perplexity(0.0) == 1.0
+    assert perplexity(1e6) == math.inf
+    assert math.isnan(perplexity(math.nan))
+
+
+def test_steps_for_tokens(tmp_path):
+    args = GRConfig(**toys.arguments(tmp_path, max_steps=-1, gradient_accumulation_steps=3))
+    assert steps_for_tokens(601, args, block_size=100) == 2  # 2 x 3 x 100 in a step
+    assert steps_for_tokens(600, args, block_size=100) == 1
+    with pytest.raises(ValueError, match="max_train_tokens=0: give at least 1"):
+        steps_for_tokens(0, args, 100)
+    args.max_steps = 5
+    with pytest.raises(ValueError, match="max_train_tokens=9 and max_steps=5 both say how long to train"):
+        steps_for_tokens(9, args, 100)

@@ -1,0 +1,17 @@
+"""What tests share. Importing it, in this process or in a worker's, sets the environment of all tests."""
+
+import os
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+TESTS, SCRIPTS = ROOT / "tests", ROOT / "scripts"
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+os.environ["PYTHONPATH"] = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])  # for workers
+
+import torch
+from transformers import logging
+
+torch.set_num_threads(1)
+logging.disable_progress_bar()

@@ -1,0 +1,280 @@
+"""What each process of `test_distributed.py` runs: training, once per case; the paths go to a file.
+
+torchrun --nproc_per_node N distributed_worker.py FOLDER SUITE...
+"""
+
+import os
+import sys
+
+import torch
+import torch.distributed as dist
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from torch.distributed.tensor import DTensor
+
+from helpers import own_loop, toys
+from hf_gr import GRConfig, GRTrainer
+from hf_gr.cli.output_folder import claim_output_folder
+
+PRECISIONS = ("float32", "scaled", "bf16")
+CASES = [
+    (scope, accumulation, degree, precision)
+    for scope in ("global", "local", "micro")
+    for accumulation in (1, 3)
+    for precision in PRECISIONS
+    for degree in ((0.5, 1.0) if precision == "float32" else (0.5,))
+]
+FSDP_CASES = [(accumulation, degree, precision)
+              for accumulation in (1, 3) for degree in (0.5, 1.0) for precision in ("float32", "bf16")]  # fmt: skip
+STEPS = 3
+LEARNING_RATE = 0.1
+EXAMPLES = 72
+IRE_CASES = {
+    (accumulation, degree): {
+        "gr_lambda": degree,
+        "gradient_accumulation_steps": accumulation,
+        "ire_kappa": 2.0,
+        "ire_interval": 2,
+        "ire_start_step": 0,
+        "seed": 5,
+    }
+    for accumulation in (1, 2)
+    for degree in (0, 0.1)
+}
+
+OPTIMIZER_CASES = {
+    (optim, accumulation, degree): {
+        "optim": optim,
+        "gr_lambda": degree,
+        "gradient_accumulation_steps": accumulation,
+        # Some steps of a size that is seen, for the batch of 4 accumulated ones.
+        "learning_rate": {"lamb": 0.5, "lars": 200.0, "tvlars": 200.0}[optim],
+        "lr_scaling": "linear",
+        "weight_decay": 0.1,
+        "layer_statistics_steps": 1,
+    }
+    for optim in ("lamb", "lars", "tvlars")
+    for accumulation in (1, 2)
+    for degree in (0, 0.1)
+}
+
+
+def flags_of(scope: str, accumulation: int, degree: float, precision: str) -> dict:
+    return {
+        "gr_scope": scope,
+        "gr_lambda": degree * 0.1,
+        "gradient_accumulation_steps": accumulation,
+        "bf16": precision == "bf16",
+    }
+
+
+def full(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+class RanksAgree(toys.PathRecorder):
+    """Fails in the step after which two processes differ in any bit."""
+
+    def _record(self, model):
+        self.path.append(torch.cat([full(p.detach()).reshape(-1) for p in model.parameters()]).clone())
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        super().on_step_end(args, state, control, model=model, **kwargs)
+        if dist.is_initialized():
+            require_equal_ranks(self.path[-1], f"step {state.global_step}")
+
+
+def require_equal_ranks(mine: torch.Tensor, when: str) -> None:
+    everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(everyone, mine)
+    assert all(torch.equal(other, mine) for other in everyone), f"ranks differ at {when}"
+
+
+def trainer_of(output_dir: str, cls=GRTrainer, callbacks=(), **flags) -> GRTrainer:
+    settings = {
+        "ddp_backend": "gloo",
+        "max_steps": STEPS,
+        "optim": "sgd",
+        "learning_rate": LEARNING_RATE,
+        "lr_scheduler_type": "constant",
+        "max_grad_norm": 0.0,
+        "gr_warmup": "none",
+        **flags,
+    }
+    args = GRConfig(**toys.arguments(output_dir, **settings))
+    return cls(model=toys.llama(), args=args, train_dataset=toys.text(EXAMPLES), callbacks=[*callbacks])
+
+
+def reset_state() -> None:
+    """Undo what a case has changed in the state that all accelerators share."""
+    AcceleratorState._reset_state()
+    if dist.is_initialized():
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_CPU
+
+
+def run(output_dir: str, cls=GRTrainer, resume=None, **flags) -> list[torch.Tensor]:
+    recorder = RanksAgree()
+    trainer_of(output_dir, cls, [recorder], **flags).train(resume_from_checkpoint=resume)
+    reset_state()
+    return recorder.path
+
+
+class Estimates(GRTrainer):
+    """Keeps, for each choice of coordinates, the weights, the estimate and the masks; ranks must agree in every bit."""
+
+    def _ire_update_mask(self, batch_samples):
+        super()._ire_update_mask(batch_samples)
+        params = list(self.model.parameters())
+        self.kept[-1]["masks"] = [self._ire._masks[p].clone() for p in params]
+        for tensor in (*self.kept[-1]["masks"], *self.kept[-1]["estimate"]):
+            require_equal_ranks(tensor, "an estimate")
+
+    def _ire_probe(self, batch_samples):
+        result = super()._ire_probe(batch_samples)
+        estimate = [p.grad.clone() for p in self.model.parameters()]
+        self.kept.append({"step": self.state.global_step, "weights": toys.weights(self.model), "estimate": estimate})
+        return result
+
+
+class OverflowOnOneRank(GRTrainer):
+    """The loss of the last process is infinite in one pass of the second step; ranks must skip it together."""
+
+    in_second_pass = False
+
+    def compute_loss(self, *args, **kwargs):
+        loss = super().compute_loss(*args, **kwargs)
+        is_last = dist.get_rank() == dist.get_world_size() - 1
+        overflow = is_last and self.state.global_step == 1 and self.gr_second_pass == self.in_second_pass
+        return loss * float("inf") if overflow else loss
+
+
+class ScaledOverflow(OverflowOnOneRank, toys.ScaledTrainer):
+    pass
+
+
+def overflow_on_one_rank(folder: str) -> None:
+    for second in (False, True):
+        for scope in ("global", "local", "micro"):
+            for degree in (0.5, 1.0):
+                for base in (OverflowOnOneRank, ScaledOverflow):
+                    cls = type("Overflow", (base,), {"in_second_pass": second})
+                    recorder, flags = RanksAgree(), flags_of(scope, 2, degree, "float32")
+                    trainer = trainer_of(folder, cls, [recorder], **flags)
+                    trainer.train()
+                    reset_state()
+                    case = (second, scope, degree, base.__name__)
+                    assert torch.equal(recorder.path[2], recorder.path[1]), case
+                    assert not torch.equal(recorder.path[3], recorder.path[2]), case
+                    if base is ScaledOverflow:
+                        assert trainer.accelerator.scaler.get_scale() == toys.ScaledTrainer.SCALE / 2, case
+                    else:
+                        assert trainer.nonfinite_guard.skipped_steps == 1, case
+
+
+class Sharded(GRTrainer):
+    """FSDP2 on CPUs, which accelerate does not select by itself."""
+
+    def create_accelerator_and_postprocess(self):
+        super().create_accelerator_and_postprocess()
+        state = self.accelerator.state
+        state.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+        state.fsdp_plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=2,
+            auto_wrap_policy="transformer_based_wrap",
+            transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
+            cpu_ram_efficient_loading=False,
+            state_dict_type="SHARDED_STATE_DICT",
+        )
+        if self.args.bf16:
+            state.fsdp_plugin.set_mixed_precision("bf16")
+        self.is_fsdp_enabled = True
+        os.environ.pop("ACCELERATE_USE_FSDP", None)  # set by the plugin, for good
+
+    def training_step(self, model, *args, **kwargs):
+        assert self.accelerator.is_fsdp2 and all(isinstance(p, DTensor) for p in model.parameters())
+        return super().training_step(model, *args, **kwargs)
+
+
+def loop(folder: str) -> list[dict]:
+    """What the loop of the README makes in each process, in order."""
+    os.environ["ACCELERATE_USE_CPU"] = "true"  # as a file of `accelerate config` says it
+    mine = own_loop.run_block(seed=int(os.environ["RANK"]))
+    found = [None] * dist.get_world_size()
+    dist.all_gather_object(found, mine)
+    reset_state()
+    return found
+
+
+def fsdp(folder: str) -> dict:
+    results = {case: run(folder, Sharded, **flags_of("global", *case)) for case in FSDP_CASES}
+    settings = {"max_steps": 4, "gr_warmup": "zero", "warmup_steps": 1, "optim": "adamw_torch", "learning_rate": 1e-2,
+                "gradient_accumulation_steps": 2, "save_strategy": "steps", "save_steps": 2}  # fmt: skip
+    recorder = RanksAgree()
+    trainer = trainer_of(folder, Sharded, [recorder], **settings)
+    trainer.train()
+    trainer.save_model(f"{folder}/final")
+    reset_state()
+    results["whole"] = recorder.path
+    results["resumed"] = run(folder, Sharded, f"{folder}/checkpoint-2", **{**settings, "save_strategy": "no"})
+    return results
+
+
+def ire(folder: str) -> dict:
+    estimates = {}
+    for case, flags in IRE_CASES.items():
+        estimates[case] = Estimates.kept = []
+        run(folder, Estimates, **flags)
+    return estimates
+
+
+#: The same examples in each step, whether one process accumulates two batches or two processes have one each.
+RESUME = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, "optim": "adamw_torch", "learning_rate": 1e-2}
+
+
+def all_processes_refuse_a_folder_that_is_taken(args: GRConfig) -> None:
+    """The main process alone looks; the others must not wait for it."""
+    with claim_output_folder(args):
+        try:
+            claim_output_folder(args).__enter__()
+        except ValueError:
+            return
+    raise AssertionError("a second run was let into the folder")
+
+
+def resume(folder: str) -> dict:
+    """What one process has written goes on in two; what two write is for one to go on with."""
+    all_processes_refuse_a_folder_that_is_taken(GRConfig(**toys.arguments(f"{folder}/taken", ddp_backend="gloo")))
+    return {
+        "from_one": run(f"{folder}/resumed", resume=f"{folder}/one/checkpoint-2", **RESUME),
+        "two": run(f"{folder}/two", **RESUME),
+    }
+
+
+SUITES = {
+    "scopes": lambda folder: {
+        case: run(folder, toys.ScaledTrainer if case[3] == "scaled" else GRTrainer, **flags_of(*case)) for case in CASES
+    },
+    "float32": lambda folder: {case: run(folder, **flags_of(*case)) for case in CASES if case[2:] == (0.5, "float32")},
+    "ire": ire,
+    "optimizers": lambda folder: {
+        case: run(f"{folder}/optimizers", **flags) for case, flags in OPTIMIZER_CASES.items()
+    },
+    "overflow": overflow_on_one_rank,
+    "resume": resume,
+    "fsdp": fsdp,
+    "loop": loop,
+}
+
+
+if __name__ == "__main__":
+    folder = sys.argv[1]
+    results = {suite: SUITES[suite](folder) for suite in sys.argv[2:]}
+    if int(os.environ["RANK"]) == 0:
+        torch.save(results, f"{folder}/results.pt")
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+    # FSDP leaves groups whose threads torch sometimes aborts on as the process ends: pytorch/pytorch#190489. Everything
+    # has been written by then.
+    sys.stdout.flush()
+    os._exit(0)

@@ -1,0 +1,534 @@
+"""Grids of runs: what is run, what is not run again, and what the tables say."""
+
+import csv
+import importlib.util
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from matplotlib.figure import Figure
+from PIL import Image
+
+from helpers import SCRIPTS
+from helpers.scripts import load_script
+from hf_gr.errors import Failure
+from hf_gr.reporting.grid import Run, expand, run_grid
+from hf_gr.reporting.grid_file import Grid, load_grid
+from hf_gr.reporting.grid_report import (
+    _plot_metric,
+    _published_key,
+    check_published,
+    markdown_table,
+    plot_arms,
+    plot_heat_map,
+    plot_sensitivity,
+    table_like_the_papers,
+    write_results,
+)
+
+ARMS = {"off": {"gr_lambda": 0}, "on": {"gr_lambda": 0.1}}
+
+#: Stands for a training: writes down that it ran, takes its time, and leaves the files of one.
+TRAINING = """
+import json, os, pathlib, sys, time
+flags = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+folder = pathlib.Path(flags["--output_dir"])
+with open(folder.parent / "started.txt", "a") as log:
+    log.write(folder.name + "\\n")
+told = folder.parent / "told.json"
+told = json.loads(told.read_text()) if told.exists() else {}
+waits = told.get("waits") in (folder.name, "all")
+while waits and not (folder.parent / "go").exists():
+    time.sleep(0.02)
+if flags["--gr_lambda"] == told.get("fails_at"):
+    sys.exit("no luck")
+degree = float(flags["--gr_lambda"])
+if (folder.parent / "environment").is_dir():
+    (folder.parent / "environment" / folder.name).write_text(json.dumps([sys.argv, os.environ.get("HF_TOKEN")]))
+loss = degree * (1 + int(flags["--seed"]) / 10) + int(flags["--seed"]) * 0.01
+if [flags["--gr_lambda"], flags["--seed"]] in told.get("diverges", []):
+    loss = float("nan")
+passes = 2 if degree else 1
+history = [{"step": s, "eval_loss": loss + 1 - s / 10, "grad_norm": 1.0, "train_seconds": s * (1 + degree),
+            "train_passes": passes * s} for s in range(1, 11)]
+results = {"eval_loss": loss, "train_seconds": history[-1]["train_seconds"], "train_passes": 10 * passes}
+for name, content in (("all_results", results), ("eval_results", results), ("trainer_state", {"log_history": history})):
+    (folder / f"{name}.json").write_text(json.dumps(content))
+"""
+
+
+@pytest.fixture
+def training(tmp_path) -> Path:
+    script = tmp_path / "training.py"
+    script.write_text(TRAINING)
+    return script
+
+
+def started(folder: Path) -> list[str]:
+    log = folder / "started.txt"
+    return log.read_text().split() if log.exists() else []
+
+
+def kill_when_started(worker: subprocess.Popen, folder: Path, run: str, kill=os.kill) -> None:
+    while worker.poll() is None and run not in started(folder):
+        time.sleep(0.02)
+    kill(worker.pid, signal.SIGKILL)
+    worker.wait()
+
+
+def test_every_combination_is_expanded_once(tmp_path):
+    grid = Grid("x.py", ARMS, "off", recipe="r.yaml", flags={"a": 1}, axes={"model": ["m/s", "l"]}, seeds=[0, 1])
+    runs = expand(grid, tmp_path, Path("recipes"), ["--b", "2"])
+    assert [run.name for run in runs[:4]] == ["s_off_0", "s_on_0", "l_off_0", "l_on_0"] and len(runs) == 8
+    assert runs[1].arguments == ["recipes/r.yaml", "--a", "1", "--b", "2", "--model", "m/s", "--gr_lambda", "0.1",
+                                 "--seed", "0", "--output_dir", str(tmp_path / "s_on_0")]  # fmt: skip
+    assert runs[1].point == {"model": "m/s", "arm": "on", "seed": 0}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"baseline": "none"}, "baseline='none': choose one of the arms, off, on"),
+        ({"seeds": [0, 0]}, r"seeds=\[0, 0\]: list each value once"),
+        ({"axes": {"gr_r": []}}, r"gr_r=\[\]: list each value once, and at least one"),
+        ({"arm": {}}, "grid.yaml: unknown key arm"),
+    ],
+)
+def test_mistakes_in_a_grid_are_named(changes, message, tmp_path):
+    content = {"script": "x.py", "arms": ARMS, "baseline": "off", **changes}
+    (tmp_path / "grid.yaml").write_text(yaml.safe_dump(content))
+    with pytest.raises(ValueError, match=message):
+        load_grid(tmp_path / "grid.yaml")
+
+
+@pytest.mark.parametrize(
+    ("axes", "extra", "message"),
+    [
+        ({"gr_lambda": [0.1, 0.2]}, [], "gr_lambda: an axis has no effect on a flag that the arms set"),
+        ({}, ["--gr_lambda", "0.3"], "--gr_lambda: no effect, the grid sets it for each run"),
+        ({"gr_r": [0.1]}, ["--gr_r=0.2", "--seed", "1"], "--gr_r, --seed: no effect"),
+    ],
+)
+def test_flags_without_effect_are_refused(axes, extra, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        expand(Grid("x.py", ARMS, "off", axes=axes), tmp_path, tmp_path, extra)
+
+
+def test_a_grid_that_is_not_there_and_a_scale_that_is_not_there():
+    with pytest.raises(ValueError, match=r"Give a file, or one of gr-table1, gr-table2, gr-table4, gr-table5, ire"):
+        load_grid(SCRIPTS / "grids" / "nothing.yaml")
+    with pytest.raises(ValueError, match=r"gr-table2\.yaml: scale='huge': choose one of smoke, cpu, paper"):
+        load_grid(SCRIPTS / "grids" / "gr-table2.yaml", "huge")
+
+
+@pytest.mark.parametrize("path", sorted((SCRIPTS / "grids").glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_grids_make_command_lines_that_their_scripts_take(path, tmp_path):
+    for scale in yaml.safe_load(path.read_text())["scales"]:
+        grid = load_grid(path, scale)
+        spec = importlib.util.spec_from_file_location(Path(grid.script).stem, SCRIPTS / grid.script)
+        script = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = script  # dataclasses look their module up
+        spec.loader.exec_module(script)
+        runs = expand(grid, tmp_path, SCRIPTS / "recipes", ["--use_cpu", "True", "--bf16", "False"])
+        load_script("compare").check_command_lines(grid, runs)
+        if grid.published:
+            check_published(grid, path.parent / grid.published["file"])
+        for run in runs:
+            *_, args = script.parse_args(run.arguments)
+            assert args.output_dir == str(run.folder) and args.seed == run.point["seed"]
+
+
+def test_what_is_finished_is_not_run_again(training, tmp_path):
+    grid = Grid(training.name, ARMS, "off", seeds=[0, 1])
+    ended = []
+    for _ in range(2):
+        runs = expand(grid, tmp_path, tmp_path)
+        run_grid(training, runs, 2, lambda run, well: ended.append((run.name, well)))
+        assert all(run.is_finished for run in runs)
+    assert sorted(started(tmp_path)) == sorted(run.name for run in runs) and len(ended) == 4
+    grid.seeds = [0, 1, 2]  # more of them later
+    run_grid(training, expand(grid, tmp_path, tmp_path))
+    assert sorted(started(tmp_path)[4:]) == ["off_2", "on_2"]
+
+
+def test_what_fails_is_said_and_run_again_the_next_time(training, tmp_path):
+    grid = Grid(training.name, ARMS, "off")
+    ended = []
+    (tmp_path / "told.json").write_text(json.dumps({"fails_at": "0.1"}))
+    failing = expand(grid, tmp_path, tmp_path)
+    run_grid(training, failing, on_end=lambda run, well: ended.append((run.name, well)))
+    assert ended == [("off_0", True), ("on_0", False)]
+    assert "no luck" in (tmp_path / "on_0" / "log.txt").read_text()
+    (tmp_path / "told.json").unlink()
+    run_grid(training, expand(grid, tmp_path, tmp_path))
+    assert started(tmp_path) == ["off_0", "on_0", "on_0"]
+
+
+def test_why_a_run_failed_is_printed(training, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "told.json").write_text(json.dumps({"fails_at": "0.1"}))
+    with pytest.raises(Failure, match="1 of 2 runs failed"):
+        compare_here("--preset", grid_file(tmp_path, training), "--output_dir", tmp_path / "out")
+    assert "on_0 failed: no luck" in capsys.readouterr().out
+
+
+def test_what_is_finished_is_not_passed_off_as_what_another_command_would_have_run(training, tmp_path):
+    grid = Grid(training.name, ARMS, "off")
+    run_grid(training, expand(grid, tmp_path, tmp_path, ["--image_size", "16"]))
+    for other, differing in (([], "--image_size 16"), (["--image_size", "8"], "16 8")):
+        with pytest.raises(ValueError, match=rf"off_0 was run with other arguments \(differing: {differing}\)"):
+            run_grid(training, expand(grid, tmp_path, tmp_path, other))
+    (tmp_path / "x").mkdir()
+    elsewhere = tmp_path / "x" / ".."  # the same folder, by another name
+    run_grid(training, expand(grid, elsewhere, elsewhere, ["--image_size", "16"]))
+    assert len(started(tmp_path)) == 2
+
+
+def test_killed_in_the_middle_only_the_unfinished_are_run(training, tmp_path):
+    """What the killed worker had taken is run again."""
+    code = (
+        "import sys; from pathlib import Path\n"
+        "import hf_gr.reporting.grid as g; from hf_gr.reporting.grid_file import Grid\n"
+        f"folder = Path({str(tmp_path)!r}); grid = Grid('x', {ARMS!r}, 'off', seeds=[0, 1])\n"
+        "runs = g.expand(grid, folder, folder)\n"
+        f"g.run_grid(Path({str(training)!r}), runs)"
+    )
+    (tmp_path / "told.json").write_text(json.dumps({"waits": "on_0"}))
+    worker = subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
+    kill_when_started(worker, tmp_path, "on_0", os.killpg)
+    runs = expand(Grid("x", ARMS, "off", seeds=[0, 1]), tmp_path, tmp_path)
+    assert [run.is_finished for run in runs] == [True, False, False, False]
+    (tmp_path / "go").touch()
+    run_grid(training, runs)
+    assert all(run.is_finished for run in runs)
+    assert [started(tmp_path).count(run.name) for run in runs] == [1, 2, 1, 1]
+
+
+def test_a_run_whose_worker_was_killed_is_waited_for_not_started_again(training, tmp_path, monkeypatch):
+    """The child goes on without its worker, and has the lock."""
+    grid = Grid("x", ARMS, "off")
+    code = (
+        "from pathlib import Path; from hf_gr.reporting.grid_file import Grid\n"
+        "from hf_gr.reporting.grid import expand, run_grid\n"
+        f"folder = Path({str(tmp_path)!r})\n"
+        f"run_grid(Path({str(training)!r}), expand(Grid('x', {ARMS!r}, 'off'), folder, folder))"
+    )
+    (tmp_path / "told.json").write_text(json.dumps({"waits": "all"}))
+    worker = subprocess.Popen([sys.executable, "-c", code])
+    kill_when_started(worker, tmp_path, "off_0")
+    runs = expand(grid, tmp_path, tmp_path)
+    assert started(tmp_path) == ["off_0"] and [run.is_locked() for run in runs] == [True, False]
+    waiting = []
+
+    def end(message):
+        waiting.append(message)
+        (tmp_path / "go").touch()
+
+    (tmp_path / "told.json").unlink()  # for the second run; the first has read it
+    monkeypatch.setattr(logging.getLogger("hf_gr.reporting.grid"), "warning", end)
+    run_grid(training, runs)
+    assert waiting == ["Waiting for others, who are at work on off_0."]
+    assert all(run.is_finished for run in runs) and started(tmp_path) == ["off_0", "on_0"]
+
+
+def test_other_arguments_are_refused_while_a_run_is_under_way(training, tmp_path):
+    (run, _) = expand(Grid("x", ARMS, "off"), tmp_path, tmp_path, ["--image_size", "16"])
+    run.folder.mkdir()
+    (run.folder / "settings.json").write_text(json.dumps(run.settings))
+    with (
+        run.lock(),
+        pytest.raises(ValueError, match=r"off_0 was run with other arguments \(differing: --image_size 16"),
+    ):
+        run_grid(training, expand(Grid("x", ARMS, "off"), tmp_path, tmp_path))
+    assert not (tmp_path / "started.txt").exists()
+
+
+def test_values_with_the_same_name_get_folders_of_their_own(tmp_path):
+    """Those whose name is unambiguous keep it, so that their finished runs are found."""
+    grid = Grid(
+        "x", {"a b": {}, "a-b": {}, "c": {}}, "c", axes={"data": ["/one/cifar", "/two/cifar", "Mnist", "mnist"]}
+    )
+    runs = expand(grid, tmp_path, tmp_path)
+    assert len({run.name.casefold() for run in runs}) == len(runs) == 12
+    assert [run.name for run in expand(Grid("x", {"a b": {}, "c": {}}, "c", axes={"data": ["/one/cifar"]}), tmp_path,
+                                       tmp_path)] == ["cifar_a-b_0", "cifar_c_0"]  # fmt: skip
+    swapped = Grid(
+        "x", {"c": {}, "a-b": {}, "a b": {}}, "c", axes={"data": ["mnist", "/two/cifar", "Mnist", "/one/cifar"]}
+    )
+    assert {run.name: run.point for run in expand(swapped, tmp_path, tmp_path)} == {run.name: run.point for run in runs}
+
+
+SECRETS = ["hf_the_first_secret", "hf_the_second_secret", "hf_in_the_environment"]
+
+
+def grid_file(folder: Path, training: Path, **changes) -> Path:
+    content = {"script": str(training), "arms": ARMS, "baseline": "off", **changes}
+    (folder / "grid.yaml").write_text(yaml.safe_dump(content))
+    return folder / "grid.yaml"
+
+
+def compare_here(*argv) -> None:
+    load_script("compare").main([str(word) for word in argv])
+
+
+@pytest.mark.parametrize("flags", [["--hub_token"] * 2, ["--hub-token"] * 2, ["--hub_tok"] * 2], ids=lambda f: f[0])
+def test_no_token_gets_into_files_or_command_lines(flags, training, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", SECRETS[2])
+    out = tmp_path / "out"
+    (out / "environment").mkdir(parents=True)
+    argv = [word for pair in zip(flags, SECRETS[:2], strict=True) for word in pair]
+    path = grid_file(tmp_path, training, flags={"hub_model_id": f"me/hf_{'1a' * 17}"})
+    compare_here("--preset", path, "--output_dir", out, *argv, "--run_name", SECRETS[0], "--tag", f"x/{SECRETS[2]}")
+    arguments, token = json.loads((out / "environment" / "on_0").read_text())
+    assert token == SECRETS[1] and not any("hub_tok" in word.replace("-", "_") for word in arguments)
+    for file in out.rglob("*"):
+        if file.is_file() and file.parent.name != "environment":
+            content = file.read_bytes().decode(errors="replace")
+            assert not any(secret in content for secret in (*SECRETS, "1a" * 17)), file
+    assert "--run_name ... --tag x/..." in (out / "table.md").read_text()
+
+
+def test_folders_that_were_begun_with_a_token_are_found(training, tmp_path):
+    runs = expand(Grid("x", ARMS, "off"), tmp_path, tmp_path, ["--hub_token", SECRETS[0], "--image-size", "8"])
+    run_grid(training, runs)
+    for run in runs:  # as it was written once
+        (run.folder / "settings.json").write_text(json.dumps(["--hub_token", SECRETS[0], *run.settings]))
+    run_grid(training, expand(Grid("x", ARMS, "off"), tmp_path, tmp_path, ["--image_size", "8"]))
+    assert len(started(tmp_path)) == 2
+
+
+def test_a_metric_that_is_not_reported_stops_after_the_first_run(training, tmp_path):
+    path = grid_file(tmp_path, training, metric="eval_eror", seeds=[0, 1, 2])
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"metric='eval_eror': \S+off_0 does not have it.* one of eval_loss"):
+            compare_here("--preset", path, "--output_dir", tmp_path / "out")
+        assert started(tmp_path / "out") == ["off_0"]
+
+
+def test_published_numbers_that_are_not_there_are_named_before_the_first_run(training, tmp_path):
+    published = {"file": "p.csv", "arms": {"on": "gr"}, "names": {"vit": "ViT"}}
+    path = grid_file(tmp_path, training, published=published)
+    with pytest.raises(ValueError, match=r"published.file=\S+p.csv: it cannot be read"):
+        compare_here("--preset", path, "--output_dir", tmp_path / "out")
+    header = "table,model,dataset,optimizer,method,mean,std\n"
+    for content, message in (
+        ("a,b\n", "it has no column dataset, mean, method, model, optimizer, std"),
+        (f"{header}T,ViT,c,o,other,1,\n", "published.arms: gr is not in the column method"),
+        (f"{header}T,x,c,o,gr,1,\n", "published.names: ViT is not in the column model or dataset or optimizer"),
+        (f"{header}T,ViT,c\n", "a row has fewer values"),
+    ):
+        (tmp_path / "p.csv").write_text(content)
+        with pytest.raises(ValueError, match=message):
+            compare_here("--preset", path, "--output_dir", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["all_results.json", "trainer_state.json", "settings.json"])
+def test_a_truncated_file_is_named(name, training, tmp_path):
+    path = grid_file(tmp_path, training)
+    compare_here("--preset", path, "--output_dir", tmp_path / "out")
+    file = tmp_path / "out" / "on_0" / name
+    file.write_text(file.read_text()[:9])
+    with pytest.raises(ValueError, match=rf"on_0/{name} is not valid JSON .* delete its folder and run again"):
+        compare_here("--preset", path, "--output_dir", tmp_path / "out")
+
+
+# ---- Reports ----
+
+
+@pytest.mark.parametrize(("axis", "picture"), [(["--axis", "a=1,2"], "sensitivity.png"),
+                                               (["--axis", "a=1", "--axis", "b=1"], "heat_map.png")])  # fmt: skip
+def test_runs_that_have_diverged_are_shown_as_such(axis, picture, training, tmp_path):
+    (tmp_path / "out").mkdir()
+    diverging = [["0.1", "0"], ["0.1", "1"], ["0", "1"]]
+    (tmp_path / "out" / "told.json").write_text(json.dumps({"diverges": diverging}))
+    path = grid_file(tmp_path, training, seeds=[0, 1], percent=True)
+    compare_here("--preset", path, "--output_dir", tmp_path / "out", "--workers", 2, *axis)
+    table = (tmp_path / "out" / "table.md").read_text()
+    assert "| off | 0 (1 of 2 seeds) | 0, nan |  |  | 0 (1 of 2 seeds) | 0 (1 of 2 seeds) |" in table
+    assert "| on | nan (0 of 2 seeds) | nan, nan |  |  | nan (0 of 2 seeds) |" in table
+    assert {"curves.png", picture} <= {file.name for file in (tmp_path / "out").iterdir()}
+
+
+def test_a_mean_over_some_of_the_seeds_says_so(training, tmp_path):
+    """At equal seconds: seed 1 of `on` has its first evaluation when `off` is long done."""
+    grid = Grid(training.name, ARMS, "off", seeds=[0, 1])
+    runs = expand(grid, tmp_path, tmp_path)
+    run_grid(training, runs)
+    path = tmp_path / "on_1" / "trainer_state.json"
+    history = json.loads(path.read_text())["log_history"]
+    path.write_text(json.dumps({"log_history": [{**e, "train_seconds": 99} for e in history]}))
+    line = markdown_table(grid, runs).splitlines()[3]
+    assert line == "| on | 0.11 ± 0.014 | 0.1, 0.12 | +0.105 | 0.03 | 0.61 | 0.2 (1 of 2 seeds) | 20 | 11 |"
+
+
+def test_names_do_not_break_the_table(training, tmp_path):
+    grid = Grid(training.name, {"a|b": {"gr_lambda": 0}}, "a|b")
+    runs = expand(grid, tmp_path, tmp_path)
+    run_grid(training, runs)
+    assert markdown_table(grid, runs).splitlines()[2].startswith(r"| a\|b | 0 |")
+
+
+@pytest.fixture
+def finished(training, tmp_path) -> tuple[Grid, list[Run]]:
+    grid = Grid(training.name, ARMS, "off", axes={"gr_r": [0.1, 0.2]}, seeds=[0, 1, 2])
+    runs = expand(grid, tmp_path, tmp_path)
+    run_grid(training, runs, 2)
+    return grid, runs
+
+
+def test_the_tables_say_what_the_runs_have(finished, tmp_path):
+    grid, runs = finished
+    write_results(runs, tmp_path / "results.csv")
+    with (tmp_path / "results.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 12 and rows[0] == {
+        "gr_r": "0.1", "arm": "off", "seed": "0", "eval_loss": "0.0", "train_seconds": "10.0", "train_passes": "10",
+    }  # fmt: skip
+    lines = markdown_table(grid, runs).splitlines()
+    assert lines[0].startswith("| gr_r |  | loss, mean ± std | each seed | against off | p |")
+    # `off` takes 10 s; of `on`, which takes 11, that leaves step 9, at a loss of 0.12 + 0.1 on average. It takes 20
+    # passes, of which 10 leave step 5, at 0.12 + 0.5.
+    assert lines[2] == "| 0.1 | off | 0.01 ± 0.01 | 0, 0.01, 0.02 |  |  | 0.01 | 0.01 | 10 | 10 |"
+    assert lines[3] == "| 0.1 | on | 0.12 ± 0.02 | 0.1, 0.12, 0.14 | +0.11 | 0.0027 | 0.62 | 0.22 | 20 | 11 |"
+    grid.percent = True
+    assert markdown_table(grid, runs).splitlines()[2].startswith("| 0.1 | off | 1 ± 1 | 0, 1, 2 |")
+
+
+def test_published_numbers_are_beside_ours_and_marked(finished, tmp_path):
+    grid, runs = finished
+    (tmp_path / "p.csv").write_text(
+        "table,model,dataset,optimizer,method,mean,std\n"
+        "Table 2,ViT,cifar,Adam,gr,13.61,0.2\nTable 2,ViT,cifar,Adam,no,1,2\n"
+    )
+    grid.published = {"arms": {"on": "gr"}, "names": {"vit": "ViT", "c": "cifar", "adam": "Adam"}}
+    lines = markdown_table(grid, runs, tmp_path / "p.csv").splitlines()
+    assert lines[0].endswith("| published, **not ours** |") and lines[3].endswith("|  |")
+    grid.published_like = {"model": "vit", "dataset_name": "c", "optim": "adam"}
+    lines = markdown_table(grid, runs, tmp_path / "p.csv").splitlines()
+    assert lines[2].endswith("|  |") and lines[3].endswith("| 13.61 ± 0.2 (ViT, cifar, Adam) |")
+
+
+def test_a_table_in_the_shape_of_the_papers(training, tmp_path):
+    axes = {"model": ["vit", "vit2"], "dataset_name": ["c", "d"]}
+    grid = Grid(training.name, ARMS, "off", axes=axes, seeds=[0, 1])
+    grid.published_like = {"optim": "adam"}
+    grid.published = {"arms": {"on": "gr"}, "names": {"vit": "ViT", "c": "cifar", "adam": "Adam"}}
+    (tmp_path / "p.csv").write_text(
+        "table,model,dataset,optimizer,method,mean,std\nTable 2,ViT,cifar,Adam,gr,13.61,0.2\n"
+    )
+    runs = expand(grid, tmp_path, tmp_path)
+    run_grid(training, runs, 2)
+    lines = table_like_the_papers(grid, runs[:-1], tmp_path / "p.csv").splitlines()
+    assert lines[0] == "| model |  | c | d |" and len(lines) == 6
+    assert lines[2] == "| vit | off | 0.005 ± 0.0071 | 0.005 ± 0.0071 |"
+    assert lines[3] == ("| vit | on | 0.11 ± 0.014<br>published: 13.61 ± 0.2 (ViT, cifar, Adam) | 0.11 ± 0.014 |")
+    assert lines[5] == "| vit2 | on | 0.11 ± 0.014 | 0.1 (1 of 2 seeds) |"  # one run is missing
+    grid.published = None
+    assert "published" not in table_like_the_papers(grid, runs) + markdown_table(grid, runs)
+
+
+@pytest.mark.parametrize("number", [1, 2, 4, 5])
+def test_the_paper_scales_are_the_published_tables(number, tmp_path):
+    """Each point of the grid has a published number beside it, and each number of the table a point."""
+    path = SCRIPTS / "grids" / f"gr-table{number}.yaml"
+    with (path.parent / "published-gr.csv").open() as file:
+        rows = {(row["model"], row["dataset"], row["optimizer"], row["method"]): row for row in csv.DictReader(file)}
+    found = set()
+    for scale in ["paper", "paper_imagenet"] if number == 5 else ["paper"]:
+        grid = load_grid(path, scale)
+        assert grid.seeds == [0, 1, 2, 3, 4]
+        grid.seeds = [0]
+        found |= {_published_key(grid, run.point, run.point["arm"]) for run in expand(grid, tmp_path, tmp_path)}
+    assert found <= set(rows)
+    assert {key for key, row in rows.items() if row["table"] == f"Table {number}"} <= found
+
+
+def test_an_unfinished_grid_has_a_table_too(finished):
+    grid, runs = finished
+    table = markdown_table(grid, [runs[0], *runs[6:]])
+    assert "| 0.1 | off |" in table and "| 0.1 | on |" in table
+    alone = markdown_table(grid, [run for run in runs if run.point["arm"] == "on"])
+    assert "against off" in alone and "nan" not in alone
+
+
+@pytest.mark.parametrize(
+    ("factor", "text"), [(0.5, "on: 2.00 x the speed of off"), (2.0, "none reaches the end of off")]
+)
+def test_the_picture_says_how_much_sooner_the_end_of_the_baseline_is_reached(factor, text, training, tmp_path):
+    """Two straight lines: `on` has at every step the loss that `off` has at twice, or at half, that step."""
+    grid = Grid(training.name, ARMS, "off")
+    runs = expand(grid, tmp_path, tmp_path)
+    for run in runs:
+        slope = 1 if run.point["arm"] == "off" else 1 / factor
+        history = [{"step": s, "eval_loss": 20 - slope * s, "train_seconds": s} for s in range(1, 11)]
+        run.folder.mkdir()
+        (run.folder / "trainer_state.json").write_text(json.dumps({"log_history": history}))
+    figure = Figure()
+    arms = {run.point["arm"]: [run.history()] for run in runs}
+    axis = figure.subplots()
+    _plot_metric(axis, grid, arms, {"off": "blue", "on": "red"}, "step", "step")
+    assert axis.get_title(loc="right") == text
+
+
+def test_pictures(finished, tmp_path):
+    grid, runs = finished
+    plot_arms(grid, runs, tmp_path / "curves.png")
+    plot_sensitivity(grid, runs, tmp_path / "sensitivity.png")
+    with Image.open(tmp_path / "sensitivity.png") as picture:
+        assert picture.size[0] > 600
+    grid.axes["seed"] = [0, 1, 2]
+    plot_heat_map(grid, runs, tmp_path / "map.png")
+    for name in ("curves.png", "map.png"):
+        with Image.open(tmp_path / name) as picture:
+            assert picture.size[0] > 900
+
+
+def compare(*arguments) -> str:
+    command = [sys.executable, str(SCRIPTS / "compare.py"), *map(str, arguments), "--workers", "2", "--use_cpu"]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", sorted((SCRIPTS / "grids").glob("*.yaml")), ids=lambda path: path.stem)
+def test_presets_run(path, tmp_path):
+    compare("--preset", path.stem, "--scale", "smoke", "--seeds", 0, "--output_dir", tmp_path)
+    assert (tmp_path / "table.md").is_file() and (tmp_path / "curves.png").is_file()
+
+
+def test_the_script_runs_real_trainings(tmp_path):
+    content = {"script": "train_vit.py", "metric": "eval_error", "percent": True, "arms": ARMS, "baseline": "off"}
+    (tmp_path / "grid.yaml").write_text(yaml.safe_dump(content))
+    printed = compare("--preset", tmp_path / "grid.yaml", "--output_dir", tmp_path / "out", "--max_steps", 2,
+                      "--max_eval_samples", 50, "--report_to", "none", "--seeds", 3,
+                      "--launcher", f"{sys.executable} -W ignore")  # fmt: skip
+    results = json.loads((tmp_path / "out" / "on_3" / "all_results.json").read_text())
+    table = (tmp_path / "out" / "table.md").read_text()
+    assert f"| on | {100 * results['eval_error']:.4g} |" in table and "--max_steps 2" in table
+    assert "paired t-test against off." in table and "Published" not in table
+    assert (tmp_path / "out" / "curves.png").exists() and "2 runs, 0 of them finished" in printed
+
+
+@pytest.mark.parametrize("extra", [[], ["--resume_from_checkpoint", "last"], ["--resume-from-checkpoint=last"]])
+def test_a_run_that_was_not_finished_is_started_in_its_folder_again(extra, training, tmp_path, monkeypatch):
+    """What it has left is removed by the script, which would refuse it otherwise, or continued."""
+    commands = []
+    monkeypatch.setattr(subprocess, "run", lambda words, **_: commands.append(words) or Failed())
+    runs = expand(Grid("training.py", ARMS, "off"), tmp_path, tmp_path, extra)
+    run_grid(training, runs)
+    assert len(commands) == 2
+    assert all(("--overwrite_output_dir" in words) == (not extra) for words in commands)
+
+
+class Failed:
+    returncode = 1

@@ -1,0 +1,209 @@
+"""Two and four real processes (gloo): DDP and FSDP2 against references, and the ranks against each other."""
+
+import os
+import subprocess
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+from helpers import TESTS, own_loop, toys
+from helpers.distributed_worker import (
+    CASES,
+    EXAMPLES,
+    FSDP_CASES,
+    IRE_CASES,
+    LEARNING_RATE,
+    OPTIMIZER_CASES,
+    RESUME,
+    STEPS,
+    trainer_of,
+)
+from helpers.reference import flat_masks, regularized_gradient, sampled_label_gradient
+from helpers.training import relative_error_of_path, sum_of_token_losses
+from hf_gr import GRConfig, GRTrainer
+
+pytestmark = pytest.mark.distributed
+RANKS, BATCH, RADIUS = 2, 2, 0.1
+#: float32: sums in another order; the scopes themselves differ by more than 1e-3. bf16: 8 bits, in another order.
+TOLERANCE = {"float32": 1e-5, "scaled": 1e-5, "bf16": 2e-2}
+
+
+def reference_path(scope: str, accumulation: int, degree: float, precision: str, ranks: int) -> list[torch.Tensor]:
+    """SGD on the gradient that the scope defines: which micro-batches share a direction, and how they are averaged."""
+    model, data = toys.llama(), toys.text(EXAMPLES)
+    batches = [data[k * BATCH : (k + 1) * BATCH] for k in range(len(data) // BATCH)]
+    path = [toys.weights(model)]
+    for step in range(STEPS):
+        # accelerate deals batches to the ranks in turn, as cards.
+        first = step * accumulation * ranks
+        window = [[batches[first + k * ranks + rank] for k in range(accumulation)] for rank in range(ranks)]
+        count = sum(int((e["labels"][1:] != -100).sum()) for rank in window for batch in rank for e in batch)
+        shards = {
+            "global": [[batch for rank in window for batch in rank]],
+            "local": window,
+            "micro": [[batch] for rank in window for batch in rank],
+        }[scope]
+
+        def loss_of(shard, count=count):
+            def loss(model):
+                with torch.autocast("cpu", torch.bfloat16) if precision == "bf16" else nullcontext():
+                    return sum(sum_of_token_losses(model, batch) for batch in shard) / count
+
+            return loss
+
+        # The loss of the step is the sum of the shards' losses, each a share of the same token count.
+        g = sum(regularized_gradient(model, loss_of(shard), degree * RADIUS, RADIUS) for shard in shards)
+        with torch.no_grad():
+            torch.nn.utils.vector_to_parameters(toys.weights(model) - LEARNING_RATE * g, model.parameters())
+        path.append(toys.weights(model))
+    return path
+
+
+def launch(folder: Path, processes: int, *suites: str) -> dict:
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--master_port=0",
+               "--standalone", str(TESTS / "helpers" / "distributed_worker.py"), str(folder), *suites]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1800)
+    assert done.returncode == 0, done.stderr[-5000:]
+    return torch.load(folder / "results.pt")
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two")
+    return {
+        "one": alone(folder / "one"),
+        **launch(folder, 2, "scopes", "ire", "optimizers", "overflow", "resume", "loop"),
+        "from_two": alone(folder / "resumed", folder / "two" / "checkpoint-2"),
+    }
+
+
+def alone(output_dir: Path, checkpoint: Path | None = None) -> list[torch.Tensor]:
+    """The path of a run of one process that has the batches of two."""
+    recorder = toys.PathRecorder()
+    flags = {"ddp_backend": None, "gradient_accumulation_steps": RANKS, **RESUME}
+    trainer = trainer_of(str(output_dir), callbacks=[recorder], **flags)
+    trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+    return recorder.path
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("fsdp")
+    return {**launch(folder, 2, "fsdp")["fsdp"], "folder": folder}
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
+def test_scope_equals_its_reference(case, results):
+    assert relative_error_of_path(results["scopes"][case], reference_path(*case, RANKS)) <= TOLERANCE[case[-1]]
+
+
+def test_four_processes(tmp_path):
+    for case, path in launch(tmp_path, 4, "float32")["float32"].items():
+        assert relative_error_of_path(path, reference_path(*case, 4)) <= TOLERANCE["float32"], case
+
+
+def test_loop_of_the_readme_equals_its_reference(results):
+    ranks = results["loop"]
+    assert all(torch.equal(ranks[0]["weights"], rank["weights"]) for rank in ranks)
+    assert ranks[0]["batches"][0] != ranks[1]["batches"][0]
+    assert own_loop.relative_error(ranks[0]["weights"], own_loop.reference([r["batches"] for r in ranks])) < 1e-13
+
+
+def test_scopes_are_different_algorithms(results):
+    paths = results["scopes"]
+    for a, b in (("global", "local"), ("local", "micro")):
+        assert relative_error_of_path(paths[a, 3, 1.0, "float32"], paths[b, 3, 1.0, "float32"]) > 1e-3
+
+
+@pytest.mark.parametrize("case", FSDP_CASES, ids=lambda case: "-".join(map(str, case)))
+def test_fsdp2_equals_the_reference(case, sharded):
+    """The worker has checked that the parameters are sharded (DTensor)."""
+    assert relative_error_of_path(sharded[case], reference_path("global", *case, RANKS)) <= TOLERANCE[case[-1]]
+
+
+def test_fsdp2_resumes_bit_identically(sharded):
+    assert len(sharded["whole"]) == 5 and len(sharded["resumed"]) == 3
+    for whole, resumed in zip(sharded["whole"][3:], sharded["resumed"][1:], strict=True):
+        assert torch.equal(whole, resumed)
+
+
+def test_fsdp2_saves_one_model(sharded):
+    """Checkpoints are in parts; what `save_model` writes is not."""
+    assert (sharded["folder"] / "checkpoint-2" / "pytorch_model_fsdp_0" / ".metadata").exists()
+    model = LlamaForCausalLM.from_pretrained(sharded["folder"] / "final")
+    assert torch.equal(toys.weights(model), sharded["whole"][-1])
+
+
+@pytest.mark.parametrize("case", IRE_CASES, ids=lambda case: f"accumulation {case[0]}, lambda {case[1]}")
+def test_estimate_of_ire_is_that_of_all_processes(case, results):
+    """The worker has compared the ranks; here what they agree on is compared with the reference."""
+    accumulation, data = case[0], toys.text(EXAMPLES)
+    batches = [
+        {key: torch.stack([e[key] for e in data[k * BATCH : (k + 1) * BATCH]]) for key in data[0]}
+        for k in range(len(data) // BATCH)
+    ]
+    kept = results["ire"][case]
+    assert [update["step"] for update in kept] == [0, 2]
+    for update in kept:
+        model = toys.llama()
+        torch.nn.utils.vector_to_parameters(update["weights"], model.parameters())
+        first = update["step"] * accumulation * RANKS
+        per_rank = [[batches[first + k * RANKS + rank] for k in range(accumulation)] for rank in range(RANKS)]
+        expected = sampled_label_gradient(model, per_rank, 5, update["step"])
+        for estimate, reference in zip(update["estimate"], expected, strict=True):
+            torch.testing.assert_close(estimate, reference, rtol=1e-4, atol=1e-7)  # float32, summed in another order
+        for mask, reference in zip(update["masks"], flat_masks(update["estimate"], 0.6), strict=True):
+            assert torch.equal(mask.bool(), reference)
+
+
+@pytest.mark.parametrize("case", OPTIMIZER_CASES, ids=lambda case: "-".join(map(str, case)))
+def test_optimizers_step_as_in_one_process(case, results, tmp_path):
+    """Two processes, or one that accumulates twice as long: the same total batch, the same scaled rate and floor."""
+    flags = {
+        "max_steps": STEPS,
+        "lr_scheduler_type": "constant",
+        "max_grad_norm": 0.0,
+        "gr_warmup": "none",
+        **OPTIMIZER_CASES[case],
+    }
+    flags["gradient_accumulation_steps"] *= RANKS
+    recorder = toys.PathRecorder()
+    args = GRConfig(**toys.arguments(tmp_path, **flags))
+    GRTrainer(toys.llama(), args, train_dataset=toys.text(EXAMPLES), callbacks=[recorder]).train()
+    # float32; LAMB divides by the root of second moments that are nearly 0 in places.
+    assert relative_error_of_path(results["optimizers"][case], recorder.path) <= (1e-3 if case[0] == "lamb" else 1e-5)
+
+
+@pytest.mark.parametrize(("whole", "resumed"), [("one", "from_one"), ("two", "from_two")])
+def test_another_number_of_processes_resumes(whole, resumed, results):
+    """Weights, optimizer, schedule and step go on: the steps are those of the run that was interrupted."""
+    paths = {**results, **results["resume"]}
+    assert torch.equal(paths[whole][2], paths[resumed][0])
+    assert relative_error_of_path(paths[resumed], paths[whole][2:]) <= TOLERANCE["float32"]
+
+
+def ends(folder: Path, *runs: str) -> list[int]:
+    command = [sys.executable, str(TESTS / "helpers" / "ending_worker.py"), str(folder), *runs]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1800)
+    assert done.returncode == 0, done.stderr[-5000:]
+    return [int(code) for code in done.stdout.splitlines()[-1].split()]
+
+
+def test_no_thread_of_gloo_outlives_a_finished_run(tmp_path):
+    """One that does may need the interpreter's lock while the interpreter is taken down, which aborts the process."""
+    assert ends(tmp_path, "returns", "destroys the group") == [0] * 4
+
+
+@pytest.mark.slow
+def test_twenty_runs_under_load_end_with_zero(tmp_path):
+    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(os.cpu_count())]
+    try:
+        assert ends(tmp_path, *["starved"] * 20) == [0] * 40
+    finally:
+        for process in busy:
+            process.kill()
+            process.wait()

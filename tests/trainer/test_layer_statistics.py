@@ -1,0 +1,128 @@
+"""The table of norms per layer: its values, its bound, and what a resumed run does with it."""
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from transformers import Trainer, TrainingArguments
+
+from helpers import toys
+from hf_gr import GRConfig, GRTrainer
+from hf_gr.trainer.layer_statistics import KINDS, LayerStatisticsCallback
+
+
+def train(folder, resume=None, callback=None, **flags):
+    flags = {"gr_lambda": 0, "optim": "lars", "lr_scheduler_type": "constant", "layer_statistics_steps": 1, **flags}
+    args = GRConfig(**toys.arguments(folder, **flags))
+    trainer = GRTrainer(toys.vit(), args, train_dataset=toys.images(), callbacks=[callback] if callback else None)
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+def read(folder) -> dict[tuple[int, str, str], float]:
+    table = pq.read_table(folder / "layer_statistics.parquet")
+    assert table.column_names == ["step", "layer", "kind", "value"]
+    rows = table.to_pylist()
+    values = {(r["step"], r["layer"], r["kind"]): r["value"] for r in rows}
+    assert len(values) == len(rows)
+    return values
+
+
+def test_values_are_the_norms_at_each_step(tmp_path):
+    """Every layer by its name and nothing else; the gradient as the optimizer is given it, here after clipping."""
+    seen = {}
+
+    class Spy(GRTrainer):
+        def create_optimizer(self, *args, **kwargs):
+            optimizer = super().create_optimizer(*args, **kwargs)
+            optimizer.register_step_pre_hook(lambda *_: self.look())
+            return optimizer
+
+        def look(self):
+            for name, p in self.model.named_parameters():
+                if p.ndim > 1:
+                    seen[self.state.global_step + 1, name] = (p.norm().item(), p.grad.norm().item())
+
+    flags = {"gr_lambda": 0, "optim": "lars", "layer_statistics_steps": 2, "max_grad_norm": 0.1, "max_steps": 5}
+    trainer = Spy(toys.vit(), GRConfig(**toys.arguments(tmp_path, **flags)), train_dataset=toys.images())
+    trainer.train()
+    values = read(tmp_path)
+    assert {step for step, *_ in values} == {1, 3, 5}
+    layers = {name for name, p in trainer.model.named_parameters() if p.ndim > 1}
+    assert {layer for _, layer, _ in values} == layers
+    for (step, layer), (weight, gradient) in seen.items():
+        if step in (1, 3, 5):
+            assert values[step, layer, "weight_norm"] == pytest.approx(weight, rel=1e-6)
+            assert values[step, layer, "gradient_norm"] == pytest.approx(gradient, rel=1e-6)
+            assert values[step, layer, "trust_ratio"] == pytest.approx(weight / gradient, rel=1e-5)
+    assert (tmp_path / "layer_statistics.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_run_is_the_same_without_it(tmp_path):
+    with_it = toys.weights(train(tmp_path / "a").model)
+    assert torch.equal(toys.weights(train(tmp_path / "b", layer_statistics_steps=0).model), with_it)
+    assert not (tmp_path / "b" / "layer_statistics.parquet").exists()
+
+
+def test_frozen_and_unused_layers(tmp_path):
+    model = toys.vit()
+    model.vit.embeddings.patch_embeddings.requires_grad_(False)
+    args = GRConfig(**toys.arguments(tmp_path, gr_lambda=0, layer_statistics_steps=1, max_steps=1))
+    model.unused = torch.nn.Linear(2, 2)
+    GRTrainer(model, args, train_dataset=toys.images()).train()
+    values = read(tmp_path)
+    assert not any("patch_embeddings" in layer for _, layer, _ in values)
+    assert values[1, "unused.weight", "gradient_norm"] == 0
+    assert values[1, "unused.weight", "trust_ratio"] is None
+
+
+def test_the_table_is_bounded(tmp_path):
+    """Every other entry goes when it is full; what is left is evenly spaced and begins with the first step."""
+    layers = sum(p.ndim > 1 for p in toys.vit().parameters())
+    callback = LayerStatisticsCallback(1, max_rows=5 * len(KINDS) * layers)
+    train(tmp_path, callback=callback, layer_statistics_steps=0, max_steps=14)
+    steps = sorted({step for step, *_ in read(tmp_path)})
+    assert steps == [1, 5, 9, 13]
+    assert callback.every == 4
+
+
+def test_a_resumed_run_goes_on_with_it(tmp_path):
+    save = {"save_strategy": "steps", "save_steps": 3}
+    train(tmp_path, **save)
+    whole = read(tmp_path)
+    train(tmp_path, resume=str(tmp_path / "checkpoint-3"), **save)
+    assert read(tmp_path) == whole
+
+
+def test_a_table_of_another_model_is_left_behind(tmp_path):
+    train(tmp_path, save_strategy="steps", save_steps=3)
+    other = GRConfig(**toys.arguments(tmp_path, gr_lambda=0, layer_statistics_steps=1))
+    GRTrainer(toys.swin(), other, train_dataset=toys.images(size=16)).train()
+    assert {step for step, *_ in read(tmp_path)} == set(range(1, 7))
+
+
+def test_any_trainer_can_have_it(tmp_path):
+    args = TrainingArguments(**toys.arguments(tmp_path, max_steps=2))
+    Trainer(toys.vit(), args, train_dataset=toys.images(), callbacks=[LayerStatisticsCallback(1)]).train()
+    assert {step for step, *_ in read(tmp_path)} == {1, 2}
+
+
+def test_fp16_gradients_are_unscaled(tmp_path):
+    """Without clipping nobody has undone the scale yet when the callback looks."""
+
+    class Scaler:
+        def get_scale(self):
+            return 1024.0
+
+    class Optimizer:
+        scaler = Scaler()
+
+    model = torch.nn.Linear(2, 2)
+    model.weight.grad = torch.full((2, 2), 1024.0)
+    for max_grad_norm, expected in ((0.0, 2.0), (1.0, 2048.0)):
+        args = TrainingArguments(**toys.arguments(tmp_path, max_grad_norm=max_grad_norm))
+        trainer = Trainer(toys.vit(), args)
+        callback = LayerStatisticsCallback(1)
+        callback.on_train_begin(args, trainer.state, trainer.control, model=model)
+        callback.on_pre_optimizer_step(args, trainer.state, trainer.control, model=model, optimizer=Optimizer())
+        table = callback.table()
+        assert table["value"][table["kind"].index("gradient_norm")] == expected
