@@ -1,6 +1,6 @@
 """Pictures of a run, drawn from its `log_history` alone.
 
-python -m hf_gr.plots FOLDER    # draws curves.png of a finished run, or of its last checkpoint, anew
+python -m hf_gr.reporting.plots FOLDER    # draws curves.png of a finished run, or of its last checkpoint, anew
 """
 
 import math
