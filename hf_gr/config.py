@@ -418,11 +418,16 @@ class GRArguments(IREArguments, OptimizerArguments):
         """lambda as a number: `gr_lambda`, or `gr_r` where it is None."""
         return self.gr_r if self.gr_lambda is None else self.gr_lambda
 
+    @property
+    def is_active(self) -> bool:
+        """Whether gradient regularization is on."""
+        return self.gr_degree != 0
+
     def describe_method(self) -> str:
         """Optimizer, GR and IRE, and the forward and backward passes of a step in which all of it acts."""
         optimizer = f"optim={getattr(self.optim, 'value', self.optim)}"
         gr, ire, passes = "no GR", "no IRE", 1.0
-        if self.gr_degree != 0:
+        if self.is_active:
             gr = f"GR with r={self.gr_r:g}, lambda={self.gr_degree:g}, gr_warmup={self.gr_warmup}"
             passes += 1 / self.gr_interval
         if self.ire_kappa != 0:

@@ -212,7 +212,7 @@ def test_every_number_of_the_card_is_in_the_run(any_run):
 
 def test_the_methods_of_the_card_are_those_of_the_run(any_run):
     kind, trainer, _, card, _ = any_run
-    gr, ire = trainer.gr_args.gr_degree != 0, trainer.gr_args.ire_kappa != 0
+    gr, ire = trainer.gr_args.is_active, trainer.gr_args.ire_kappa != 0
     own = trainer.args.optim if trainer.args.optim in ("lars", "tvlars", "lamb") else None
     tags = {tag for tag, used in (("gradient-regularization", gr), ("ire", ire), (own, own)) if used}
     assert set(card.data.tags) == tags | {"hf_gr", "generated_from_trainer"}
