@@ -32,7 +32,6 @@ from ..optim.gradient_regularization import (
     in_float32,
     scale_gradients_,
 )
-from ..reporting.card import write_model_card
 from .checkpoints import (
     check_checkpoint,
     explain_failed_save,
@@ -429,6 +428,8 @@ class GRMixin(CostMixin, IREMixin, OptimizerMixin, UploadMixin):
     def create_model_card(self, *args, **kwargs) -> None:
         """Write `README.md` into the output folder: what this run did. Takes the arguments of `Trainer`'s."""
         if self.is_world_process_zero():
+            from ..reporting.card import write_model_card  # the card imports the trainer's wing
+
             write_model_card(self, *args, **kwargs)
 
 
