@@ -89,7 +89,7 @@ class IRE(Optimizer):
 
     Attributes:
         active: set it to False for the steps in which IRE is not to act yet.
-        kappa_scale: factor of kappa, halved by `observe_loss`.
+        kappa_scale: factor of kappa, 1 at first; saved. `GRTrainer` halves it where training diverges.
         updates: how often the mask has been chosen.
         flat_counts: how many coordinates of each parameter are amplified.
         mask_overlap: |A and B| / |A or B| of the last two masks (Jaccard index), None before the second.
@@ -137,7 +137,6 @@ class IRE(Optimizer):
         self._masks: dict[Tensor, Tensor] = {}
         self._averages: dict[Tensor, Tensor] = {}
         self._steps = self.updates = 0
-        self._loss_monitor = _LossMonitor()
 
     def _share(self, *_: Any) -> None:
         self.param_groups = self.base_optimizer.param_groups
@@ -381,26 +380,10 @@ class IRE(Optimizer):
         weight = (1 - self.beta) / (1 - self.beta**self.updates)
         return self._averages[p].lerp_(grad.square(), weight)
 
-    # ---- Divergence ----
-
-    def observe_loss(self, loss: float, factor: float = 3.0, cooldown: int = 10) -> bool:
-        """Tell IRE the training loss of the step; if training diverges under it, kappa is halved.
-
-        It diverges if the loss is not finite, or more than `factor` times its running mean and above the mean with
-        which IRE started. After a halving the next `cooldown` steps are let pass.
-
-        Returns True if kappa was halved.
-        """
-        is_acting = self.active and self.has_mask and self.kappa != 0
-        if not self._loss_monitor.diverges(loss, is_acting, factor, cooldown):
-            return False
-        self.kappa_scale /= 2
-        return True
-
     # ---- State ----
 
     def state_dict(self) -> dict[str, Any]:
-        """The base optimizer's, and under "ire" the masks, averages, counters and what `observe_loss` has seen.
+        """The base optimizer's, and under "ire" the masks, averages and counters.
 
         The hooks of the base optimizer run around its part, those of IRE around the whole.
         """
@@ -423,7 +406,6 @@ class IRE(Optimizer):
                 "step": self._steps,
                 "updates": self.updates,
                 "kappa_scale": self.kappa_scale,
-                "losses": dict(vars(self._loss_monitor)),
             },
         }
 
@@ -458,8 +440,6 @@ class IRE(Optimizer):
         self.mask_overlap = ire.get("mask_overlap")
         self._steps, self.updates = ire.get("step", 0), ire.get("updates", 0)
         self.kappa_scale = ire.get("kappa_scale", 1.0)
-        self._loss_monitor = _LossMonitor()
-        vars(self._loss_monitor).update(ire.get("losses", {}))
 
     def _load_base(self, state_dict: dict[str, Any]) -> None:
         """Load it into the base optimizer, or raise `ValueError` if it is of another one."""
@@ -479,39 +459,6 @@ class IRE(Optimizer):
 
 def _unless_none(result: Any, otherwise: Any) -> Any:
     return otherwise if result is None else result
-
-
-class _LossMonitor:
-    """The running mean of the loss, against which a divergence is told."""
-
-    #: Weight of the newest loss; the mean looks back some 50 steps.
-    WEIGHT = 0.02
-
-    def __init__(self):
-        self.mean = 0.0
-        self.count = 0
-        self.mean_at_start: float | None = None
-        self.wait = 0
-
-    def diverges(self, loss: float, is_acting: bool, factor: float, cooldown: int) -> bool:
-        if is_acting and self.mean_at_start is None and self.count:
-            self.mean_at_start = self.mean
-        self.wait = max(0, self.wait - 1)
-        # The small loss of a model that is nearly done jumps by such a factor from batch to batch: it has to climb
-        # above where IRE found it, too.
-        is_high = (
-            self.mean_at_start is not None
-            and loss > self.mean_at_start
-            and loss - self.mean > (factor - 1) * abs(self.mean)
-        )
-        is_high = is_high or not math.isfinite(loss)
-        if not is_high:
-            self.count += 1
-            self.mean += (loss - self.mean) * max(self.WEIGHT, 1 / self.count)
-        if not (is_high and is_acting) or self.wait:
-            return False
-        self.wait = cooldown
-        return True
 
 
 def check_ire_arguments(

@@ -30,6 +30,7 @@ from ..optim.fisher import (
 from ..optim.gradient_regularization import gradients_set_aside, scale_gradients_
 from ..optim.ire import ESTIMATED_MASKS, IRE
 from .compatibility import PREFERENCE_TRAINERS, class_among, refuse_unsupported
+from .divergence import DivergenceGuard
 from .layerwise import trainable_parameters
 from .replay import RNGState
 
@@ -53,6 +54,7 @@ class IREMixin:
 
     def __init__(self, *args, **kwargs):
         self._ire: IRE | None = None
+        self._ire_divergence: DivergenceGuard | None = None
         self._ire_is_given = False
         self._ire_kinds: dict[Tensor, str] = {}
         self._ire_probe_ran = False
@@ -114,6 +116,8 @@ class IREMixin:
             if self._ire is not None:
                 self.optimizer = optimizer = self._ire
         if self._ire is not None:
+            if self._ire_divergence is None or self._ire_divergence.ire is not self._ire:
+                self._ire_divergence = DivergenceGuard(self._ire)
             self._ire_require_support(self._ire.needs_estimate)
             self._ire_kinds = layer_kinds(self.model)
         return optimizer
@@ -294,7 +298,7 @@ class IREMixin:
     def _ire_watch(self, loss: Tensor) -> None:
         # The same number on all processes, so that they all do the same.
         loss = self.accelerator.reduce(loss.float(), "mean").item()
-        if self._ire.observe_loss(loss, self.gr_args.ire_guard, cooldown=self.gr_args.ire_interval):
+        if self._ire_divergence.observe(loss, self.gr_args.ire_guard, cooldown=self.gr_args.ire_interval):
             logger.warning(
                 f"Step {self.state.global_step}: the loss, {loss:.4g}, has diverged since IRE started. kappa is halved "
                 f"to {self._ire.kappa * self._ire.kappa_scale:g}. Set ire_guard=0 to leave it alone."

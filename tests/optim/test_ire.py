@@ -558,55 +558,6 @@ def test_accelerator_and_learning_rate_scheduler():
     assert ire.state_dict()["ire"]["step"] == 4
 
 
-# ---- Divergence ----
-
-
-def acting(**kwargs) -> IRE:
-    p = nn.Parameter(torch.zeros(3))
-    ire = IRE(SGD([p], lr=1.0), kappa=4.0, gamma=1.0, **kwargs)
-    p.grad = torch.ones(3)
-    for _ in range(20):
-        assert not ire.observe_loss(1.0)  # before the first mask
-    ire.update_mask()
-    return ire
-
-
-def test_kappa_is_halved_when_the_loss_diverges():
-    ire = acting()
-    assert not ire.observe_loss(2.9)
-    assert ire.observe_loss(4.0)
-    assert ire.kappa_in_force == 2.0
-    assert not any(ire.observe_loss(4.0) for _ in range(9))  # the next ten steps may tell
-    assert ire.observe_loss(4.0)
-    assert ire.kappa_in_force == 1.0
-    other = acting()
-    other.load_state_dict(copy.deepcopy(ire.state_dict()))
-    assert other.kappa_in_force == 1.0
-    assert [other.observe_loss(4.0) for _ in range(12)] == [ire.observe_loss(4.0) for _ in range(12)]
-
-
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_kappa_is_halved_when_the_loss_is_not_finite(value):
-    ire = acting()
-    assert ire.observe_loss(value)
-    assert not ire.observe_loss(1.0)  # and the mean has not been spoilt
-    assert ire.kappa_in_force == 2.0
-
-
-def test_noise_around_a_small_loss_is_no_divergence():
-    ire = acting()
-    for _ in range(300):
-        assert not ire.observe_loss(0.001)
-    assert not ire.observe_loss(0.3)
-    assert not ire.observe_loss(0.9)
-
-
-def test_divergence_before_ire_acts_is_not_its_fault():
-    ire = acting()
-    ire.active = False
-    assert not ire.observe_loss(100.0)
-
-
 # ---- Arguments ----
 
 
