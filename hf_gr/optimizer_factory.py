@@ -15,9 +15,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_optimizer import is_optimizer_factory
 from transformers.training_args import OptimizerNames
 
-from .optim import LAMB, LARS, TVLARS
-
-OPTIMIZERS: dict[str, type[Optimizer]] = {"lamb": LAMB, "lars": LARS, "tvlars": TVLARS}
+from .optim import LAMB, OPTIMIZERS, TVLARS
 
 #: Where `get_optimizer_cls_and_kwargs` may return parameters; `Trainer` puts them in place of its own groups.
 PARAMETER_KEYS = frozenset({"params", "model", "optimizer_dict"})

@@ -16,7 +16,7 @@ State and arithmetic of parameters in half precision are float32; what is stored
 
 import math
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -31,6 +31,12 @@ class LayerwiseOptimizer(Optimizer):
     One layer after the other, through torch's fused kernels, is faster on a CPU. All layers together is faster on a
     GPU, where no number then travels to the host.
     """
+
+    #: What `--help` and the docs say of it, its equation, its BibTeX, and the symbols of its settings in the equation.
+    help: ClassVar[str]
+    latex: ClassVar[str]
+    citation: ClassVar[str]
+    symbols: ClassVar[dict[str, str]]
 
     def __init__(self, params: Iterable[Tensor] | Iterable[Group], **defaults: Any):
         super().__init__(params, defaults)

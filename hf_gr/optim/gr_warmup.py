@@ -6,12 +6,20 @@ GR back for the T_w steps in which the learning rate warms up. (The learning-rat
 behind: at step t its factor is (t - 1)/T_w, 0 at the first one, where a ramp here has t/T_w.)
 
 Every warmup is a pure function of the step: `f(t, T_w) -> (lambda_scale, r_scale)`, t = 1, 2, ... counting optimizer
-steps, so a resumed run continues on the same schedule without any state. To add one, write the function and give it a
-line in `GR_WARMUPS`: the command line, the validation and the tests read that table.
+steps, so a resumed run continues on the same schedule without any state. To add one, write the function and give it an
+entry in `GR_WARMUPS`: the command line, the validation, the model card, the docs and the tests read that table.
 """
 
 from collections.abc import Callable
 from typing import NamedTuple
+
+
+class Warmup(NamedTuple):
+    """A GR warmup: its function, what `--help` says of it, and its equation on the model card."""
+
+    function: Callable[[int, int], tuple[float, float]]
+    help: str
+    latex: str
 
 
 class GRStrength(NamedTuple):
@@ -55,11 +63,23 @@ def zero_warmup(t: int, warmup_steps: int) -> tuple[float, float]:
     return (0.0, 1.0) if t <= warmup_steps else (1.0, 1.0)
 
 
-GR_WARMUPS: dict[str, Callable[[int, int], tuple[float, float]]] = {
-    "none": no_warmup,
-    "r": r_warmup,
-    "lambda": lambda_warmup,
-    "zero": zero_warmup,
+GR_WARMUPS: dict[str, Warmup] = {
+    "none": Warmup(no_warmup, "full strength from the first step", r"\lambda_t = \lambda, \qquad r_t = r"),
+    "r": Warmup(
+        r_warmup,
+        "radius and degree grow linearly for T_w steps",
+        r"r_t = \min\left(\frac{t}{T_w}, 1\right) r, \qquad \lambda_t = \min\left(\frac{t}{T_w}, 1\right) \lambda",
+    ),
+    "lambda": Warmup(
+        lambda_warmup,
+        "the degree grows linearly for T_w steps",
+        r"\lambda_t = \min\left(\frac{t}{T_w}, 1\right) \lambda, \qquad r_t = r",
+    ),
+    "zero": Warmup(
+        zero_warmup,
+        "no GR for T_w steps, full strength afterwards",
+        r"\lambda_t = 0 \text{ in the steps } t \le T_w, \text{ then } \lambda_t = \lambda, \qquad r_t = r",
+    ),
 }
 
 
@@ -78,7 +98,7 @@ def gr_strength(
             are plain. 1 is the paper.
     """
     t = step + 1
-    lambda_scale, r_scale = GR_WARMUPS[warmup](t, warmup_steps)
+    lambda_scale, r_scale = GR_WARMUPS[warmup].function(t, warmup_steps)
     steps_after_warmup = step - warmup_steps
     if steps_after_warmup > 0 and steps_after_warmup % interval:
         lambda_scale = 0.0

@@ -28,8 +28,16 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-#: Added to the norm that divides g1. The released code adds nothing and turns a zero gradient into NaN.
-NORM_EPS = 1e-12
+from .ascents import ASCENTS
+
+CITATION = """\
+@inproceedings{zhao2024when,
+  title     = {When Will Gradient Regularization Be Harmful?},
+  author    = {Zhao, Yang and Zhang, Hao and Hu, Xiuyuan},
+  booktitle = {International Conference on Machine Learning},
+  year      = {2024},
+  url       = {https://arxiv.org/abs/2406.09723}
+}"""
 HALF_PRECISION = (torch.float16, torch.bfloat16)
 
 
@@ -117,7 +125,7 @@ def _change_type(halves: list[tuple[Tensor, Tensor]], values: list[Tensor]) -> N
 
 
 class Perturbation:
-    """theta -> theta + r g / ||g||, and exactly back.
+    """theta -> theta + r d, and exactly back; d is g / ||g||, or what another ascent makes of g.
 
     theta is copied before it moves and copied back afterwards: subtracting what was added would leave a rounding error
     that piles up over the steps. The storage of a parameter is never replaced, and parameters without a gradient are
@@ -125,25 +133,31 @@ class Perturbation:
 
     Args:
         params: the trainable parameters, with g in their `.grad`.
+        ascent: a key of `ASCENTS`.
     """
 
-    def __init__(self, params: Iterable[Tensor]):
+    def __init__(self, params: Iterable[Tensor], ascent: str = "sam"):
+        self._direction = ASCENTS[ascent].direction
         self._params = [p for p in params if p.grad is not None]
         self._theta: list[Tensor] = []
         self._step_per_grad = 0.0
+        self._follows_gradient = True
 
     @torch.no_grad()
     def apply(self, radius: float, norm: float, grad_scale: float = 1.0) -> None:
-        """Move the parameters by `radius` along g; `norm` is ||g|| over all parameters that share the radius.
+        """Move the parameters by `radius` along d; `norm` is ||g|| over all parameters that share the radius.
 
         The gradients are multiplied by `grad_scale` on the way, while each is in the processor's cache. With 0, which
         is SAM, they are dropped: autograd then need not add to them, and their memory pays for the copy of theta.
         """
-        self._step_per_grad = radius / (norm + NORM_EPS)
-        for p in self._params:
+        directions, length = self._direction(self._params, norm)
+        self._step_per_grad = radius / length
+        self._follows_gradient = True
+        for p, direction in zip(self._params, directions, strict=True):
             theta, grad = _local(p.detach()), _local(p.grad)
             self._theta.append(theta.clone())
-            theta.add_(grad, alpha=self._step_per_grad)
+            theta.add_(_local(direction), alpha=self._step_per_grad)
+            self._follows_gradient &= direction is p.grad
             if grad_scale == 0:
                 p.grad = None
             else:
@@ -183,9 +197,12 @@ class Perturbation:
 
         For ratio != 0, g1 is recovered from the step that theta really took: in float32 the relative error stays below
         1e-3 for ratios up to 1e3. The perturbed parameters serve as scratch space, which saves another copy of them.
+        NaN for an ascent that moved theta along something else than g1, which then cannot be recovered.
         """
         if ratio == 0:
             return gradient_norm(self._params)
+        if not self._follows_gradient:
+            return math.nan
         for p, theta in zip(self._params, self._theta, strict=True):
             _local(p.detach()).sub_(theta).mul_(-ratio / self._step_per_grad).add_(_local(p.grad))
         return _total_norm([p.detach() for p in self._params])

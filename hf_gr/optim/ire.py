@@ -57,6 +57,16 @@ IRE_PRESETS: dict[str, dict[str, float]] = {
     "cnn": {"kappa": 1.0, "gamma": 0.9},
 }
 
+CITATION = """\
+@inproceedings{wang2024improving,
+  title     = {Improving Generalization and Convergence by Enhancing Implicit Regularization},
+  author    = {Wang, Mingze and Wang, Jinbo and He, Haotian and Wang, Zilin and Huang, Guanhua and Xiong, Feiyu and \
+Li, Zhiyu and E, Weinan and Wu, Lei},
+  booktitle = {Advances in Neural Information Processing Systems},
+  year      = {2024},
+  url       = {https://arxiv.org/abs/2405.20763}
+}"""
+
 #: Elements that are updated at a time, so that they stay in the processor's cache, or that fill a GPU.
 CPU_BLOCK, GPU_BLOCK = 2**18, 2**24
 
@@ -98,6 +108,11 @@ class IRE(Optimizer):
         ValueError: an argument is out of its range, or the base optimizer or a parameter is one of those above.
         RuntimeError: a gradient is sparse.
     """
+
+    help = "(1 + kappa) times the step of any optimizer along the coordinates on which the loss is flat"
+    latex = r"\theta_{t+1} = \theta_t + (1 + \kappa\, n_t) \odot u_t"
+    citation = CITATION
+    symbols = {"kappa": "kappa", "gamma": "gamma", "interval": "K"}
 
     def __init__(
         self,

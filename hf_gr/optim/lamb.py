@@ -10,6 +10,16 @@ from torch.optim.adam import adam
 
 from ._layerwise import Group, LayerwiseOptimizer, norm, norms, trust_factors, trust_ratio
 
+CITATION = """\
+@inproceedings{you2020large,
+  title     = {Large Batch Optimization for Deep Learning: Training BERT in 76 Minutes},
+  author    = {You, Yang and Li, Jing and Reddi, Sashank and Hseu, Jonathan and Kumar, Sanjiv and Bhojanapalli, \
+Srinadh and Song, Xiaodan and Demmel, James and Keutzer, Kurt and Hsieh, Cho-Jui},
+  booktitle = {International Conference on Learning Representations},
+  year      = {2020},
+  url       = {https://arxiv.org/abs/1904.00962}
+}"""
+
 
 class LAMB(LayerwiseOptimizer):
     """Adam with a trust ratio for each layer.
@@ -37,6 +47,11 @@ class LAMB(LayerwiseOptimizer):
         ValueError: an argument is out of its range, a parameter is complex or sharded.
         RuntimeError: a gradient is sparse.
     """
+
+    help = "Adam with a trust ratio for each layer"
+    latex = r"w \leftarrow w - a\, \frac{\|w\|}{\|d\|}\, d, \qquad d = \frac{\hat m}{\sqrt{\hat v} + \epsilon} + W w"
+    citation = CITATION
+    symbols = {"betas": "beta_1, beta_2", "eps": "epsilon"}
 
     def __init__(
         self,

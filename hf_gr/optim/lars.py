@@ -9,6 +9,14 @@ from torch.optim.sgd import sgd
 
 from ._layerwise import Group, LayerwiseOptimizer, norms, norms_with_decay, trust_factors, trust_ratio
 
+CITATION = """\
+@article{you2017large,
+  title  = {Large Batch Training of Convolutional Networks},
+  author = {You, Yang and Gitman, Igor and Ginsburg, Boris},
+  year   = {2017},
+  url    = {https://arxiv.org/abs/1708.03888}
+}"""
+
 
 class LARS(LayerwiseOptimizer):
     """Layer-wise adaptive rate scaling: SGD with momentum, with a learning rate for each layer.
@@ -40,6 +48,13 @@ class LARS(LayerwiseOptimizer):
         ValueError: an argument is out of its range, a parameter is complex or sharded.
         RuntimeError: a gradient is sparse.
     """
+
+    help = "layer-wise adaptive rate scaling: SGD with momentum and a trust ratio for each layer"
+    latex = (
+        r"\mu \leftarrow m\, \mu + \eta \frac{\|w\|}{\|d\|}\, d, \qquad w \leftarrow w - a\, \mu, \qquad d = g + W w"
+    )
+    citation = CITATION
+    symbols = {"momentum": "m", "trust_coefficient": "eta"}
 
     def __init__(
         self,

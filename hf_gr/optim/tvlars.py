@@ -41,6 +41,15 @@ def check_time_varying(tv_lambda: float, delay_steps: float, alpha: float, gamma
         raise ValueError(f"gamma_min={gamma_min}: the floor of the schedule must be >= 0.")
 
 
+CITATION = """\
+@article{do2023revisiting,
+  title  = {Revisiting LARS for Large Batch Training Generalization of Neural Networks},
+  author = {Do, Khoi and Nguyen, Duong and Nguyen, Hoa and Tran-Thanh, Long and Tran, Nguyen-Hoang and Pham, Quoc-Viet},
+  year   = {2023},
+  url    = {https://arxiv.org/abs/2309.14053}
+}"""
+
+
 class TVLARS(LARS):
     """Time-varying LARS: no warmup; the steps start long, to leave sharp minima, and fall along a logistic curve.
 
@@ -67,6 +76,19 @@ class TVLARS(LARS):
     The others are those of `LARS`.
     """
 
+    help = "time-varying LARS: the schedule phi in place of a warmup"
+    latex = (
+        r"\mu \leftarrow m\, \mu + \phi_t\, \eta \frac{\|w\|}{\|d\|}\, d, \qquad w \leftarrow w - a\, \mu, \qquad "
+        r"d = g + W w, \qquad \phi_t = \frac{1}{\alpha + e^{\lambda (t - d_e)}} + \gamma_{min}"
+    )
+    citation = f"{CITATION}\n{LARS.citation}"
+    symbols = {
+        **LARS.symbols,
+        "tv_lambda": "lambda",
+        "delay_steps": "d_e",
+        "alpha": "alpha",
+        "gamma_min": "gamma_min",
+    }
     _has_warned = False
 
     def __init__(

@@ -10,6 +10,8 @@ import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
 from peft import PeftModel
 
+from ..optim import IRE
+from ..optim.ascents import ASCENTS
 from ..trainer.layer_statistics import PICTURE as LAYER_PICTURE
 from ..trainer.layer_statistics import LayerStatisticsCallback
 from . import card_text as text
@@ -111,7 +113,10 @@ def write_model_card(
         gr_summary=text.gr_summary(trainer),
         gr_warmups=text.gr_warmups(trainer),
         gr_table=text.method_table(trainer, "gr_lambda"),
-        is_sam=text.is_sam(trainer),
+        ascent=ASCENTS["sam"].latex,
+        ire_latex=IRE.latex,
+        optimizer_latex=getattr(text.own_optimizer(trainer), "latex", ""),
+        citations=text.citations(trainer),
         ire_summary=text.ire_summary(trainer) if "ire" in methods else None,
         ire_table=text.method_table(trainer, "ire_kappa"),
         optimizer_summary=text.optimizer_summary(trainer),

@@ -10,7 +10,10 @@ import torch
 from peft import PeftModel
 
 from ..config import GRArguments
-from ..optim import LAMB, LARS, TVLARS
+from ..optim import IRE, OPTIMIZERS, TVLARS
+from ..optim.ascents import ASCENTS
+from ..optim.gr_warmup import GR_WARMUPS
+from ..optim.gradient_regularization import CITATION
 from ..trainer.layerwise import innermost
 from ..trainer.recording import Record, Segment, changed_arguments, count_of, default_of
 
@@ -19,19 +22,6 @@ if TYPE_CHECKING:
 
 #: Rows of a table: flag, symbol in the equations, value.
 Rows = list[tuple[str, str, Any]]
-
-#: The optimizers of hf_gr, which have an equation on the card, and its symbols.
-OWN_OPTIMIZERS = (LARS, TVLARS, LAMB)
-OPTIMIZER_SYMBOLS = {
-    "momentum": "m",
-    "trust_coefficient": "eta",
-    "tv_lambda": "lambda",
-    "delay_steps": "d_e",
-    "alpha": "alpha",
-    "gamma_min": "gamma_min",
-    "betas": "beta_1, beta_2",
-    "eps": "epsilon",
-}
 
 
 def last_entry(history: list[dict[str, float]], start: str) -> int:
@@ -46,9 +36,9 @@ def hub_base_model(finetuned_from: str | None) -> str | None:
 
 
 def own_optimizer(trainer: "GRMixin") -> torch.optim.Optimizer | None:
-    """The optimizer that ran, if it is one of `OWN_OPTIMIZERS`."""
+    """The optimizer that ran, if it is one of `OPTIMIZERS`, which have an equation on the card."""
     optimizer = innermost(trainer.optimizer)
-    return optimizer if isinstance(optimizer, OWN_OPTIMIZERS) else None
+    return optimizer if isinstance(optimizer, tuple(OPTIMIZERS.values())) else None
 
 
 def methods_used(trainer: "GRMixin") -> dict[str, str]:
@@ -188,12 +178,26 @@ def is_sam(trainer: "GRMixin") -> bool:
 
 
 def gr_warmups(trainer: "GRMixin") -> list[str]:
-    return list(dict.fromkeys(segment.settings["gr_warmup"] for segment in with_method(trainer, "gr_lambda")))
+    """The equations of the GR warmups that the run used."""
+    names = dict.fromkeys(segment.settings["gr_warmup"] for segment in with_method(trainer, "gr_lambda"))
+    return [GR_WARMUPS[name].latex for name in names]
+
+
+def citations(trainer: "GRMixin") -> list[str]:
+    """The BibTeX of the methods that the run used."""
+    methods, optimizer = methods_used(trainer), own_optimizer(trainer)
+    return [
+        *([CITATION] if "gradient-regularization" in methods else []),
+        *([ASCENTS["sam"].citation] if is_sam(trainer) else []),
+        *([IRE.citation] if "ire" in methods else []),
+        *([optimizer.citation] if optimizer is not None else []),
+    ]
 
 
 #: Flag -> its symbol in the equations.
-SYMBOLS = {"gr_r": "r", "gr_lambda": "lambda", "gr_warmup_steps": "T_w",
-           "ire_kappa": "kappa", "ire_gamma": "gamma", "ire_interval": "K"}  # fmt: skip
+SYMBOLS = {"gr_r": "r", "gr_lambda": "lambda", "gr_warmup_steps": "T_w"} | {
+    f"ire_{name}": symbol for name, symbol in IRE.symbols.items()
+}
 
 
 def method_table(trainer: "GRMixin", degree: str) -> Rows:
@@ -256,6 +260,8 @@ def optimizer_summary(trainer: "GRMixin") -> str:
     if optimizer is None:
         return ""
     group, steps = optimizer.param_groups[0], trainer.state.global_step
+    if "exclude_1d" not in group:
+        return ""
     times_phi = ", times phi" if group.get("phi_everywhere") else ""
     what = f"took the plain step{times_phi}" if group["exclude_1d"] else "were treated like layers"
     text = f"Norms and biases {what}."
@@ -270,7 +276,7 @@ def optimizer_table(trainer: "GRMixin") -> Rows:
     if optimizer is None:
         return []
     shown = {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in _settings(optimizer).items()}
-    return [(k, OPTIMIZER_SYMBOLS.get(k, ""), v) for k, v in shown.items()]
+    return [(k, optimizer.symbols.get(k, ""), v) for k, v in shown.items()]
 
 
 def _settings(optimizer: torch.optim.Optimizer) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from helpers import ROOT
-from hf_gr.optim.gradient_regularization import NORM_EPS
+from hf_gr.optim.ascents import NORM_EPS
 
 ACCUMULATION, STEPS, BATCH = 2, 4, 3
 RADIUS, DEGREE, WARMUP_STEPS, LEARNING_RATE = 0.1, 0.05, 2, 0.2
