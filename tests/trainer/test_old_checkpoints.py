@@ -55,7 +55,6 @@ def test_an_old_run_continues_unchanged(name, tmp_path):
     ("name", "lose"),
     [
         ("gr_ire", lambda state: state["state"].clear()),
-        ("gr_ire", lambda state: state.pop("ire")),
         ("gr_ire", lambda state: state["ire"].pop("masks")),
         ("gr_ire", lambda state: state["ire"].pop("averages")),
         ("gr_ire", lambda state: state["ire"].pop("losses")),
