@@ -248,7 +248,7 @@ def ire_summary(trainer: "GRMixin") -> str:
     )
     if ire is not None and ire.kappa_scale != 1:
         text += f" The loss diverged on the way, and kappa was reduced to {ire.kappa * ire.kappa_scale:g}."
-    if ire is not None and (fractions := trainer.ire_flat_fractions()):
+    if ire is not None and (fractions := trainer.ire.flat_fractions()):
         shares = ", ".join(f"{kind} {fraction:.2f}" for kind, fraction in fractions.items())
         text += f" Share of such coordinates at the last choice: {shares}."
     return text
@@ -299,7 +299,7 @@ def cost(trainer: "GRMixin") -> str:
     if estimates := record.total("ire_estimates"):
         share = record.total("ire_passes") / estimates
         text += f" and {estimates:,} over {'it' if share == 1 else f'{share:.4g} of it'} for IRE"
-    text += f", in {trainer.train_seconds:,.0f} seconds, evaluations not counted"
+    text += f", in {trainer.recorder.seconds:,.0f} seconds, evaluations not counted"
     device = trainer.args.device
     hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
     processes = over_steps(segments, lambda s: f"{s.world_size} process{'es' if s.world_size > 1 else ''}")
@@ -333,7 +333,7 @@ def optimizer_line(trainer: "GRMixin") -> str:
     if rates:
         text += f", at a learning rate of {rates[0]:.4g} in the first step and {rates[-1]:.4g} in the last"
     if trainer.gr_args.lr_scaling != "none":
-        text += f", with `learning_rate` times {trainer.describe_lr_scaling()}"
+        text += f", with `learning_rate` times {trainer.layerwise.describe_lr_scaling()}"
     return text
 
 

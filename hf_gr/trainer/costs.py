@@ -2,113 +2,90 @@
 included."""
 
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from accelerate.utils import find_batch_size
-from torch import Tensor, nn
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
+from torch import Tensor
 
+from .part import Host, Part
 from .recording import Recorder
 
 
-class CostMixin:
-    """Counts what a run does, and keeps it in `run.json`. Part of `GRMixin`.
+class Costs(Part):
+    """Counts what a run does, and logs it; the record keeps it.
 
-    Logged with the losses: `train_seconds`, evaluations not counted, and `train_passes`, the forward and backward
-    passes over a step's batch so far, with those of GR and of IRE's estimates. The log of an evaluation has them too,
-    and `evaluated_examples`; its metrics, which a hyperparameter search optimizes, have not. A run that is resumed goes
-    on counting from what its checkpoint has.
+    A run that is resumed goes on counting from what its checkpoint has.
     """
 
-    def __init__(self, *args, **kwargs):
-        #: Dataclasses with further arguments of the run, recorded like those of the trainer. A `dataset_name` among
-        #: them says what the run trains on.
-        self.script_args: tuple[Any, ...] = ()
-        super().__init__(*args, **kwargs)
+    def __init__(self, trainer: Host, recorder: Recorder):
+        super().__init__(trainer)
+        self._recorder = recorder
         self._evaluated_examples = 0
-        self.recorder = Recorder(self)
-        self.add_callback(self.recorder)
 
-    def train(self, resume_from_checkpoint: str | None = None, *args, **kwargs):
-        self.recorder.resumed_from = resume_from_checkpoint or None
-        try:
-            return super().train(resume_from_checkpoint, *args, **kwargs)
-        finally:
-            self.recorder.finish()
+    def check(self) -> None:
+        self._trainer.add_callback(self._recorder)
 
-    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args, **kwargs) -> Tensor:
-        """As in `Trainer`; each call is a forward and backward pass over its share of the step's batch."""
-        loss = super().training_step(model, inputs, *args, **kwargs)
-        self.recorder.segment.passes += 1 / getattr(self, "current_gradient_accumulation_steps", 1)
-        return loss
+    def counted(self, one_pass: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """`one_pass`, a forward and backward pass over a micro-batch, which counts as its share of the step's batch."""
+
+        def counted_pass(*args: Any) -> Tensor:
+            loss = one_pass(*args)
+            self._recorder.segment.passes += 1 / self._trainer.current_gradient_accumulation_steps
+            return loss
+
+        return counted_pass
 
     # ---- Evaluations ----
 
-    def _evaluate(self, *args, **kwargs) -> dict[str, float]:
-        """The evaluations during training, also those of a subclass whose `evaluate` is all its own."""
-        with self.recorder.clock_stopped():
-            return super()._evaluate(*args, **kwargs)
-
-    def evaluation_loop(self, *args, **kwargs) -> EvalLoopOutput:
-        self._evaluated_examples = 0
-        with self.recorder.clock_stopped():
-            return super().evaluation_loop(*args, **kwargs)
-
-    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args, **kwargs) -> tuple:
-        """As in `Trainer`; the examples are counted, without those that only fill up the last batch."""
-        result = super().prediction_step(model, inputs, *args, **kwargs)
-        state = self.accelerator.gradient_state
-        rows = (find_batch_size(inputs) or 0) * self.args.world_size
+    def count_examples(self, inputs: dict[str, Any]) -> None:
+        """Of a step of an evaluation, without those that only fill up the last batch."""
+        state = self._trainer.accelerator.gradient_state
+        rows = (find_batch_size(inputs) or 0) * self._trainer.args.world_size
         is_filled_up = state.end_of_dataloader and 0 < state.remainder < rows
         self._evaluated_examples += state.remainder if is_filled_up else rows
-        return result
+
+    @contextmanager
+    def of_an_evaluation(self) -> Iterator[None]:
+        """Within, a dataset is evaluated on: the clock stands still, and its examples are counted."""
+        self._evaluated_examples = 0
+        with self._recorder.clock_stopped():
+            yield
 
     # ---- The log ----
 
-    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
-        """As in `Trainer`, with the costs so far."""
-        if "loss" in logs:
-            logs |= self._costs_so_far()
+    def logs(self, logs: dict[str, float]) -> dict[str, float]:
+        return self.so_far()
+
+    @contextmanager
+    def entry(self, logs: dict[str, float]) -> Iterator[dict[str, float]]:
+        """What is to be logged for `logs`: those of an evaluation have the costs beside them, and the examples. Its
+        metrics, which a hyperparameter search optimizes, have not."""
         if not any(key.startswith("eval_") for key in logs):
-            return super().log(logs, *args, **kwargs)
+            yield logs
+            return
         # `logs` are the metrics that `evaluate` returns, and get from `Trainer` what they always get.
-        own = self._costs_so_far()
+        own = self.so_far()
         if self._evaluated_examples:
             own["evaluated_examples"] = self._evaluated_examples
         self._evaluated_examples = 0
         entry = {**logs, **own}
-        super().log(entry, *args, **kwargs)
+        yield entry
         logs.update({key: value for key, value in entry.items() if key not in own})
-        return None
 
-    def _costs_so_far(self) -> dict[str, float]:
-        return {"train_seconds": self.train_seconds, "train_passes": self.train_passes}
+    def so_far(self) -> dict[str, float]:
+        """Seconds of training, evaluations not counted, and passes over the batch of a step."""
+        return {"train_seconds": self._recorder.seconds, "train_passes": self._recorder.passes}
 
-    @property
-    def train_seconds(self) -> float:
-        """Since the beginning of the run, evaluations not counted."""
-        return self.recorder.seconds
-
-    @property
-    def train_passes(self) -> float:
-        """Forward and backward passes over the batch of a step, in all steps so far."""
-        return self.recorder.passes
-
-    def costs(self) -> dict[str, float]:
-        """What training has cost: seconds, passes, the peak of memory in bytes, and tokens if they were counted."""
-        costs = {**self._costs_so_far(), "peak_memory_bytes": peak_memory(self.args.device)}
-        if self.args.include_num_input_tokens_seen != "no":
-            costs["train_tokens"] = self.state.num_input_tokens_seen
+    def total(self) -> dict[str, float]:
+        """Seconds, passes, the peak of memory in bytes, and tokens if they were counted."""
+        trainer = self._trainer
+        costs = {**self.so_far(), "peak_memory_bytes": peak_memory(trainer.args.device)}
+        if trainer.args.include_num_input_tokens_seen != "no":
+            costs["train_tokens"] = trainer.state.num_input_tokens_seen
         return costs
-
-    # ---- Checkpoints ----
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """As in `Trainer`; the record comes first, so that a checkpoint that is whole has it."""
-        folder = self._get_output_dir(trial=trial)
-        self.recorder.write(folder, f"{folder}/{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
-        super()._save_checkpoint(model, trial)
 
 
 def peak_memory(device: torch.device) -> int:

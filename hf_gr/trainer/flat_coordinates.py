@@ -17,7 +17,6 @@ from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import find_batch_size
 from torch import Tensor, nn
 
-from ..config import GRArguments
 from ..optim.fisher import (
     IGNORED,
     causal_lm_losses,
@@ -32,6 +31,8 @@ from ..optim.ire import ESTIMATED_MASKS, IRE
 from .compatibility import PREFERENCE_TRAINERS, class_among, refuse_unsupported
 from .divergence import DivergenceGuard
 from .layerwise import trainable_parameters
+from .part import Host, Part
+from .recording import Recorder
 from .replay import RNGState
 
 logger = get_logger(__name__)
@@ -42,89 +43,94 @@ LOSSES: dict[str, Callable[[Tensor, Tensor, torch.Generator], Tensor]] = {
 }
 
 
-class IREMixin:
-    """IRE for any `Trainer`, around whatever optimizer it makes or is given. Part of `GRMixin`.
+class FlatCoordinates(Part):
+    """IRE around whatever optimizer a trainer makes or is given.
 
-    Logged with the training loss, as they were at that step: `ire_kappa` (0 before the start), `ire_flat_fraction`, the
-    same per kind of layer (`ire_flat_fraction_embedding`, `_attention`, `_mlp`, `_norm`, `_bias`, ...), and
-    `ire_mask_overlap`, the Jaccard index of the last two masks.
+    Attributes:
+        optimizer: the `IRE`; None before it is made, or without IRE.
     """
 
-    gr_args: GRArguments
+    def __init__(self, trainer: Host, recorder: Recorder):
+        super().__init__(trainer)
+        self._recorder = recorder
+        self.optimizer: IRE | None = None
+        self._is_given = False
+        self._divergence: DivergenceGuard | None = None
+        self._kinds: dict[Tensor, str] = {}
+        self._has_probed = False
+        self._losses: list[Tensor] = []
+        self._kappa = 0.0
 
-    def __init__(self, *args, **kwargs):
-        self._ire: IRE | None = None
-        self._ire_divergence: DivergenceGuard | None = None
-        self._ire_is_given = False
-        self._ire_kinds: dict[Tensor, str] = {}
-        self._ire_probe_ran = False
-        self._ire_losses: list[Tensor] = []
-        self._ire_kappa = 0.0
-        super().__init__(*args, **kwargs)
-        if self.gr_args.ire_kappa != 0:
-            self._ire_require_support(needs_estimate=self.gr_args.ire_mask in ESTIMATED_MASKS)
+    def check(self) -> None:
+        if self._flags.ire_kappa != 0:
+            self._require_support(needs_estimate=self._flags.ire_mask in ESTIMATED_MASKS)
 
-    def _ire_require_support(self, needs_estimate: bool) -> None:
-        refuse_unsupported(self, "ire_kappa")
-        has_own_losses = type(self).ire_sampled_losses is not IREMixin.ire_sampled_losses
-        if needs_estimate and not has_own_losses and (name := class_among(self, PREFERENCE_TRAINERS)):
+    def _require_support(self, needs_estimate: bool) -> None:
+        trainer, kappa = self._trainer, self._flags.ire_kappa
+        refuse_unsupported(trainer, "ire_kappa")
+        if not needs_estimate or type(trainer).ire_sampled_losses is not sampled_losses:
+            return
+        if name := class_among(trainer, PREFERENCE_TRAINERS):
             raise ValueError(
-                f"ire_kappa={self.gr_args.ire_kappa}: IRE draws labels for the step's batch, and a batch of {name} has "
+                f"ire_kappa={kappa}: IRE draws labels for the step's batch, and a batch of {name} has "
                 "none. Override ire_sampled_losses of the trainer, or set ire_kappa=0."
             )
-        if needs_estimate and not has_own_losses and distribution_of(self.model) is None:
+        if distribution_of(trainer.model) is None:
             raise ValueError(
-                f"ire_kappa={self.gr_args.ire_kappa}: IRE draws labels from the distribution that the model predicts, "
-                f"and that of {type(self.model).__name__} is not known here; known are causal language models, and "
+                f"ire_kappa={kappa}: IRE draws labels from the distribution that the model predicts, "
+                f"and that of {type(trainer.model).__name__} is not known here; known are causal language models, and "
                 "classifiers of images and sequences with one label. Override ire_sampled_losses of the trainer, or "
                 "set ire_kappa=0."
             )
 
-    @property
-    def ire_optimizer(self) -> IRE | None:
-        """The optimizer, if it is `IRE`; None before it is made."""
-        return self._ire
-
     # ---- Schedule ----
 
-    def ire_start_step(self, num_training_steps: int) -> int:
+    def start_step(self, num_training_steps: int) -> int:
         """How many steps of a run of `num_training_steps` precede the first one of IRE."""
-        return self.gr_args.get_ire_start_step(self.args.get_warmup_steps(num_training_steps), num_training_steps)
+        return self._flags.get_ire_start_step(
+            self._trainer.args.get_warmup_steps(num_training_steps), num_training_steps
+        )
 
-    def create_optimizer(self, *args, **kwargs) -> torch.optim.Optimizer:
-        """As in `Trainer`, wrapped in `IRE`; an `IRE` that was given to the trainer is used as it is."""
-        optimizer = super().create_optimizer(*args, **kwargs)
-        flags = self.gr_args
-        flags.check_ire_arguments()
+    def wrap(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+        """`optimizer` in `IRE`, if IRE is on; an `IRE` that was given to the trainer is used as it is."""
+        self._flags.check_ire_arguments()
         # A second call of train() finds the first one's.
         inner = optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
         if isinstance(inner, IRE):
-            self._ire_is_given = self._ire_is_given or inner is not self._ire
-            if flags.ire_kappa != inner.kappa and not (self._ire_is_given and flags.ire_kappa == 0):
-                raise ValueError(
-                    f"ire_kappa={flags.ire_kappa}, but the optimizer of this trainer is already IRE with "
-                    f"kappa={inner.kappa}. Leave one of them out."
-                )
-            if inner is not self._ire and (idle := flags.ire_flags_of_the_optimizer()):
-                logger.warning(f"{', '.join(idle)}: no effect, the IRE that was given to the trainer has its own.")
-            self._ire = inner
+            self._take(inner)
         else:
-            if idle := flags.ire_flags_without_effect():
-                mask = f" and ire_mask={flags.ire_mask!r}" if flags.ire_kappa != 0 else ""
-                logger.warning(f"{', '.join(idle)}: no effect with ire_kappa={flags.ire_kappa}{mask}.")
-            self._ire = self._wrap_optimizer(inner) if flags.ire_kappa != 0 else None
-            if self._ire is not None:
-                self.optimizer = optimizer = self._ire
-        if self._ire is not None:
-            if self._ire_divergence is None or self._ire_divergence.ire is not self._ire:
-                self._ire_divergence = DivergenceGuard(self._ire)
-            self._ire_require_support(self._ire.needs_estimate)
-            self._ire_kinds = layer_kinds(self.model)
+            self._warn_of_idle_flags()
+            self.optimizer = None
+            if self._flags.ire_kappa != 0:
+                self.optimizer = optimizer = self._wrapped(inner)
+        if self.optimizer is not None:
+            if self._divergence is None or self._divergence.ire is not self.optimizer:
+                self._divergence = DivergenceGuard(self.optimizer)
+            self._require_support(self.optimizer.needs_estimate)
+            self._kinds = layer_kinds(self._trainer.model)
         return optimizer
 
-    def _wrap_optimizer(self, optimizer: torch.optim.Optimizer) -> IRE:
-        flags = self.gr_args
-        named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+    def _take(self, ire: IRE) -> None:
+        flags = self._flags
+        self._is_given = self._is_given or ire is not self.optimizer
+        if flags.ire_kappa != ire.kappa and not (self._is_given and flags.ire_kappa == 0):
+            raise ValueError(
+                f"ire_kappa={flags.ire_kappa}, but the optimizer of this trainer is already IRE with "
+                f"kappa={ire.kappa}. Leave one of them out."
+            )
+        if ire is not self.optimizer and (idle := flags.ire_flags_of_the_optimizer()):
+            logger.warning(f"{', '.join(idle)}: no effect, the IRE that was given to the trainer has its own.")
+        self.optimizer = ire
+
+    def _warn_of_idle_flags(self) -> None:
+        flags = self._flags
+        if idle := flags.ire_flags_without_effect():
+            mask = f" and ire_mask={flags.ire_mask!r}" if flags.ire_kappa != 0 else ""
+            logger.warning(f"{', '.join(idle)}: no effect with ire_kappa={flags.ire_kappa}{mask}.")
+
+    def _wrapped(self, optimizer: torch.optim.Optimizer) -> IRE:
+        flags = self._flags
+        named = [(name, p) for name, p in self._trainer.model.named_parameters() if p.requires_grad]
         excluded = []
         for word in flags.ire_exclude or ():
             found = [p for name, p in named if word in name]
@@ -143,33 +149,32 @@ class IREMixin:
             beta=flags.ire_beta,
             mask=flags.ire_mask,
             kappa_schedule=flags.ire_kappa_schedule,
-            seed=self.args.seed,
+            seed=self._trainer.args.seed,
         )
 
-    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
-        """As in `Trainer`; the start of IRE is checked here, where the number of steps is first known."""
-        if self._ire is not None:
-            flags, start = self.gr_args, self.ire_start_step(num_training_steps)
-            if start >= num_training_steps:
-                message = f"starts after {start} steps, at or after the end of the run of {num_training_steps}"
-                if flags.ire_start_step is not None:
-                    raise ValueError(f"ire_start_step={flags.ire_start_step}: IRE {message}. Start it earlier.")
-                logger.warning(
-                    f"IRE {message}, and never acts: it waits for the learning-rate warmup. Set ire_start_step."
-                )
-            self._ire_name_idle_settings()
-            logger.info(
-                f"  IRE: kappa = {self._ire.kappa}, gamma = {self._ire.gamma}, mask '{self._ire.mask}' every "
-                f"{flags.ire_interval} steps from step {start} of {num_training_steps}"
-            )
-        return super().create_scheduler(num_training_steps, optimizer)
+    def plan(self, num_training_steps: int) -> None:
+        if self.optimizer is None:
+            return
+        flags, start = self._flags, self.start_step(num_training_steps)
+        if start >= num_training_steps:
+            message = f"starts after {start} steps, at or after the end of the run of {num_training_steps}"
+            if flags.ire_start_step is not None:
+                raise ValueError(f"ire_start_step={flags.ire_start_step}: IRE {message}. Start it earlier.")
+            logger.warning(f"IRE {message}, and never acts: it waits for the learning-rate warmup. Set ire_start_step.")
+        self._name_idle_settings()
+        logger.info(
+            f"  IRE: kappa = {self.optimizer.kappa}, gamma = {self.optimizer.gamma}, mask '{self.optimizer.mask}' "
+            f"every {flags.ire_interval} steps from step {start} of {num_training_steps}"
+        )
 
-    def _ire_name_idle_settings(self) -> None:
+    def _name_idle_settings(self) -> None:
         """Warn of settings of the optimizer that, as the run is, change nothing."""
-        if not self._ire.amplify_weight_decay and not any(g.get("weight_decay") for g in self._ire.param_groups):
+        if not self.optimizer.amplify_weight_decay and not any(
+            g.get("weight_decay") for g in self.optimizer.param_groups
+        ):
             logger.warning("ire_amplify_weight_decay=False has no effect with weight_decay=0.")
-        schedule = getattr(self.args.lr_scheduler_type, "value", self.args.lr_scheduler_type)
-        if self._ire.kappa_schedule == "lr" and self.lr_scheduler is None and schedule == "constant":
+        schedule = getattr(self._trainer.args.lr_scheduler_type, "value", self._trainer.args.lr_scheduler_type)
+        if self.optimizer.kappa_schedule == "lr" and self._trainer.lr_scheduler is None and schedule == "constant":
             logger.warning(
                 "ire_kappa_schedule='lr' has no effect with lr_scheduler_type='constant': kappa follows the learning "
                 "rate, which does not change."
@@ -177,79 +182,82 @@ class IREMixin:
 
     # ---- Before a step: the mask ----
 
-    def get_batch_samples(self, *args, **kwargs) -> tuple[list, Tensor | int | None]:
-        """As in `Trainer`. With the micro-batches of the next step at hand, IRE chooses coordinates if it is due."""
-        batch_samples, num_items_in_batch = super().get_batch_samples(*args, **kwargs)
-        self._ire_probe_ran = False
-        self._ire_losses.clear()
-        if self._ire is not None and batch_samples:
-            since_start = self.state.global_step - self.ire_start_step(self.state.max_steps)
-            self._ire.active = since_start >= 0
-            # A mask that is missing, after an overflow or in a run that had no IRE so far, is not waited for.
-            if self._ire.active and (since_start % self.gr_args.ire_interval == 0 or not self._ire.has_mask):
-                self._ire_update_mask(batch_samples)
-        return batch_samples, num_items_in_batch
+    def choose(self, batch_samples: list[dict[str, Any]]) -> None:
+        """With the micro-batches of the next step at hand, choose the coordinates to amplify, if it is due."""
+        self._has_probed = False
+        self._losses.clear()
+        if self.optimizer is None or not batch_samples:
+            return
+        state = self._trainer.state
+        since_start = state.global_step - self.start_step(state.max_steps)
+        self.optimizer.active = since_start >= 0
+        # A mask that is missing, after an overflow or in a run that had no IRE so far, is not waited for.
+        if self.optimizer.active and (since_start % self._flags.ire_interval == 0 or not self.optimizer.has_mask):
+            self._update_mask(batch_samples)
 
-    def _ire_update_mask(self, batch_samples: list[dict[str, Any]]) -> None:
-        if not self._ire.needs_estimate:
-            self._ire.update_mask()
-            self.recorder.segment.ire_choices += 1
+    def _update_mask(self, batch_samples: list[dict[str, Any]]) -> None:
+        if not self.optimizer.needs_estimate:
+            self.optimizer.update_mask()
+            self._recorder.segment.ire_choices += 1
             return
         # There are gradients only where a data set of unknown length has left an incomplete step behind.
-        with gradients_set_aside([*self.model.parameters(), *trainable_parameters(self._ire)]):
-            if not self._ire_probe(batch_samples):
+        with gradients_set_aside([*self._trainer.model.parameters(), *trainable_parameters(self.optimizer)]):
+            if not self._probe(batch_samples):
                 return
-            if self._ire.update_mask():
-                self.recorder.segment.ire_choices += 1
+            if self.optimizer.update_mask():
+                self._recorder.segment.ire_choices += 1
             else:
+                waits = (
+                    "keeps its last choice of" if self.optimizer.has_mask else "keeps waiting for its first choice of"
+                )
                 logger.warning(
-                    f"Step {self.state.global_step}: the gradient of the sampled labels is not finite. IRE keeps "
-                    f"{'its last choice of' if self._ire.has_mask else 'waiting for its first choice of'} coordinates."
+                    f"Step {self._trainer.state.global_step}: the gradient of the sampled labels is not finite. IRE "
+                    f"{waits} coordinates."
                 )
 
-    def _ire_probe(self, batch_samples: list[dict[str, Any]]) -> bool:
+    def _probe(self, batch_samples: list[dict[str, Any]]) -> bool:
         """Leave in `.grad` the gradient of sampled labels, averaged over the micro-batches and processes.
 
         False if there is no label to sample.
         """
-        model, accelerator = self.model_wrapped, self.accelerator
-        parts = self._ire_select(batch_samples)
+        trainer, model, accelerator = self._trainer, self._trainer.model_wrapped, self._trainer.accelerator
+        parts = self._select(batch_samples)
         # Any scale would give the same order. This one, the same for all parts and processes, makes it a mean, as the
         # loss in training is: a gradient scaler is tuned to that.
         count = sum(_label_count(part) for part in parts)
-        total = accelerator.reduce(torch.tensor(float(count), device=self.args.device), "sum").item()
+        total = accelerator.reduce(torch.tensor(float(count), device=trainer.args.device), "sum").item()
         if total == 0:
             return False
         scale = accelerator.num_processes / total
-        seed = np.random.SeedSequence([self.args.seed, self.state.global_step, accelerator.process_index])
+        seed = np.random.SeedSequence([trainer.args.seed, trainer.state.global_step, accelerator.process_index])
         # A Python int, as NumPy 1 shifts no uint64 by one.
-        generator = torch.Generator(self.args.device).manual_seed(int(seed.generate_state(1, np.uint64)[0]) >> 1)
-        rng_state = RNGState.capture(self.args.device)
+        generator = torch.Generator(trainer.args.device).manual_seed(int(seed.generate_state(1, np.uint64)[0]) >> 1)
+        rng_state = RNGState.capture(trainer.args.device)
         try:
             with without_randomness(model):
                 for part in parts:
-                    inputs = self._prepare_inputs(part)
+                    inputs = trainer._prepare_inputs(part)
                     with nullcontext() if part is parts[-1] else accelerator.no_sync(model):
-                        with self.compute_loss_context_manager():
-                            losses = self.ire_sampled_losses(model, inputs, generator)
+                        with trainer.compute_loss_context_manager():
+                            losses = trainer.ire_sampled_losses(model, inputs, generator)
                         accelerator.backward(losses.sum() * scale)
         finally:
             rng_state.restore()
         if accelerator.scaler is not None:
-            scale_gradients_(trainable_parameters(self._ire), 1 / accelerator.scaler.get_scale())
-        self._ire_probe_ran = True
-        segment, share = self.recorder.segment, _row_count(parts) / _row_count(batch_samples)
+            scale_gradients_(trainable_parameters(self.optimizer), 1 / accelerator.scaler.get_scale())
+        self._has_probed = True
+        segment, share = self._recorder.segment, _row_count(parts) / _row_count(batch_samples)
         segment.ire_estimates += 1
         segment.ire_passes += share
         segment.passes += share
         return True
 
-    def _ire_select(self, batch_samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    def _select(self, batch_samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """The first `ire_probe_fraction` of the step's examples, rounded up, in as few micro-batches as hold them."""
-        if self.gr_args.ire_probe_fraction == 1:
+        if self._flags.ire_probe_fraction == 1:
             return batch_samples
         sizes = [find_batch_size(inputs) or 1 for inputs in batch_samples]
-        wanted = math.ceil(self.gr_args.ire_probe_fraction * sum(sizes))
+        wanted = math.ceil(self._flags.ire_probe_fraction * sum(sizes))
         parts = []
         for inputs, size in zip(batch_samples, sizes, strict=True):
             rows = min(size, wanted)
@@ -258,79 +266,75 @@ class IREMixin:
                 wanted -= rows
         return parts
 
-    def ire_sampled_losses(self, model: nn.Module, inputs: dict[str, Any], generator: torch.Generator) -> Tensor:
-        """-log p(y | x), differentiable, for labels y drawn from what `model` predicts; one entry per label.
-
-        Override it for a model with another kind of output, and draw with `generator` alone:
-
-        ```python
-        def ire_sampled_losses(self, model, inputs, generator):  # a regression with Gaussian noise of unit variance
-            mean = model(inputs["x"])
-            y = mean.detach() + torch.randn(mean.shape, generator=generator, device=mean.device)
-            return 0.5 * (y - mean).square()
-        ```
-        """
-        labels = inputs.get("labels")
-        if labels is None or labels.is_floating_point():
-            kind = "no labels" if labels is None else f"labels of {labels.dtype}"
-            raise ValueError(
-                f"ire_kappa={self._ire.kappa}: the batch has {kind}, and IRE must know which positions count, "
-                "each with one class. Override ire_sampled_losses of the trainer, or set ire_kappa=0."
-            )
-        outputs = model(**{key: value for key, value in inputs.items() if key != "labels"})
-        logits = outputs["logits"] if isinstance(outputs, dict) else outputs[0]
-        return LOSSES[distribution_of(self.model)](logits, labels, generator)
-
     # ---- After a step: the guard ----
 
-    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args, **kwargs) -> Tensor:
-        """As in `Trainer`; the loss of each whole step is watched."""
-        loss = super().training_step(model, inputs, *args, **kwargs)
-        if self._ire is not None and not getattr(self, "gr_second_pass", False):
-            self._ire_losses.append(loss.detach())
-            if self.accelerator.sync_gradients:
-                if self.gr_args.ire_guard != 0:
-                    self._ire_watch(torch.stack(self._ire_losses).sum())
-                self._ire_kappa = self._ire.kappa_in_force
-                self.recorder.segment.ire_steps += self._ire_kappa != 0
-        return loss
+    def observe(self, loss: Tensor) -> None:
+        """The loss of a micro-batch; that of each whole step is watched."""
+        if self.optimizer is None:
+            return
+        self._losses.append(loss.detach())
+        if self._trainer.accelerator.sync_gradients:
+            if self._flags.ire_guard != 0:
+                self._watch(torch.stack(self._losses).sum())
+            self._kappa = self.optimizer.kappa_in_force
+            self._recorder.segment.ire_steps += self._kappa != 0
 
-    def _ire_watch(self, loss: Tensor) -> None:
+    def _watch(self, loss: Tensor) -> None:
         # The same number on all processes, so that they all do the same.
-        loss = self.accelerator.reduce(loss.float(), "mean").item()
-        if self._ire_divergence.observe(loss, self.gr_args.ire_guard, cooldown=self.gr_args.ire_interval):
+        loss = self._trainer.accelerator.reduce(loss.float(), "mean").item()
+        if self._divergence.observe(loss, self._flags.ire_guard, cooldown=self._flags.ire_interval):
             logger.warning(
-                f"Step {self.state.global_step}: the loss, {loss:.4g}, has diverged since IRE started. kappa is halved "
-                f"to {self._ire.kappa * self._ire.kappa_scale:g}. Set ire_guard=0 to leave it alone."
+                f"Step {self._trainer.state.global_step}: the loss, {loss:.4g}, has diverged since IRE started. kappa "
+                f"is halved to {self.optimizer.kappa * self.optimizer.kappa_scale:g}. Set ire_guard=0 to leave it "
+                "alone."
             )
 
-    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
-        """As in `Trainer`, with the values of IRE beside the training loss."""
-        if "loss" in logs and self._ire is not None:
-            logs.update(self._ire_logs())
-        super().log(logs, *args, **kwargs)
+    def logs(self, logs: dict[str, float]) -> dict[str, float]:
+        ire = self.optimizer
+        if ire is None:
+            return {}
+        values = {"ire_kappa": self._kappa, "ire_flat_fraction": ire.flat_fraction}
+        values |= {f"ire_flat_fraction_{kind}": fraction for kind, fraction in self.flat_fractions().items()}
+        return values if ire.mask_overlap is None else values | {"ire_mask_overlap": ire.mask_overlap}
 
-    def _ire_logs(self) -> dict[str, float]:
-        logs = {"ire_kappa": self._ire_kappa, "ire_flat_fraction": self._ire.flat_fraction}
-        logs.update({f"ire_flat_fraction_{kind}": fraction for kind, fraction in self.ire_flat_fractions().items()})
-        if self._ire.mask_overlap is not None:
-            logs["ire_mask_overlap"] = self._ire.mask_overlap
-        return logs
-
-    def ire_flat_fractions(self) -> dict[str, float]:
+    def flat_fractions(self) -> dict[str, float]:
         """The share of amplified coordinates per kind of layer; empty before the first choice."""
         flat: dict[str, int] = {}
         size: dict[str, int] = {}
-        for p, count in self._ire.flat_counts.items():
-            kind = self._ire_kinds.get(p, "other")
+        for p, count in self.optimizer.flat_counts.items():
+            kind = self._kinds.get(p, "other")
             flat[kind] = flat.get(kind, 0) + count
             size[kind] = size.get(kind, 0) + p.numel()
         return {kind: flat[kind] / size[kind] for kind in flat}
 
-    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """As in `Trainer`, with the estimate counted."""
-        flops = super().floating_point_ops(inputs)
-        return flops + int(flops * self.gr_args.ire_probe_fraction) if self._ire_probe_ran else flops
+    @property
+    def probed_fraction(self) -> float:
+        """Of the step's examples, those that the estimate of this step was made of."""
+        return self._flags.ire_probe_fraction if self._has_probed else 0.0
+
+
+def sampled_losses(trainer: Host, model: nn.Module, inputs: dict[str, Any], generator: torch.Generator) -> Tensor:
+    """-log p(y | x), differentiable, for labels y drawn from what `model` predicts; one entry per label.
+
+    Override it for a model with another kind of output, and draw with `generator` alone:
+
+    ```python
+    def ire_sampled_losses(self, model, inputs, generator):  # a regression with Gaussian noise of unit variance
+        mean = model(inputs["x"])
+        y = mean.detach() + torch.randn(mean.shape, generator=generator, device=mean.device)
+        return 0.5 * (y - mean).square()
+    ```
+    """
+    labels = inputs.get("labels")
+    if labels is None or labels.is_floating_point():
+        kind = "no labels" if labels is None else f"labels of {labels.dtype}"
+        raise ValueError(
+            f"ire_kappa={trainer.ire_optimizer.kappa}: the batch has {kind}, and IRE must know which positions count, "
+            "each with one class. Override ire_sampled_losses of the trainer, or set ire_kappa=0."
+        )
+    outputs = model(**{key: value for key, value in inputs.items() if key != "labels"})
+    logits = outputs["logits"] if isinstance(outputs, dict) else outputs[0]
+    return LOSSES[distribution_of(trainer.model)](logits, labels, generator)
 
 
 def _row_count(parts: list[dict[str, Any]]) -> int:

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import TrainingArguments
 
-from ..config import BASE_BATCH_SIZE, TIME_VARYING, GRArguments
+from ..config import BASE_BATCH_SIZE, TIME_VARYING
 from ..optim.ire import IRE
 from ..optim.tvlars import TVLARS, check_time_varying, time_varying_factor
 from ..optimizer_factory import (
@@ -27,6 +27,7 @@ from ..optimizer_factory import (
 )
 from .compatibility import refuse_unsupported_optimizer
 from .layer_statistics import LayerStatisticsCallback
+from .part import Host, Part
 
 logger = get_logger(__name__)
 
@@ -42,7 +43,7 @@ def trainable_parameters(optimizer: Optimizer) -> list[Tensor]:
     return [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
 
 
-class _OnClassOrInstance:
+class OnClassOrInstance:
     """A method that can be called on either: `Trainer` has a static one, and subclasses make it an instance's."""
 
     def __init__(self, function: Callable[..., Any]):
@@ -59,85 +60,82 @@ def in_steps(tv_lambda: float, delay_steps: float, num_training_steps: int) -> t
     return tv_lambda, delay_steps
 
 
-class OptimizerMixin:
-    """TVLARS, LARS and LAMB by name, the scaling of the learning rate, and phi as its schedule. Part of `GRMixin`."""
+class Layerwise(Part):
+    """LARS, TVLARS and LAMB by name, the learning rate scaled with the batch, and phi as a schedule.
 
-    gr_args: GRArguments
+    Attributes:
+        lr_factor: what the learning rate was multiplied by.
+    """
 
-    def __init__(self, *args, **kwargs):
-        self._made_optimizer: Optimizer | None = None
-        self._lr_factor = 1.0
+    def __init__(self, trainer: Host):
+        super().__init__(trainer)
+        self.lr_factor = 1.0
+        self._made: Optimizer | None = None
         self._tvlars: TVLARS | None = None
         self._tvlars_settings: list[dict[str, Any]] = []
-        super().__init__(*args, **kwargs)
-        refuse_unsupported_optimizer(self)
-        if self.gr_args.layer_statistics_steps:
-            self.add_callback(LayerStatisticsCallback(self.gr_args.layer_statistics_steps))
 
-    @_OnClassOrInstance
-    def get_optimizer_cls_and_kwargs(
-        self, args: TrainingArguments, model: nn.Module | None = None
-    ) -> tuple[Any, dict[str, Any]]:
-        """As in `Trainer`, with our names, and with an error for a key of `optim_args` that nobody reads."""
-        resolve = super().get_optimizer_cls_and_kwargs
-        if args.optim in OPTIMIZERS:
-            return OPTIMIZERS[args.optim], settings_by_flags(args) | parameters_by_trainer(resolve, args, model)
-        if args.optim_args:
-            require_known_optim_args(resolve, args, model)
-        return resolve(args, model)
+    def check(self) -> None:
+        refuse_unsupported_optimizer(self._trainer)
+        if self._flags.layer_statistics_steps:
+            self._trainer.add_callback(LayerStatisticsCallback(self._flags.layer_statistics_steps))
 
-    def create_optimizer(self, *args, **kwargs) -> Optimizer:
-        """As in `Trainer`, with the learning rate times `lr_scaling`'s factor."""
-        self.gr_args.check_optimizer_arguments()  # a sweep sets attributes
-        is_new = self.optimizer is None
-        optimizer = super().create_optimizer(*args, **kwargs)
-        inner = innermost(optimizer)
+    def scale(self, optimizer: Optimizer, is_new: bool) -> Optimizer:
+        """`optimizer` with its learning rate times `lr_scaling`'s factor.
+
+        Args:
+            is_new: whether the trainer has just made it. One that was given to it is left alone.
+        """
+        inner, flags = innermost(optimizer), self._flags
         if is_new:
-            self._made_optimizer, self._lr_factor = inner, 1.0
-        if self.gr_args.decay_norms_and_biases and inner.param_groups[0].get("exclude_1d"):
+            self._made, self.lr_factor = inner, 1.0
+        if flags.decay_norms_and_biases and inner.param_groups[0].get("exclude_1d"):
             raise ValueError(
                 f"decay_norms_and_biases=True has no effect on {type(inner).__name__}, which excludes norms and biases "
                 "by itself. Set optim_args=exclude_1d=False as well, or leave the flag out."
             )
-        scaling = self.gr_args.lr_scaling
-        if inner is self._made_optimizer:
-            batch = self.get_total_train_batch_size(self.args)
-            factor = self.gr_args.lr_factor(batch)
-            _scale_learning_rate(inner, factor / self._lr_factor)
-            self._lr_factor = factor
-            if scaling != "none":
-                logger.info(f"  Learning rate: {inner.defaults['lr']:g}, scaled by {self.describe_lr_scaling()}")
-        elif self.gr_args.decay_norms_and_biases:
+        if inner is not self._made:
+            self._refuse_flags_of_its_own()
+            return optimizer
+        factor = flags.lr_factor(self._batch)
+        _scale_learning_rate(inner, factor / self.lr_factor)
+        self.lr_factor = factor
+        if flags.lr_scaling != "none":
+            logger.info(f"  Learning rate: {inner.defaults['lr']:g}, scaled by {self.describe_lr_scaling()}")
+        return optimizer
+
+    def _refuse_flags_of_its_own(self) -> None:
+        if self._flags.decay_norms_and_biases:
             raise ValueError(
                 "decay_norms_and_biases=True has no effect on an optimizer that was given to the trainer ready-made. "
                 "Set the weight decay of its parameter groups, or leave the flag out."
             )
-        elif scaling != "none":
+        if self._flags.lr_scaling != "none":
             raise ValueError(
-                f"lr_scaling={scaling!r} has no effect on an optimizer that was given to the trainer ready-made. Scale "
-                "its learning rate yourself, or leave lr_scaling out."
+                f"lr_scaling={self._flags.lr_scaling!r} has no effect on an optimizer that was given to the trainer "
+                "ready-made. Scale its learning rate yourself, or leave lr_scaling out."
             )
-        return optimizer
 
-    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """As in `Trainer`, or all of them with `decay_norms_and_biases`."""
-        if not self.gr_args.decay_norms_and_biases:
-            return super().get_decay_parameter_names(model)
-        if self.args.weight_decay == 0:
+    @property
+    def _batch(self) -> int:
+        return self._trainer.get_total_train_batch_size(self._trainer.args)
+
+    def decays_everything(self) -> bool:
+        """Whether weight decay is for norms and biases, too."""
+        if self._flags.decay_norms_and_biases and self._trainer.args.weight_decay == 0:
             logger.warning("decay_norms_and_biases=True has no effect with weight_decay=0.")
-        return [name for name, _ in model.named_parameters()]
+        return self._flags.decay_norms_and_biases
 
     def describe_lr_scaling(self) -> str:
-        batch = self.get_total_train_batch_size(self.args)
-        root = " under the root" if self.gr_args.lr_scaling == "sqrt" else ""
-        return f"{self._lr_factor:g} (the total batch of {batch:,} / {BASE_BATCH_SIZE}{root})"
+        root = " under the root" if self._flags.lr_scaling == "sqrt" else ""
+        return f"{self.lr_factor:g} (the total batch of {self._batch:,} / {BASE_BATCH_SIZE}{root})"
 
-    def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LRScheduler:
-        """As in `Trainer`, with the schedule `time_varying`; what TVLARS must know of the run it is told here."""
-        target = self.optimizer if optimizer is None else optimizer
-        inner = innermost(target)
+    # ---- phi ----
+
+    def schedule(self, num_training_steps: int, optimizer: Optimizer) -> LRScheduler | None:
+        """Tell TVLARS what it must know of the run. The schedule `time_varying`, if it is that of the run."""
+        args, inner = self._trainer.args, innermost(optimizer)
         self._tvlars = inner if inner is self._tvlars else None
-        is_time_varying = self.args.lr_scheduler_type == TIME_VARYING and self.lr_scheduler is None
+        is_time_varying = args.lr_scheduler_type == TIME_VARYING and self._trainer.lr_scheduler is None
         if isinstance(inner, TVLARS):
             if is_time_varying:
                 raise ValueError(
@@ -146,20 +144,18 @@ class OptimizerMixin:
                 )
             self._set_tvlars(inner, num_training_steps)
         if not is_time_varying:
-            return super().create_scheduler(num_training_steps, optimizer)
-        if self.args.warmup_steps:
+            return None
+        if args.warmup_steps:
             logger.warning(
-                f"warmup_steps={self.args.warmup_steps}: the learning rate has no warmup with "
+                f"warmup_steps={args.warmup_steps}: the learning rate has no warmup with "
                 f"lr_scheduler_type={TIME_VARYING!r}."
             )
         # The first step is taken at epoch 0 of a scheduler, and is step 1 of phi.
-        self.lr_scheduler = LambdaLR(target, partial(_phi_of_epoch, **self._time_varying(num_training_steps)))
-        self._created_lr_scheduler = True
-        return self.lr_scheduler
+        return LambdaLR(optimizer, partial(_phi_of_epoch, **self._time_varying(num_training_steps)))
 
     def _time_varying(self, num_training_steps: int) -> dict[str, float]:
         """The arguments of phi as a learning-rate schedule."""
-        given = self.args.lr_scheduler_kwargs or {}
+        given = self._trainer.args.lr_scheduler_kwargs or {}
         if unknown := set(given) - {"tv_lambda", "delay_steps", "alpha", "gamma_min"}:
             raise ValueError(
                 f"lr_scheduler_kwargs: {', '.join(sorted(unknown))} is unknown to {TIME_VARYING!r}, which takes "
@@ -176,7 +172,7 @@ class OptimizerMixin:
 
     def _default_gamma_min(self) -> float:
         """0.001 batch / 256 as a factor of the unscaled learning rate, which `lr_scaling` may have scaled already."""
-        return 1e-3 * self.get_total_train_batch_size(self.args) / BASE_BATCH_SIZE / self._lr_factor
+        return 1e-3 * self._batch / BASE_BATCH_SIZE / self.lr_factor
 
     def _set_tvlars(self, optimizer: TVLARS, num_training_steps: int) -> None:
         """Put into the optimizer what it cannot know, and start its schedule with the run."""
@@ -197,18 +193,27 @@ class OptimizerMixin:
             f"{num_training_steps} steps, with tv_lambda = {group['tv_lambda']:.3g}, delay_steps = "
             f"{group['delay_steps']:g}, gamma_min = {group['gamma_min']:g}"
         )
-        name = getattr(self.args.lr_scheduler_type, "value", self.args.lr_scheduler_type)
-        if self.lr_scheduler is None and name != "constant":
+        name = getattr(self._trainer.args.lr_scheduler_type, "value", self._trainer.args.lr_scheduler_type)
+        if self._trainer.lr_scheduler is None and name != "constant":
             logger.warning(
                 f"lr_scheduler_type={name!r} multiplies the learning rate of TVLARS, which has a schedule of its own. "
                 "Set lr_scheduler_type=constant for TVLARS as published."
             )
 
-    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
-        """As in `Trainer`, with phi of TVLARS, as it was at that step, beside the learning rate."""
-        if "loss" in logs and self._tvlars is not None:
-            logs["tvlars_phi"] = self._tvlars.phi(self._tvlars.param_groups[0])
-        super().log(logs, *args, **kwargs)
+    def logs(self, logs: dict[str, float]) -> dict[str, float]:
+        return {} if self._tvlars is None else {"tvlars_phi": self._tvlars.phi(self._tvlars.param_groups[0])}
+
+
+def get_optimizer_cls_and_kwargs(
+    resolve: Callable[..., tuple[Any, dict[str, Any]]], args: TrainingArguments, model: nn.Module | None
+) -> tuple[Any, dict[str, Any]]:
+    """What `resolve`, the trainer's own method, says, with our names, and with an error for a key of `optim_args` that
+    nobody reads."""
+    if args.optim in OPTIMIZERS:
+        return OPTIMIZERS[args.optim], settings_by_flags(args) | parameters_by_trainer(resolve, args, model)
+    if args.optim_args:
+        require_known_optim_args(resolve, args, model)
+    return resolve(args, model)
 
 
 def _phi_of_epoch(epoch: int, **settings: float) -> float:

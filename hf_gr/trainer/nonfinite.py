@@ -2,7 +2,7 @@
 that are not finite get into no checkpoint."""
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate.logging import get_logger
@@ -10,16 +10,15 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from ..optim.gradient_regularization import are_finite, as_float, gradient_norm
 from .layerwise import trainable_parameters
-
-if TYPE_CHECKING:
-    from .trainer import GRMixin
+from .part import Host, Part
+from .recording import Recorder
 
 logger = get_logger(__name__)
 #: So many steps in a row are no accident.
 PATIENCE = 3
 
 
-class NonFiniteGuard(TrainerCallback):
+class NonFiniteGuard(Part, TrainerCallback):
     """Skips the steps of a run with GR or IRE whose gradient is infinite or NaN, and stops after `PATIENCE` in a row
     unless `gr_on_nonfinite="skip"`.
 
@@ -33,21 +32,25 @@ class NonFiniteGuard(TrainerCallback):
         skipped_steps: how many it skipped.
     """
 
-    def __init__(self, trainer: "GRMixin"):
-        self._trainer = trainer
+    def __init__(self, trainer: Host, recorder: Recorder):
+        super().__init__(trainer)
+        self._recorder = recorder
         self._in_a_row = 0
         self._finite_after = 0  # the last step after which the weights were looked at, and finite
         self.norm_before_clipping: torch.Tensor | float | None = None
         self.skipped_steps = 0
 
+    def check(self) -> None:
+        self._trainer.add_callback(self)
+
     def _is_active(self) -> bool:
-        return self._trainer.gr_args.gr_degree != 0 or self._trainer.ire_optimizer is not None
+        return self._flags.is_active or self._trainer.ire_optimizer is not None
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
         self._in_a_row = self.skipped_steps = 0
         self._finite_after = state.global_step
         self.require_finite_weights()
-        if not self._is_active() and self._trainer.gr_args.gr_on_nonfinite != "stop":
+        if not self._is_active() and self._flags.gr_on_nonfinite != "stop":
             logger.warning("gr_on_nonfinite: no effect with gr_lambda=0 and without IRE.")
 
     def on_pre_optimizer_step(
@@ -62,7 +65,7 @@ class NonFiniteGuard(TrainerCallback):
             return
         for p in params:  # optimizers leave out what has no gradient
             p.grad = None
-        self._trainer.recorder.segment.skipped_steps += 1
+        self._recorder.segment.skipped_steps += 1
         self._skip(state.global_step + 1)
 
     def on_optimizer_step(
@@ -81,7 +84,7 @@ class NonFiniteGuard(TrainerCallback):
         self.skipped_steps += 1
         if self._in_a_row == 1:
             self.require_finite_weights(done=step - 1)
-        if self._trainer.gr_args.gr_on_nonfinite == "stop" and self._in_a_row >= PATIENCE:
+        if self._flags.gr_on_nonfinite == "stop" and self._in_a_row >= PATIENCE:
             first = step - self._in_a_row + 1
             raise FloatingPointError(
                 f"The gradients of steps {first} to {step} are not finite. The model has the weights of step "
@@ -119,7 +122,7 @@ class NonFiniteGuard(TrainerCallback):
         """At the end of a run: raise `FloatingPointError` unless the weights are finite and a step has moved them."""
         self.require_finite_weights()
         steps = self._trainer.state.global_step
-        if self._trainer.gr_args.gr_on_nonfinite == "stop" and 0 < steps == self.skipped_steps:
+        if self._flags.gr_on_nonfinite == "stop" and 0 < steps == self.skipped_steps:
             raise FloatingPointError(
                 f"The gradients of all {steps} steps are not finite: nothing was trained. Look at the examples and at "
                 "the loss, lower gr_r, or prefer --bf16 to --fp16."

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -26,9 +26,7 @@ from transformers.trainer_utils import has_length
 from .. import __version__
 from ..reporting.redaction import redact
 from .layerwise import innermost
-
-if TYPE_CHECKING:
-    from .trainer import GRMixin
+from .part import Host
 
 FILE = "run.json"
 FORMAT = 1
@@ -148,14 +146,14 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any
 # ---- What a trainer is about to do ----
 
 
-def method_of(trainer: "GRMixin") -> dict[str, Any]:
+def method_of(trainer: Host) -> dict[str, Any]:
     """What the run of a trainer is identified by; known before its optimizer is made."""
     flags = trainer.gr_args
     is_ire = flags.ire_kappa != 0 or trainer.ire_optimizer is not None
     return {"gr": flags.gr_degree != 0, "ire": is_ire, "optimizer": _optimizer_name(trainer)}
 
 
-def _optimizer_name(trainer: "GRMixin") -> str | None:
+def _optimizer_name(trainer: Host) -> str | None:
     made = innermost(trainer.optimizer)
     if made is not None:
         return type(made).__name__
@@ -165,7 +163,7 @@ def _optimizer_name(trainer: "GRMixin") -> str | None:
     return kind.__name__ if isinstance(kind, type) and issubclass(kind, Optimizer) else None
 
 
-def data_of(trainer: "GRMixin") -> dict[str, Any]:
+def data_of(trainer: Host) -> dict[str, Any]:
     """What it trains on: its `script_args` say the name, where a script has set them."""
     data: dict[str, Any] = {}
     for args in trainer.script_args:
@@ -182,7 +180,7 @@ def count_of(dataset: Any) -> int | None:
     return len(dataset) if dataset is not None and has_length(dataset) else None
 
 
-def settings_of(trainer: "GRMixin") -> dict[str, Any]:
+def settings_of(trainer: Host) -> dict[str, Any]:
     """The settings in force, once optimizer and schedule are made and a checkpoint is loaded."""
     settings: dict[str, Any] = {}
     for args in (*trainer.script_args, trainer.args):
@@ -227,7 +225,7 @@ def _is_unset(value: Any) -> bool:
     return value is None or value is False or value in ("", [], {})
 
 
-def _optimizer_settings(trainer: "GRMixin") -> dict[str, Any]:
+def _optimizer_settings(trainer: Host) -> dict[str, Any]:
     """What an optimizer that has loaded a checkpoint has from there, whatever the flags say."""
     optimizer = innermost(trainer.optimizer)
     if optimizer is None:
@@ -236,7 +234,7 @@ def _optimizer_settings(trainer: "GRMixin") -> dict[str, Any]:
     group = optimizer.param_groups[0]
     rate = group.get("initial_lr", group.get("lr"))
     if rate is not None:
-        rate = float(rate) / trainer._lr_factor
+        rate = float(rate) / trainer.layerwise.lr_factor
         given = trainer.args.learning_rate
         settings["learning_rate"] = given if abs(rate - given) <= 1e-9 * abs(given) else rate
     decays = [group["weight_decay"] for group in optimizer.param_groups if "weight_decay" in group]
@@ -245,18 +243,18 @@ def _optimizer_settings(trainer: "GRMixin") -> dict[str, Any]:
     return settings
 
 
-def _gr_settings(trainer: "GRMixin") -> dict[str, Any]:
+def _gr_settings(trainer: Host) -> dict[str, Any]:
     gr = trainer.gr_args
     if gr.gr_degree == 0:
         return {"gr_lambda": 0}
     settings = {"gr_r": gr.gr_r, "gr_lambda": gr.gr_degree, "gr_warmup": gr.gr_warmup}
     if gr.gr_warmup != "none":
-        settings["gr_warmup_steps"] = trainer.gr_warmup_steps(trainer.state.max_steps)
+        settings["gr_warmup_steps"] = trainer.gr.warmup_steps(trainer.state.max_steps)
     settings |= {"gr_scope": gr.gr_scope, "gr_interval": gr.gr_interval}
     return settings | _others(gr, "gr_", settings)
 
 
-def _ire_settings(trainer: "GRMixin") -> dict[str, Any]:
+def _ire_settings(trainer: Host) -> dict[str, Any]:
     ire, flags = trainer.ire_optimizer, trainer.gr_args
     if ire is None:
         return {"ire_kappa": 0}
@@ -265,7 +263,7 @@ def _ire_settings(trainer: "GRMixin") -> dict[str, Any]:
         settings["ire_gamma"] = ire.gamma
     settings |= {
         "ire_interval": flags.ire_interval,
-        "ire_start_step": trainer.ire_start_step(trainer.state.max_steps),
+        "ire_start_step": trainer.ire.start_step(trainer.state.max_steps),
     }
     return settings | _others(flags, "ire_", settings)
 
@@ -313,7 +311,7 @@ class Recorder(TrainerCallback):
         resumed_from: the checkpoint that the next start resumes from.
     """
 
-    def __init__(self, trainer: "GRMixin"):
+    def __init__(self, trainer: Host):
         self._trainer = trainer
         self._running_since: float | None = None
         self.resumed_from: str | None = None

@@ -5,14 +5,13 @@ import random
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from .trainer import GRMixin
+from .part import Host
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,7 @@ class InputCheck:
     window only: a comparison makes an accelerator wait.
     """
 
-    def __init__(self, trainer: "GRMixin"):
+    def __init__(self, trainer: Host):
         self._trainer = trainer
         self._first: list[list[Tensor]] = []
         self.is_done = False

@@ -11,14 +11,21 @@ from typing import TYPE_CHECKING, Any
 
 from accelerate.logging import get_logger
 from transformers import TrainerCallback, TrainerState, TrainingArguments
+from transformers.trainer_utils import SaveStrategy
 
+from .checkpoints import (
+    check_checkpoint,
+    last_complete_checkpoint,
+    set_later_checkpoints_aside,
+    warn_of_earlier_run,
+    warn_of_other_processes,
+)
 from .layerwise import innermost
+from .part import Host
 from .recording import FILE, data_of, differences, method_of, read_record
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
-
-    from .trainer import GRMixin
 
 logger = get_logger(__name__)
 
@@ -37,7 +44,44 @@ OF_THE_OPTIMIZER = {
 IMPLEMENTATION = {"foreach", "fused", "capturable", "differentiable", "maximize", "decoupled_weight_decay", "amsgrad"}
 
 
-def refuse_other_run(trainer: "GRMixin", checkpoint: str) -> None:
+def prepare_to_resume(trainer: Host, asked: str | bool | None) -> str | None:
+    """The checkpoint that a run is to resume from, checked; with `True` the last complete one in `output_dir`. None for
+    a new run. Later checkpoints are moved out of the run's way.
+
+    Raises:
+        ValueError: there is none, it is cut short, or another run has written it.
+    """
+    args = trainer.args
+    checkpoint = asked or None
+    if asked is True:
+        checkpoint = last_complete_checkpoint(args.output_dir)
+        if checkpoint is None:
+            raise ValueError(
+                f"resume_from_checkpoint=True: there is no complete checkpoint in {args.output_dir!r}. Start without "
+                "it, or give the folder of one."
+            )
+    elif checkpoint and not trainer.is_deepspeed_enabled:
+        check_checkpoint(checkpoint)
+    if checkpoint:
+        refuse_other_run(trainer, checkpoint)
+    trainer.accelerator.wait_for_everyone()  # to read what is there, before the main process moves any of it
+    if args.should_save:
+        _clear_the_way(trainer, checkpoint)
+    return checkpoint
+
+
+def _clear_the_way(trainer: Host, checkpoint: str | None) -> None:
+    args = trainer.args
+    if checkpoint and not (trainer.is_deepspeed_enabled or args.save_on_each_node):
+        warn_of_other_processes(checkpoint, args.world_size)
+    if args.save_strategy != SaveStrategy.NO:
+        if checkpoint:
+            set_later_checkpoints_aside(args.output_dir, checkpoint)
+        else:
+            warn_of_earlier_run(args.output_dir)
+
+
+def refuse_other_run(trainer: Host, checkpoint: str) -> None:
     """Raise `ValueError` if the record of a checkpoint has another method, or other data, than `trainer`."""
     record = read_record(checkpoint)
     if record is None:
@@ -56,7 +100,7 @@ def refuse_other_run(trainer: "GRMixin", checkpoint: str) -> None:
 class ResumeCheck(TrainerCallback):
     """Names, once a checkpoint is loaded, the arguments that are not those of the run that wrote it."""
 
-    def __init__(self, trainer: "GRMixin"):
+    def __init__(self, trainer: Host):
         self._trainer = trainer
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:

@@ -20,6 +20,8 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, SaveStrategy
 from transformers.utils.hub import PushInProgress
 
+from .part import Host, Part
+
 logger = logging.getLogger(__name__)
 
 #: What of a checkpoint is the model; the rest is there to resume from.
@@ -29,33 +31,35 @@ LEFT_OUT = ("_*", f"{PREFIX_CHECKPOINT_DIR}-*")
 SNAPSHOT = "_upload-"
 
 
-class UploadMixin:
+class Uploads(Part):
     """The uploads of `hub_strategy`. Training never waits for them, and what is uploaded is what was there when the
     checkpoint was written. The snapshot takes no room for weights: its files are hard links to the checkpoint's."""
 
-    _upload_api: HfApi | None = None
+    def __init__(self, trainer: Host):
+        super().__init__(trainer)
+        self._api: HfApi | None = None
 
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """As in `Trainer`, except that nothing is copied into the output folder."""
-        args = self.args
-        is_pushing = self.push_in_progress is not None and not self.push_in_progress.is_done()
+    def push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """What `Trainer` does in `_push_from_checkpoint`, except that nothing is copied into the output folder."""
+        args = self._trainer.args
+        is_pushing = self._trainer.push_in_progress is not None and not self._trainer.push_in_progress.is_done()
         if (
-            not self.is_world_process_zero()
+            not self._trainer.is_world_process_zero()
             or args.hub_strategy == HubStrategy.END
             or (is_pushing and not args.hub_always_push)
         ):
             return
-        self.callback_handler.on_push_begin(args, self.state, self.control)
+        self._trainer.callback_handler.on_push_begin(args, self._trainer.state, self._trainer.control)
         checkpoint = Path(checkpoint_folder)
-        when = f"epoch {int(self.state.epoch)}"
+        when = f"epoch {int(self._trainer.state.epoch)}"
         if args.save_strategy == SaveStrategy.STEPS:
-            when = f"step {self.state.global_step}"
+            when = f"step {self._trainer.state.global_step}"
         message = f"Training in progress, {when}"
         if not is_pushing:
-            self.push_in_progress = PushInProgress([])
+            self._trainer.push_in_progress = PushInProgress([])
             for left_by_a_killed_run in Path(args.output_dir).glob(f"{SNAPSHOT}*"):
                 shutil.rmtree(left_by_a_killed_run, ignore_errors=True)
-        jobs = self.push_in_progress.jobs
+        jobs = self._trainer.push_in_progress.jobs
         jobs.append(self._upload_in_background(self._model_snapshot(checkpoint), message))
         if args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
             name = "last-checkpoint" if args.hub_strategy == HubStrategy.CHECKPOINT else checkpoint.name
@@ -64,12 +68,12 @@ class UploadMixin:
             jobs.append(self._upload_in_background(snapshot, f"{message}, checkpoint", name))
 
     def _new_snapshot(self) -> Path:
-        return Path(tempfile.mkdtemp(prefix=SNAPSHOT, dir=self.args.output_dir))
+        return Path(tempfile.mkdtemp(prefix=SNAPSHOT, dir=self._trainer.args.output_dir))
 
     def _model_snapshot(self, checkpoint: Path) -> Path:
         """The output folder, with the model of `checkpoint`."""
         snapshot = self._new_snapshot()
-        for path in Path(self.args.output_dir).iterdir():
+        for path in Path(self._trainer.args.output_dir).iterdir():
             if _is_one_of(path, LEFT_OUT + MODEL_FILES):
                 continue
             if path.is_dir():
@@ -79,24 +83,24 @@ class UploadMixin:
         for path in checkpoint.iterdir():
             if path.is_file() and _is_one_of(path, MODEL_FILES):
                 link_or_copy(path, snapshot / path.name)
-        if self.processing_class is not None:
-            self.processing_class.save_pretrained(snapshot)
-        torch.save(self.args, snapshot / TRAINING_ARGS_NAME)
+        if self._trainer.processing_class is not None:
+            self._trainer.processing_class.save_pretrained(snapshot)
+        torch.save(self._trainer.args, snapshot / TRAINING_ARGS_NAME)
         return snapshot
 
     def _upload_in_background(self, snapshot: Path, message: str, path_in_repo: str | None = None) -> Future:
         """Upload `snapshot`, after what is being uploaded, and delete it."""
-        self._upload_api = self._upload_api or HfApi()
+        self._api = self._api or HfApi()
 
         def upload() -> None:
             try:
-                self._upload_api.upload_folder(
-                    repo_id=self.hub_model_id,
+                self._api.upload_folder(
+                    repo_id=self._trainer.hub_model_id,
                     folder_path=snapshot,
                     path_in_repo=path_in_repo,
                     commit_message=message,
-                    token=self.args.hub_token,
-                    revision=self.args.hub_revision,
+                    token=self._trainer.args.hub_token,
+                    revision=self._trainer.args.hub_revision,
                 )
             except Exception as error:
                 logger.warning(f"An upload during training failed ({message}: {error}). The last one has everything.")
@@ -104,7 +108,7 @@ class UploadMixin:
             finally:
                 shutil.rmtree(snapshot, ignore_errors=True)
 
-        return self._upload_api.run_as_future(upload)
+        return self._api.run_as_future(upload)
 
 
 def _is_one_of(path: Path, patterns: tuple[str, ...]) -> bool:

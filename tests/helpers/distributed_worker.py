@@ -125,7 +125,7 @@ class Estimates(GRTrainer):
     def _ire_update_mask(self, batch_samples):
         super()._ire_update_mask(batch_samples)
         params = list(self.model.parameters())
-        self.kept[-1]["masks"] = [self._ire._masks[p].clone() for p in params]
+        self.kept[-1]["masks"] = [self.ire_optimizer._masks[p].clone() for p in params]
         for tensor in (*self.kept[-1]["masks"], *self.kept[-1]["estimate"]):
             require_equal_ranks(tensor, "an estimate")
 

@@ -180,7 +180,7 @@ def recorded(trainer: GRTrainer, passes: dict[str, int]) -> set[float]:
         phis[:1] + phis[-1:], sum(p.numel() for p in model.parameters()),
         sum(p.numel() for p in model.parameters() if p.requires_grad), len(trainer.train_dataset),
         passes["train"], passes["estimate"], trainer.state.global_step, passes["train"] - trainer.state.global_step,
-        args.per_device_train_batch_size, args.per_device_train_batch_size / 256, round(trainer.train_seconds),
+        args.per_device_train_batch_size, args.per_device_train_batch_size / 256, round(trainer.recorder.seconds),
         first_losses["learning_rate"], trainer.recorder.record.total("ire_steps"),
         [len(data) for data in trainer.eval_dataset.values()],
     ]  # fmt: skip

@@ -212,7 +212,7 @@ def test_an_estimate_that_is_not_finite_keeps_the_mask(tmp_path, caplog):
 
     trainer = run(toys.vit(), toys.images(), tmp_path, cls=Overflows, **IRE_FLAGS)
     assert "Step 3: the gradient of the sampled labels is not finite. IRE keeps its last choice" in caplog.text
-    assert trainer._ire.state_dict()["ire"]["updates"] == 2
+    assert trainer.ire_optimizer.state_dict()["ire"]["updates"] == 2
     assert toys.weights(trainer.model).isfinite().all()
 
 
@@ -221,7 +221,7 @@ def test_labels_that_are_all_masked_keep_the_mask(tmp_path):
     for example in data[6:8]:
         example["labels"][:] = -100
     trainer = run(toys.llama(), data, tmp_path, **IRE_FLAGS)
-    assert trainer._ire.state_dict()["ire"]["updates"] == 2
+    assert trainer.ire_optimizer.state_dict()["ire"]["updates"] == 2
 
 
 def test_gradient_scaler_is_respected(tmp_path):
@@ -333,14 +333,14 @@ def test_learning_rate_scheduler_reaches_the_base_optimizer(tmp_path):
     assert [e["learning_rate"] for e in trainer.state.log_history if "learning_rate" in e] == pytest.approx(
         [1e-2 * (6 - t) / 6 for t in range(6)]
     )
-    assert trainer._ire.base_optimizer.param_groups[0]["lr"] == 0
+    assert trainer.ire_optimizer.base_optimizer.param_groups[0]["lr"] == 0
 
 
 def test_only_what_is_trained_has_a_mask(spy, tmp_path):
     model = get_peft_model(toys.llama(), LoraConfig(r=2, target_modules=["q_proj"]))
     trainer = run(model, toys.text(), tmp_path, **IRE_FLAGS)
     count = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    saved = trainer._ire.state_dict()["ire"]["masks"]
+    saved = trainer.ire_optimizer.state_dict()["ire"]["masks"]
     assert sum(m.numel() for m in saved.values()) == count < 1000
     assert all(m.dtype == torch.uint8 for m in saved.values())
 
@@ -348,7 +348,7 @@ def test_only_what_is_trained_has_a_mask(spy, tmp_path):
 def test_excluded_by_name(tmp_path):
     trainer = run(toys.vit(), toys.images(), tmp_path, ire_exclude=["embeddings", "layernorm", "bias"], **IRE_FLAGS)
     names = {p: name for name, p in trainer.model.named_parameters()}
-    masked = {names[p] for p in trainer._ire.flat_counts}
+    masked = {names[p] for p in trainer.ire_optimizer.flat_counts}
     assert masked and not any(word in name for name in masked for word in ("embeddings", "layernorm", "bias"))
     logged = {key for entry in trainer.state.log_history for key in entry if key.startswith("ire_flat_fraction_")}
     assert logged == {"ire_flat_fraction_attention", "ire_flat_fraction_mlp", "ire_flat_fraction_head"}
@@ -395,9 +395,9 @@ def test_flags_that_a_given_ire_does_not_read_are_named(tmp_path, caplog):
 
 def test_training_twice_wraps_once(tmp_path):
     trainer = run(toys.vit(), toys.images(), tmp_path, **IRE_FLAGS)
-    ire = trainer._ire
+    ire = trainer.ire_optimizer
     trainer.train()
-    assert trainer._ire is ire
+    assert trainer.ire_optimizer is ire
     assert not isinstance(ire.base_optimizer, IRE)
     trainer.args.ire_kappa = 0.0  # which would change nothing
     with pytest.raises(ValueError, match=r"ire_kappa=0.0, but the optimizer of this trainer is already IRE"):
@@ -467,7 +467,7 @@ def test_logged_values(tmp_path):
     assert [e["ire_flat_fraction"] for e in logs] == pytest.approx([0, 0, 0.6, 0.6, 0.6, 0.6], abs=1e-4)
     kinds = ("embedding", "attention", "mlp", "norm", "bias", "head")
     sizes = dict.fromkeys(kinds, 0)
-    for p, kind in trainer._ire_kinds.items():
+    for p, kind in trainer.ire._kinds.items():
         sizes[kind] += p.numel()
     total = sum(logs[-1][f"ire_flat_fraction_{kind}"] * sizes[kind] for kind in kinds) / sum(sizes.values())
     assert total == pytest.approx(logs[-1]["ire_flat_fraction"])

@@ -47,7 +47,7 @@ def test_a_run_is_recorded_in_its_folder_and_in_every_checkpoint(tmp_path):
                                "ire_choices": 2, "ire_estimates": 2}  # fmt: skip
     assert counts(middle.segments[0]) == {"steps": 2, "regularized_steps": 2, "passes": 2 + 2 + 0.5, "ire_steps": 2,
                                           "ire_choices": 1, "ire_estimates": 1}  # fmt: skip
-    assert 0 < middle.segments[0].seconds < segment.seconds == trainer.train_seconds
+    assert 0 < middle.segments[0].seconds < segment.seconds == trainer.costs()["train_seconds"]
     assert segment.learning_rates == [0.01, 0.0025]
     settings = {"gr_r": 0.1, "gr_lambda": 0.05, "gr_warmup": "none", "gr_scope": "global", "gr_interval": 1,
                 "ire_kappa": 2.0, "ire_gamma": 0.6, "ire_interval": 3, "ire_start_step": 0, "ire_probe_fraction": 0.5,
@@ -85,7 +85,7 @@ def test_a_resumed_run_adds_to_what_its_checkpoint_has(tmp_path):
         (3, 4, {"steps": 2, "regularized_steps": 2, "passes": 4}),
     ]
     assert record.total("passes") == read_record(tmp_path / "whole").total("passes") == 8
-    assert resumed.train_seconds > record.segments[0].seconds > 0
+    assert resumed.costs()["train_seconds"] > record.segments[0].seconds > 0
     resumed.train()  # a new run
     assert [(s.first_step, counts(s)) for s in read_record(tmp_path / "resumed").segments] == [
         (1, {"steps": 4, "regularized_steps": 4, "passes": 8})
