@@ -12,7 +12,9 @@ import sys
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
+from datasets import Dataset
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch.nn import Linear
 from transformers import (
@@ -21,7 +23,6 @@ from transformers import (
     DataCollatorForSeq2Seq,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    set_seed,
 )
 from transformers.utils import find_adapter_config_file
 
@@ -39,7 +40,7 @@ DEFAULT_RECIPE = Path(__file__).parent / "recipes" / "lora_alpaca.yaml"
 
 
 @dataclass
-class ModelArguments:
+class ModelArguments(script.ModelArguments):
     model_name_or_path: str | None = field(
         default=None, metadata={"help": "The base model, on the Hub or in a folder. There is no default."}
     )
@@ -60,9 +61,6 @@ class ModelArguments:
     merge_and_save: bool = field(
         default=False, metadata={"help": "Save the base model with the adapters merged into it, too, in merged/."}
     )
-    license: str | None = field(
-        default=None, metadata={"help": "Licence of the trained model, for its card, as the Hub writes it: apache-2.0."}
-    )
 
     def __post_init__(self):
         if self.model_name_or_path is None:
@@ -70,22 +68,16 @@ class ModelArguments:
         check_ranges(self, {"lora_r": COUNT, "lora_alpha": COUNT, "lora_dropout": SHARE})
         if self.lora_target_modules is not None and not self.lora_target_modules:
             raise ValueError("lora_target_modules=[]: name at least one layer, or leave it out for all linear ones.")
-        if self.adapter_name_or_path is None:
-            return
-        for name in ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"):
-            if (value := getattr(self, name)) is not None:
-                raise ValueError(
-                    f"{name}={value} has no effect with adapter_name_or_path={self.adapter_name_or_path!r}, which has "
-                    "its own. Leave one of them out."
-                )
+        if self.adapter_name_or_path is not None:
+            flags = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules")
+            script.refuse(self, flags, f"adapter_name_or_path={self.adapter_name_or_path!r}, which has its own")
 
 
 @dataclass
-class DataArguments:
+class DataArguments(script.DataArguments):
     dataset_name: str = field(
         default="tatsu-lab/alpaca", metadata={"help": "A parquet or JSON file, a folder, or a name on the Hub."}
     )
-    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the data set."})
     eval_examples: int | None = field(
         default=None,
         metadata={
@@ -98,9 +90,6 @@ class DataArguments:
     generate_samples: int = field(default=20, metadata={"help": "Write and compare the answers of so many of them."})
     max_new_tokens: int = field(default=64, metadata={"help": "Length of an answer that is written."})
     preprocessing_num_workers: int | None = field(default=None, metadata={"help": "Processes that tokenize."})
-    skip_bad_examples: bool = field(
-        default=False, metadata={"help": "Leave out, and count, examples whose text is missing (null)."}
-    )
 
     def __post_init__(self):
         counts = ("eval_examples", "max_length", "max_train_samples", "max_eval_samples", "max_new_tokens")
@@ -158,94 +147,107 @@ def add_adapters(model: PreTrainedModel, args: ModelArguments) -> PeftModel:
         ) from error
 
 
+def tokens_per_example(max_length: int | None, model: PreTrainedModel) -> int:
+    context = getattr(model.config, "max_position_embeddings", None)
+    if max_length is None:
+        return 1024 if context is None else context
+    if context is not None and max_length > context:
+        raise ValueError(f"max_length={max_length}: the model has a context of {context} tokens. Give at most that.")
+    return max_length
+
+
+class Data(NamedTuple):
+    train: Dataset
+    evaluation: Dataset
+    eval_split: str
+    questions: Dataset  # the evaluation's, as text
+    counts: dict[str, int]  # examples left out, as metrics
+
+
+def load_data(args: DataArguments, seed: int, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Data:
+    skipped = Counter() if args.skip_bad_examples else None
+    dataset = load_text_dataset(args.dataset_name, args.dataset_config_name)
+    dataset = without_bad_examples(dataset, skipped)
+    train, questions, eval_split = split_documents(dataset, args.eval_examples, seed, flag="eval_examples")
+    train = keep_first(train, args.max_train_samples, seed, "max_train_samples")
+    questions = keep_first(questions, args.max_eval_samples, seed, "max_eval_samples")
+    train_tokens, eval_tokens = (
+        tokenize_instructions(split, tokenizer, max_length, args.preprocessing_num_workers)
+        for split in (train, questions)
+    )
+    counts = {
+        **skipped_metrics(skipped, eval_split),
+        "train_examples_without_answer": len(train) - len(train_tokens),
+        "eval_examples_without_answer": len(questions) - len(eval_tokens),
+    }
+    return Data(train_tokens, eval_tokens, eval_split, questions, counts)
+
+
+def create_trainer(
+    model: PeftModel, tokenizer: PreTrainedTokenizerBase, args: ScriptConfig, data: Data
+) -> CausalLMTrainer:
+    args.include_num_input_tokens_seen = "all"
+    return CausalLMTrainer(
+        model=model,
+        args=args,
+        train_dataset=data.train,
+        eval_dataset=data.evaluation,
+        processing_class=tokenizer,
+        data_collator=DataCollatorForSeq2Seq(tokenizer, padding=True),
+    )
+
+
+def evaluate_answers(trainer: CausalLMTrainer, questions: Dataset, args: DataArguments) -> dict[str, float]:
+    questions = questions.select(range(min(args.generate_samples, len(questions))))
+    if not len(questions):
+        return {}
+    metrics = answer_metrics(trainer.model, trainer.processing_class, questions, args.max_new_tokens)
+    return {f"eval_{name}": value for name, value in metrics.items()}
+
+
+def train(trainer: CausalLMTrainer, data: Data, args: DataArguments) -> None:
+    def evaluate() -> dict[str, float]:
+        metrics, answers = trainer.evaluate(), evaluate_answers(trainer, data.questions, args)
+        trainer.add_to_last_evaluation(answers)
+        return {**metrics, **answers}
+
+    before = {**trainer.evaluate(), **evaluate_answers(trainer, data.questions, args)}
+    script.save_metrics(trainer, "before", before, combined=False)
+    metrics = script.train(trainer, data.counts, evaluate)
+    if trainer.is_world_process_zero():
+        print(f"Loss of the answers {before['eval_loss']:.3f} -> {metrics['eval_loss']:.3f} per token.")
+
+
+def save_merged(model: PeftModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    model.merge_and_unload().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    print(f"Merged   {folder}")
+
+
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     model_args, data_args, args = parse_args(argv)
     with script.claim(args):
-        train_and_publish(model_args, data_args, args, argv)
-
-
-def train_and_publish(
-    model_args: ModelArguments, data_args: DataArguments, args: ScriptConfig, argv: list[str]
-) -> None:
-    args.include_num_input_tokens_seen = "all"
-    set_seed(args.seed)
-    script.print_method(args)
-
-    base, tokenizer = load_base(model_args.model_name_or_path)
-    model = add_adapters(base, model_args)
-    context = getattr(base.config, "max_position_embeddings", None)
-    max_length = data_args.max_length
-    if max_length is None:
-        max_length = 1024 if context is None else context
-    if context is not None and max_length > context:
-        raise ValueError(f"max_length={max_length}: the model has a context of {context} tokens. Give at most that.")
-
-    skipped = Counter() if data_args.skip_bad_examples else None
-    with args.main_process_first(desc="preparing the data"):
-        dataset = load_text_dataset(data_args.dataset_name, data_args.dataset_config_name)
-        dataset = without_bad_examples(dataset, skipped)
-        train, evaluation, eval_split = split_documents(
-            dataset, data_args.eval_examples, args.seed, flag="eval_examples"
+        base, tokenizer = load_base(model_args.model_name_or_path)
+        model = add_adapters(base, model_args)
+        max_length = tokens_per_example(data_args.max_length, base)
+        with args.main_process_first(desc="preparing the data"):
+            data = load_data(data_args, args.seed, tokenizer, max_length)
+        trainer = create_trainer(model, tokenizer, args, data)
+        script.begin(trainer, model_args, data_args)
+        train(trainer, data, data_args)
+        prompt, _ = prompt_and_answer(data.questions[0], tokenizer)
+        folder = script.publish(
+            trainer,
+            data_args.dataset_name,
+            kind="Adapters",
+            tasks="text-generation",
+            dataset_args=data.eval_split,
+            command=script.command_line(__file__, argv, args),
+            sample=(prompt, generate_text(model, tokenizer, prompt, data_args.max_new_tokens)),
         )
-        train = keep_first(train, data_args.max_train_samples, args.seed, "max_train_samples")
-        evaluation = keep_first(evaluation, data_args.max_eval_samples, args.seed, "max_eval_samples")
-        train_tokens, eval_tokens = (
-            tokenize_instructions(split, tokenizer, max_length, data_args.preprocessing_num_workers)
-            for split in (train, evaluation)
-        )
-    counts = {
-        **skipped_metrics(skipped, eval_split),
-        "train_examples_without_answer": len(train) - len(train_tokens),
-        "eval_examples_without_answer": len(evaluation) - len(eval_tokens),
-    }
-    trainer = CausalLMTrainer(
-        model=model,
-        args=args,
-        train_dataset=train_tokens,
-        eval_dataset=eval_tokens,
-        processing_class=tokenizer,
-        data_collator=DataCollatorForSeq2Seq(tokenizer, padding=True),
-    )
-    script.begin(trainer, model_args, data_args)
-
-    asked = evaluation.select(range(min(data_args.generate_samples, len(evaluation))))
-
-    def written() -> dict[str, float]:
-        if not len(asked):
-            return {}
-        return {f"eval_{k}": v for k, v in answer_metrics(model, tokenizer, asked, data_args.max_new_tokens).items()}
-
-    before = {**trainer.evaluate(), **written()}
-    script.save_metrics(trainer, "before", before, combined=False)
-    result = trainer.train(resume_from_checkpoint=script.checkpoint_to_resume(args))
-    script.save_model(trainer)
-    script.save_metrics(trainer, "train", {**result.metrics, **trainer.costs(), **counts})
-    metrics, answers = trainer.evaluate(), written()
-    trainer.add_to_last_evaluation(answers)
-    script.save_metrics(trainer, "eval", {**metrics, **answers})
-    trainer.save_state()
-
-    prompt, _ = prompt_and_answer(evaluation[0], tokenizer)
-    if trainer.is_world_process_zero():
-        print(f"Loss of the answers {before['eval_loss']:.3f} -> {metrics['eval_loss']:.3f} per token.")
-    folder = script.publish(
-        trainer,
-        data_args.dataset_name,
-        kind="Adapters",
-        tasks="text-generation",
-        dataset_args=eval_split,
-        dataset_config=data_args.dataset_config_name,
-        finetuned_from=model_args.model_name_or_path,
-        script_args=(model_args, data_args),
-        license=model_args.license,
-        command=script.command_line(__file__, argv, args),
-        sample=(prompt, generate_text(model, tokenizer, prompt, data_args.max_new_tokens)),
-    )
-    if model_args.merge_and_save and trainer.is_world_process_zero():
-        model.merge_and_unload().save_pretrained(folder / "merged")
-        tokenizer.save_pretrained(folder / "merged")
-        print(f"Merged   {folder / 'merged'}")
+        if model_args.merge_and_save and trainer.is_world_process_zero():
+            save_merged(model, tokenizer, folder / "merged")
 
 
 if __name__ == "__main__":

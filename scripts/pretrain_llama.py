@@ -14,9 +14,10 @@ import sys
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
-from datasets import IterableDataset
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, default_data_collator, set_seed
+from datasets import Dataset, IterableDataset
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, default_data_collator
 
 from hf_gr.checks import COUNT, Limit, check_ranges
 from hf_gr.cli import script
@@ -41,7 +42,7 @@ DEFAULT_RECIPE = Path(__file__).parent / "recipes" / "llama_tiny_python.yaml"
 
 
 @dataclass
-class ModelArguments:
+class ModelArguments(script.ModelArguments):
     model: str = field(
         default="llama-tiny", metadata={"help": "Architecture to train from scratch.", "choices": list(LLAMA_PRESETS)}
     )
@@ -55,17 +56,11 @@ class ModelArguments:
     block_size: int | None = field(
         default=None, metadata={"help": "Tokens per example. Default: the context of the architecture."}
     )
-    license: str | None = field(
-        default=None, metadata={"help": "Licence of the trained model, for its card, as the Hub writes it: apache-2.0."}
-    )
 
     def __post_init__(self):
         check_ranges(self, {"vocab_size": Limit(257)})
-        if self.tokenizer_name is not None and self.vocab_size is not None:
-            raise ValueError(
-                f"vocab_size={self.vocab_size} has no effect with tokenizer_name={self.tokenizer_name!r}, which has "
-                "its own. Leave one of them out."
-            )
+        if self.tokenizer_name is not None:
+            script.refuse(self, ("vocab_size",), f"tokenizer_name={self.tokenizer_name!r}, which has its own")
         context = LLAMA_PRESETS[self.model].context
         if self.block_size is not None and not 1 < self.block_size <= context:
             raise ValueError(
@@ -74,12 +69,11 @@ class ModelArguments:
 
 
 @dataclass
-class DataArguments:
+class DataArguments(script.DataArguments):
     dataset_name: str = field(
         default="python",
         metadata={"help": "'python' (embedded), a text, parquet or JSON file, a folder, or a name on the Hub."},
     )
-    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the data set."})
     text_column_name: str | None = field(
         default=None, metadata={"help": "Default: 'text', or the only one of strings."}
     )
@@ -91,9 +85,6 @@ class DataArguments:
         },
     )
     preprocessing_num_workers: int | None = field(default=None, metadata={"help": "Processes that tokenize."})
-    skip_bad_examples: bool = field(
-        default=False, metadata={"help": "Leave out, and count, examples whose text is missing (null)."}
-    )
     max_train_tokens: int | None = field(
         default=None, metadata={"help": "Train on so many tokens, in place of epochs or steps."}
     )
@@ -103,11 +94,9 @@ class DataArguments:
     def __post_init__(self):
         counts = ("eval_documents", "preprocessing_num_workers", "max_train_tokens", "max_eval_blocks")
         check_ranges(self, dict.fromkeys(counts, COUNT))
-        if self.streaming and self.preprocessing_num_workers is not None:
-            raise ValueError(
-                f"preprocessing_num_workers={self.preprocessing_num_workers} has no effect with streaming=True: a "
-                "stream is tokenized as it is read. Leave one of them out."
-            )
+        if self.streaming:
+            reason = "streaming=True: a stream is tokenized as it is read"
+            script.refuse(self, ("preprocessing_num_workers",), reason)
 
 
 def parse_args(argv: list[str]) -> tuple[ModelArguments, DataArguments, ScriptConfig]:
@@ -115,7 +104,7 @@ def parse_args(argv: list[str]) -> tuple[ModelArguments, DataArguments, ScriptCo
     return script.parse_args(kinds, argv, DEFAULT_RECIPE, without_it=("dataset_name",))
 
 
-def create_tokenizer(args: ModelArguments, documents, text_column: str, context: int) -> PreTrainedTokenizerBase:
+def create_tokenizer(args: ModelArguments, documents, text_column: str) -> PreTrainedTokenizerBase:
     if args.tokenizer_name is not None:
         remedy = "Give a folder that a tokenizer was saved to, or a name on the Hub."
         with explained(f"tokenizer_name={args.tokenizer_name!r} could not be loaded", remedy):
@@ -123,78 +112,85 @@ def create_tokenizer(args: ModelArguments, documents, text_column: str, context:
     if isinstance(documents, IterableDataset):
         documents = documents.take(10_000)
     texts = (row[text_column] for row in documents.select_columns([text_column]))
+    context = LLAMA_PRESETS[args.model].context
     return train_tokenizer(texts, 4096 if args.vocab_size is None else args.vocab_size, context)
+
+
+def tokens_per_example(model_args: ModelArguments, data_args: DataArguments, args: ScriptConfig) -> int:
+    """And, of budgets in tokens, the number of steps."""
+    context, size = LLAMA_PRESETS[model_args.model].context, model_args.block_size
+    block_size = context if size is None else size
+    if data_args.max_train_tokens is not None:
+        args.max_steps = steps_for_tokens(data_args.max_train_tokens, args, block_size)
+    elif data_args.streaming and args.max_steps <= 0:
+        raise ValueError("streaming=True: the length of a stream is not known. Set max_train_tokens or max_steps.")
+    return block_size
+
+
+class Data(NamedTuple):
+    train: Dataset | IterableDataset
+    evaluation: Dataset | IterableDataset
+    eval_split: str
+    tokenizer: PreTrainedTokenizerBase
+    counts: dict[str, int]  # examples left out, as metrics; a stream has them in the log
+
+
+def load_data(model_args: ModelArguments, args: DataArguments, training: ScriptConfig, block_size: int) -> Data:
+    skipped = Counter() if args.skip_bad_examples else None
+    dataset = load_text_dataset(args.dataset_name, args.dataset_config_name, args.streaming)
+    text_column = find_text_column(features_of(dataset), args.text_column_name)
+    dataset = without_null_documents(dataset, text_column, skipped)
+    train, evaluation, eval_split = split_documents(dataset, args.eval_documents, training.seed)
+    tokenizer = create_tokenizer(model_args, train, text_column)
+    train, evaluation = (
+        pack(documents, tokenizer, text_column, block_size, args.preprocessing_num_workers)
+        for documents in (train, evaluation)
+    )
+    if args.streaming:
+        train = train.shuffle(seed=training.seed, buffer_size=1000)
+        evaluation = evaluation.take(1000 if args.max_eval_blocks is None else args.max_eval_blocks)
+        return Data(train, evaluation, eval_split, tokenizer, {})
+    evaluation = keep_first(evaluation, args.max_eval_blocks, training.seed, "max_eval_blocks")
+    return Data(train, evaluation, eval_split, tokenizer, skipped_metrics(skipped, eval_split))
+
+
+def create_trainer(model_args: ModelArguments, args: ScriptConfig, data: Data) -> CausalLMTrainer:
+    args.include_num_input_tokens_seen = "all"  # for the tokens, and tokens per second, in the log
+    context = LLAMA_PRESETS[model_args.model].context
+    return CausalLMTrainer(
+        model=create_llama(model_args.model, len(data.tokenizer), context, data.tokenizer.eos_token_id),
+        args=args,
+        train_dataset=data.train,
+        eval_dataset=data.evaluation,
+        processing_class=data.tokenizer,
+        data_collator=default_data_collator,  # blocks of one length need no padding
+    )
 
 
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     model_args, data_args, args = parse_args(argv)
     with script.claim(args):
-        train_and_publish(model_args, data_args, args, argv)
-
-
-def train_and_publish(
-    model_args: ModelArguments, data_args: DataArguments, args: ScriptConfig, argv: list[str]
-) -> None:
-    args.include_num_input_tokens_seen = "all"  # for the tokens, and tokens per second, in the log
-    set_seed(args.seed)
-    script.print_method(args)
-    context = LLAMA_PRESETS[model_args.model].context
-    block_size = context if model_args.block_size is None else model_args.block_size
-    if data_args.max_train_tokens is not None:
-        args.max_steps = steps_for_tokens(data_args.max_train_tokens, args, block_size)
-    elif data_args.streaming and args.max_steps <= 0:
-        raise ValueError("streaming=True: the length of a stream is not known. Set max_train_tokens or max_steps.")
-
-    skipped = Counter() if data_args.skip_bad_examples else None
-    with args.main_process_first(desc="preparing the data"):
-        dataset = load_text_dataset(data_args.dataset_name, data_args.dataset_config_name, data_args.streaming)
-        text_column = find_text_column(features_of(dataset), data_args.text_column_name)
-        dataset = without_null_documents(dataset, text_column, skipped)
-        train, evaluation, eval_split = split_documents(dataset, data_args.eval_documents, args.seed)
-        tokenizer = create_tokenizer(model_args, train, text_column, context)
-        train, evaluation = (
-            pack(documents, tokenizer, text_column, block_size, data_args.preprocessing_num_workers)
-            for documents in (train, evaluation)
+        block_size = tokens_per_example(model_args, data_args, args)
+        with args.main_process_first(desc="preparing the data"):
+            data = load_data(model_args, data_args, args, block_size)
+        trainer = create_trainer(model_args, args, data)
+        script.begin(trainer, model_args, data_args)
+        metrics = script.train(trainer, data.counts)
+        prompt = data_args.sample_prompt
+        sample = generate_text(trainer.model, data.tokenizer, prompt, seed=args.seed, temperature=0.8)
+        if trainer.is_world_process_zero():
+            print(f"\n{prompt}{sample}\n")
+            print(f"Perplexity {metrics['eval_perplexity']:.2f} (loss {metrics['eval_loss']:.3f} per token).")
+        script.publish(
+            trainer,
+            data_args.dataset_name,
+            embedded={"python": "the source of Python's standard library"},
+            tasks="text-generation",
+            dataset_args=data.eval_split,
+            command=script.command_line(__file__, argv, args),
+            sample=(prompt, sample),
         )
-    if data_args.streaming:
-        train = train.shuffle(seed=args.seed, buffer_size=1000)
-        evaluation = evaluation.take(1000 if data_args.max_eval_blocks is None else data_args.max_eval_blocks)
-    else:
-        evaluation = keep_first(evaluation, data_args.max_eval_blocks, args.seed, "max_eval_blocks")
-
-    trainer = CausalLMTrainer(
-        model=create_llama(model_args.model, len(tokenizer), context, tokenizer.eos_token_id),
-        args=args,
-        train_dataset=train,
-        eval_dataset=evaluation,
-        processing_class=tokenizer,
-        data_collator=default_data_collator,  # blocks of one length need no padding
-    )
-    script.begin(trainer, model_args, data_args)
-    result = trainer.train(resume_from_checkpoint=script.checkpoint_to_resume(args))
-    script.save_model(trainer)
-    counts = {} if data_args.streaming else skipped_metrics(skipped, eval_split)  # a stream has them in the log
-    script.save_metrics(trainer, "train", {**result.metrics, **trainer.costs(), **counts})
-    metrics = trainer.evaluate()
-    script.save_metrics(trainer, "eval", metrics)
-    trainer.save_state()
-    sample = generate_text(trainer.model, tokenizer, data_args.sample_prompt, seed=args.seed, temperature=0.8)
-    if trainer.is_world_process_zero():
-        print(f"\n{data_args.sample_prompt}{sample}\n")
-        print(f"Perplexity {metrics['eval_perplexity']:.2f} (loss {metrics['eval_loss']:.3f} per token).")
-    script.publish(
-        trainer,
-        data_args.dataset_name,
-        embedded={"python": "the source of Python's standard library"},
-        tasks="text-generation",
-        dataset_args=eval_split,
-        dataset_config=data_args.dataset_config_name,
-        script_args=(model_args, data_args),
-        license=model_args.license,
-        command=script.command_line(__file__, argv, args),
-        sample=(data_args.sample_prompt, sample),
-    )
 
 
 if __name__ == "__main__":

@@ -23,7 +23,6 @@ from transformers import (
     AutoModelForImageClassification,
     PreTrainedModel,
     ViTImageProcessorPil,
-    set_seed,
 )
 from transformers.image_processing_utils import BaseImageProcessor
 
@@ -59,7 +58,7 @@ DEFAULT_RECIPE = Path(__file__).parent / "recipes" / "vit_digits.yaml"
 
 
 @dataclass
-class ModelArguments:
+class ModelArguments(script.ModelArguments):
     model: str | None = field(
         default=None,
         metadata={
@@ -96,19 +95,16 @@ class ModelArguments:
         default=None, metadata={"help": "Subtracted from each channel, scaled to [0, 1]. Default: 0.5 0.5 0.5."}
     )
     image_std: list[float] | None = field(default=None, metadata={"help": "Then divided by. Default: 0.5 0.5 0.5."})
-    license: str | None = field(
-        default=None, metadata={"help": "Licence of the trained model, for its card, as the Hub writes it: apache-2.0."}
-    )
 
     def __post_init__(self):
         self._check_ranges()
         if self.model_name_or_path is not None:
             names = ("model", "dropout", "stem", "weight_init", "image_size", "image_mean", "image_std")
-            self._refuse(names, f"model_name_or_path={self.model_name_or_path!r}, which brings its own")
+            script.refuse(self, names, f"model_name_or_path={self.model_name_or_path!r}, which brings its own")
         elif self.model in RESNET_PRESETS:
-            self._refuse(("dropout",), f"model={self.model!r}, which has none")
+            script.refuse(self, ("dropout",), f"model={self.model!r}, which has none")
         else:
-            self._refuse(("stem",), f"model={self.model or 'vit-ti'!r}, which is not a ResNet")
+            script.refuse(self, ("stem",), f"model={self.model or 'vit-ti'!r}, which is not a ResNet")
 
     def _check_ranges(self) -> None:
         check_ranges(self, {"image_size": COUNT, "dropout": SHARE})
@@ -117,19 +113,13 @@ class ModelArguments:
             if values is not None and not (len(values) == 3 and all(map(limit.allows, values))):
                 raise ValueError(f"{name}={values}: give three numbers{more}, one per color, or leave it out.")
 
-    def _refuse(self, names: tuple[str, ...], reason: str) -> None:
-        for name in names:
-            if (value := getattr(self, name)) is not None:
-                raise ValueError(f"{name}={value} has no effect with {reason}. Leave one of them out.")
-
 
 @dataclass
-class DataArguments:
+class DataArguments(script.DataArguments):
     dataset_name: str = field(
         default="digits",
         metadata={"help": "'digits' (embedded), a name on the Hub, a local folder, or a parquet file."},
     )
-    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the data set."})
     image_column_name: str | None = field(default=None, metadata={"help": "Default: the column of type Image."})
     label_column_name: str | None = field(default=None, metadata={"help": "Default: the column of type ClassLabel."})
     eval_fraction: float | None = field(
@@ -230,23 +220,7 @@ def load_data(args: DataArguments, training: ScriptConfig) -> Data:
     return Data(train, evaluation, eval_split, image_column, label_column, label_names, metrics)
 
 
-def main(argv: list[str] | None = None) -> None:
-    argv = sys.argv[1:] if argv is None else argv
-    model_args, data_args, args = parse_args(argv)
-    with script.claim(args):
-        train_and_publish(model_args, data_args, args, argv)
-
-
-def train_and_publish(
-    model_args: ModelArguments, data_args: DataArguments, args: ScriptConfig, argv: list[str]
-) -> None:
-    args.remove_unused_columns = False  # the image column is read when an example is asked for
-    args.label_names = ["labels"]
-    set_seed(args.seed)
-    script.print_method(args)
-
-    with args.main_process_first(desc="loading the data"):
-        data = load_data(data_args, args)
+def create_trainer(model_args: ModelArguments, data_args: DataArguments, args: ScriptConfig, data: Data) -> GRTrainer:
     model, image_processor = create_model(model_args, data.label_names)
     train, evaluation = (
         preprocess(split, image_processor, data.image_column, data.label_column, name, data_args.image_max_value)
@@ -254,7 +228,9 @@ def train_and_publish(
     )
     check_first_example(train, data.image_column, data_args.image_max_value, data_args.crop_padding)
     add_augmentation(model, flip=data_args.random_flip, crop_padding=data_args.crop_padding)
-    trainer = ImageTrainer(
+    args.remove_unused_columns = False  # the image column is read when an example is asked for
+    args.label_names = ["labels"]
+    return ImageTrainer(
         model=model,
         args=args,
         train_dataset=train,
@@ -263,28 +239,27 @@ def train_and_publish(
         compute_metrics=classification_metrics,
         preprocess_logits_for_metrics=rank_classes,
     )
-    script.begin(trainer, model_args, data_args)
 
-    result = trainer.train(resume_from_checkpoint=script.checkpoint_to_resume(args))
-    script.save_model(trainer)
-    script.save_metrics(trainer, "train", {**result.metrics, **trainer.costs(), **data.skipped})
-    metrics = trainer.evaluate()
-    script.save_metrics(trainer, "eval", metrics)
-    trainer.save_state()
-    if trainer.is_world_process_zero() and "eval_error" in metrics:
-        print(f"Test error {100 * metrics['eval_error']:.2f} % on {script.evaluated_examples(trainer)} images.")
-    script.publish(
-        trainer,
-        data_args.dataset_name,
-        embedded={"digits": "scikit-learn digits"},
-        tasks="image-classification",
-        dataset_args=data.eval_split,
-        dataset_config=data_args.dataset_config_name,
-        finetuned_from=model_args.model_name_or_path,
-        script_args=(model_args, data_args),
-        license=model_args.license,
-        command=script.command_line(__file__, argv, args),
-    )
+
+def main(argv: list[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
+    model_args, data_args, args = parse_args(argv)
+    with script.claim(args):
+        with args.main_process_first(desc="loading the data"):
+            data = load_data(data_args, args)
+        trainer = create_trainer(model_args, data_args, args, data)
+        script.begin(trainer, model_args, data_args)
+        metrics = script.train(trainer, data.skipped)
+        if trainer.is_world_process_zero() and "eval_error" in metrics:
+            print(f"Test error {100 * metrics['eval_error']:.2f} % on {script.evaluated_examples(trainer)} images.")
+        script.publish(
+            trainer,
+            data_args.dataset_name,
+            embedded={"digits": "scikit-learn digits"},
+            tasks="image-classification",
+            dataset_args=data.eval_split,
+            command=script.command_line(__file__, argv, args),
+        )
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import shlex
 import sys
 import time
 from argparse import ArgumentDefaultsHelpFormatter, Namespace, RawDescriptionHelpFormatter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -14,8 +14,7 @@ from typing import Any
 
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
-from transformers import TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers import TrainingArguments, set_seed
 
 from ..checks import COUNT, NOT_NEGATIVE, POSITIVE, SHARE, Limit, check_ranges, check_types
 from ..config import GRConfig
@@ -26,11 +25,14 @@ from ..reporting.redaction import redact
 from ..trainer.checkpoints import LAST, checkpoints, last_complete_checkpoint
 from ..trainer.recording import without_folders
 from ..trainer.trainer import GRTrainer
+from ..trainer.uploads import LEFT_OUT
 from . import recipes
 from .output_folder import claim_output_folder, clear, refuse_removing
 
 __all__ = [
     "ArgumentParser",
+    "DataArguments",
+    "ModelArguments",
     "ScriptConfig",
     "begin",
     "checkpoint_to_resume",
@@ -39,11 +41,12 @@ __all__ = [
     "evaluated_examples",
     "keep_token_out_of_files",
     "parse_args",
-    "print_method",
     "publish",
+    "refuse",
     "run",
     "save_metrics",
     "save_model",
+    "train",
 ]
 
 logger = logging.getLogger(__name__)
@@ -73,6 +76,33 @@ class ScriptConfig(GRConfig):
             "training starts. Without it such a folder is refused, unless resume_from_checkpoint continues the run."
         },
     )
+
+
+@dataclass
+class ModelArguments:
+    """What is trained. A script adds its own."""
+
+    license: str | None = field(
+        default=None, metadata={"help": "License of the trained model, for its card, as the Hub writes it: apache-2.0."}
+    )
+
+
+@dataclass
+class DataArguments:
+    """What a model is trained and evaluated on. A script adds its own, and gives `dataset_name` a default."""
+
+    dataset_name: str
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the dataset."})
+    skip_bad_examples: bool = field(
+        default=False, metadata={"help": "Leave out, and count, examples whose text is missing (null)."}
+    )
+
+
+def refuse(args: Any, flags: Iterable[str], reason: str) -> None:
+    """Raise `ValueError` if one of `flags`, None by default, is given in `args`."""
+    for flag in flags:
+        if (value := getattr(args, flag)) is not None:
+            raise ValueError(f"{flag}={value} has no effect with {reason}. Leave one of them out.")
 
 
 def parse_args(
@@ -134,8 +164,12 @@ def _given(parser: ArgumentParser, argv: list[str]) -> dict[str, Any]:
 
 @contextmanager
 def claim(args: ScriptConfig) -> Iterator[None]:
-    """Within, no other run can write into the output folder. See `claim_output_folder`, also for what is refused."""
+    """Within, no other run can write into the output folder (see `claim_output_folder`, also for what is refused).
+    Seeds the random numbers, and prints by which method the run trains."""
     with claim_output_folder(args, args.overwrite_output_dir):
+        set_seed(args.seed)
+        if args.process_index == 0:
+            print(f"Method: {args.describe_method()}.", flush=True)  # noqa: T201
         yield
 
 
@@ -150,12 +184,6 @@ def begin(trainer: GRTrainer, *script_args: Any) -> None:
         if trainer.is_world_process_zero():
             clear(folder)
         trainer.accelerator.wait_for_everyone()
-
-
-def print_method(args: GRConfig) -> None:
-    """Say by which method the run trains, before it does."""
-    if args.process_index == 0:
-        print(f"Method: {args.describe_method()}.", flush=True)  # noqa: T201
 
 
 def keep_token_out_of_files(args: TrainingArguments) -> None:
@@ -223,6 +251,24 @@ def save_metrics(trainer: GRTrainer, split: str, metrics: dict[str, float], comb
     trainer.save_metrics(split, metrics, combined=combined)
 
 
+def train(
+    trainer: GRTrainer, counts: dict[str, int], evaluate: Callable[[], dict[str, float]] | None = None
+) -> dict[str, float]:
+    """Train, save the model and evaluate it. Returns the metrics of the evaluation, which the output folder gets, too.
+
+    Args:
+        counts: further metrics of the training, such as examples left out.
+        evaluate: `trainer.evaluate` by default.
+    """
+    result = trainer.train(resume_from_checkpoint=checkpoint_to_resume(trainer.args))
+    save_model(trainer)
+    save_metrics(trainer, "train", {**result.metrics, **trainer.costs(), **counts})
+    metrics = trainer.evaluate() if evaluate is None else evaluate()
+    save_metrics(trainer, "eval", metrics)
+    trainer.save_state()
+    return metrics
+
+
 def publish(
     trainer: GRTrainer,
     dataset_name: str,
@@ -235,10 +281,19 @@ def publish(
     Args:
         dataset_name: as the flag has it; `embedded`, names of data that come with a dependency, and what they are.
         kind: what was trained, in a word.
-        card: further arguments of `write_model_card`.
+        card: further arguments of `write_model_card`, besides those that the script's own arguments say.
     """
     folder = Path(trainer.args.output_dir).resolve()
-    trainer.create_model_card(**_dataset(dataset_name, embedded or {}), **card)
+    own = {flag: value for args in trainer.script_args for flag, value in vars(args).items()}
+    card = {
+        "dataset_config": own.get("dataset_config_name"),
+        "finetuned_from": own.get("model_name_or_path"),
+        "license": own.get("license"),
+        "script_args": trainer.script_args,
+        **_dataset(dataset_name, embedded or {}),
+        **card,
+    }
+    trainer.create_model_card(**card)
     if trainer.is_world_process_zero():
         if trainer.args.push_to_hub:
             _upload(trainer)
@@ -268,33 +323,27 @@ def evaluated_examples(trainer: GRTrainer) -> int | None:
 def _upload(trainer: GRTrainer) -> None:
     """Push the output folder: what `trainer.push_to_hub` does, without saving the model and writing the card again.
 
-    A commit whose connection breaks is not tried again by the client, for fear of a second one. What a second one would
-    have is what the first has, and nobody is there to give the command again.
+    The client does not retry a commit whose connection breaks, for fear of a second one. Here a second one would have
+    what the first has, and the same call goes on with an upload that broke off.
     """
     folder = Path(trainer.args.output_dir).resolve()
-    attempt = 1
-    while (error := _try_to_upload(trainer, folder)) is not None:
-        is_refused = isinstance(error, HfHubHTTPError) and error.response.status_code < 500
-        if is_refused or attempt == UPLOAD_ATTEMPTS:
-            raise Failure(
-                f"The upload to {trainer.hub_model_id} failed ({error}). Nothing is lost: model, card and pictures are "
-                f"in {folder}; upload them with: hf upload {trainer.hub_model_id} {folder}"
-            ) from error
-        logger.warning(f"The upload broke off ({error}). Trying again, {attempt} of {UPLOAD_ATTEMPTS - 1}.")
-        time.sleep(2**attempt)
-        attempt += 1
-
-
-def _try_to_upload(trainer: GRTrainer, folder: Path) -> Exception | None:
-    try:
-        HfApi().upload_folder(
-            repo_id=trainer.hub_model_id,
-            folder_path=folder,
-            commit_message="End of training",
-            token=trainer.args.hub_token,
-            revision=trainer.args.hub_revision,
-            ignore_patterns=["_*", f"{PREFIX_CHECKPOINT_DIR}-*"],
-        )
-    except Exception as error:  # whatever it is, the files are there
-        return error
-    return None
+    for attempt in range(1, UPLOAD_ATTEMPTS + 1):
+        try:
+            HfApi().upload_folder(
+                repo_id=trainer.hub_model_id,
+                folder_path=folder,
+                commit_message="End of training",
+                token=trainer.args.hub_token,
+                revision=trainer.args.hub_revision,
+                ignore_patterns=list(LEFT_OUT),
+            )
+            return
+        except Exception as error:  # noqa: PERF203  whatever it is, the files are there
+            is_refused = isinstance(error, HfHubHTTPError) and error.response.status_code < 500
+            if is_refused or attempt == UPLOAD_ATTEMPTS:
+                raise Failure(
+                    f"The upload to {trainer.hub_model_id} failed ({error}). Nothing is lost: model, card and pictures "
+                    f"are in {folder}; upload them with: hf upload {trainer.hub_model_id} {folder}"
+                ) from error
+            logger.warning(f"The upload broke off ({error}). Trying again, {attempt} of {UPLOAD_ATTEMPTS - 1}.")
+            time.sleep(2**attempt)
