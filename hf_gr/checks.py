@@ -1,10 +1,14 @@
-"""Whether a flag can have the value that it was given: its type, its choices, its range."""
+"""Whether a flag can have the value that it was given (its type, choices and range), and whether the value matters.
+
+What a flag may be stands in its metadata, made by `flag`; `check_fields` reads it. Flags that may have no effect stand
+in a table of `Needs`; `without_effect` reads that.
+"""
 
 import functools
 import math
 import types
-from collections.abc import Iterable, Mapping
-from dataclasses import Field, fields
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import Field, field, fields
 from enum import Enum
 from numbers import Real
 from typing import Any, NamedTuple, Union, get_args, get_origin, get_type_hints
@@ -22,31 +26,86 @@ class Limit(NamedTuple):
     high: float = math.inf
     above: bool = False  # low itself does not belong to it
     below: bool = False  # nor high
+    off: float | None = None  # belongs to it wherever it lies
+    whole_from: float = math.inf  # from here on only whole numbers belong to it
+    rule: str = ""  # what the message says, in place of "must be at least ..."
 
     def allows(self, value: float) -> bool:
         """Whether `value` is in the range."""
+        if value == self.off:
+            return True
         is_above = value > self.low if self.above else value >= self.low
         is_below = value < self.high if self.below else value <= self.high
-        return is_above and is_below and math.isfinite(value)
+        is_in = is_above and is_below and math.isfinite(value)
+        return is_in and (value < self.whole_from or value == int(value))
 
     def __str__(self) -> str:
-        low = f"{'more than' if self.above else 'at least'} {self.low:g}"
-        return low if self.high == math.inf else f"{low} and {'below' if self.below else 'at most'} {self.high:g}"
+        if self.rule:
+            return self.rule
+        low = f"must be {'more than' if self.above else 'at least'} {self.low:g}"
+        high = "" if self.high == math.inf else f" and {'below' if self.below else 'at most'} {self.high:g}"
+        return f"{low}{high}. Change it, or leave it out for its default."
 
 
 COUNT, NOT_NEGATIVE, POSITIVE, SHARE = Limit(1), Limit(0), Limit(0, above=True), Limit(0, 1, below=True)
+#: A number of optimizer steps, or a share of all of them.
+STEPS = Limit(0, whole_from=1, rule="give a whole number of steps, or a fraction of all steps below 1.")
+
+
+class _Metadata(Mapping):
+    """What is known of a flag. `HfArgumentParser` hands all that it finds on to argparse, and so it finds `help` and
+    `choices` alone; `limit` has to be asked for.
+
+    Choices may be a table of entries that describe themselves. Then the help ends with what the entries say, among them
+    those that somebody has added since.
+    """
+
+    def __init__(self, **known: Any):
+        self._known = {name: value for name, value in known.items() if value is not None}
+
+    def __iter__(self) -> Iterator[str]:
+        return (name for name in self._known if name != "limit")
+
+    def __len__(self) -> int:
+        return len(list(iter(self)))
+
+    def __getitem__(self, name: str) -> Any:
+        value = self._known[name]
+        if name == "help" and isinstance(entries := self._known.get("choices"), Mapping):
+            about = [f"{key}: {entry.help}" for key, entry in entries.items() if getattr(entry, "help", None)]
+            value = " ".join([value, *(["; ".join(about) + "."] if about else [])])
+        return value
+
+
+def flag(default: Any, help: str, allowed: Limit | Collection[Any] | None = None) -> Any:
+    """The field of a flag.
+
+    Args:
+        allowed: its range or its choices; choices may be a table whose entries have a `help` of their own.
+    """
+    is_limit = isinstance(allowed, Limit)
+    known = _Metadata(help=help, choices=None if is_limit else allowed, limit=allowed if is_limit else None)
+    return field(default=default, metadata=known)
+
+
+def check_value(name: str, value: Any, allowed: Limit | Collection[Any]) -> None:
+    """Raise `ValueError` for a value outside its limit, or that is none of its choices."""
+    if isinstance(allowed, Limit):
+        if not allowed.allows(value):
+            raise ValueError(f"{name}={value}: {allowed}")
+    elif getattr(value, "value", value) not in tuple(allowed):
+        raise ValueError(f"{name}={value!r}: choose one of {', '.join(map(str, allowed))}.")
 
 
 def check_ranges(args: Any, limits: Mapping[str, Limit]) -> None:
     """Raise `ValueError` for an attribute of `args` outside its limit. None, a flag that was not given, is inside."""
-    for flag, limit in limits.items():
-        value = getattr(args, flag, None)
-        if value is not None and not limit.allows(value):
-            raise ValueError(f"{flag}={value}: must be {limit}. Change it, or leave it out for its default.")
+    for name, limit in limits.items():
+        if (value := getattr(args, name, None)) is not None:
+            check_value(name, value, limit)
 
 
-def check_types(args: Any, cls: type, names: Iterable[str] | None = None) -> None:
-    """Raise `ValueError` for an attribute of `args` whose type or choices are not those of the dataclass `cls`.
+def check_fields(args: Any, cls: type, names: Iterable[str] | None = None) -> None:
+    """Raise `ValueError` for an attribute of `args` whose type, choices or range are not those of the dataclass `cls`.
 
     A boolean is no number, though Python has it so, and a string is none either.
 
@@ -55,23 +114,43 @@ def check_types(args: Any, cls: type, names: Iterable[str] | None = None) -> Non
     """
     hints = _hints(cls)
     names = set(cls.__annotations__ if names is None else names)
-    for field in fields(cls):
-        if field.name in names and hasattr(args, field.name):
-            _check(field, getattr(args, field.name), hints[field.name])
+    chosen = [f for f in fields(cls) if f.name in names and hasattr(args, f.name)]
+    for f in chosen:
+        _check_type(f, getattr(args, f.name), hints[f.name])
+    check_ranges(args, {f.name: f.metadata["limit"] for f in chosen if f.metadata.get("limit")})
 
 
 def refuse_booleans(args: Any, cls: type) -> None:
     """Raise `ValueError` where `cls` has a number and `args` a boolean."""
     numeric = [name for name, hint in _hints(cls).items() if _kinds(hint) <= {int, float, NoneType}]
-    check_types(args, cls, [name for name in numeric if isinstance(getattr(args, name, None), bool)])
+    check_fields(args, cls, [name for name in numeric if isinstance(getattr(args, name, None), bool)])
 
 
 def refuse_nan(args: Any, cls: type) -> None:
     """Raise `ValueError` where `args` has NaN for a number of `cls`."""
-    for field in fields(cls):
-        value = getattr(args, field.name, None)
+    for f in fields(cls):
+        value = getattr(args, f.name, None)
         if isinstance(value, float) and math.isnan(value):
-            raise ValueError(f"{field.name}={value}: give a number. NaN is none.")
+            raise ValueError(f"{f.name}={value}: give a number. NaN is none.")
+
+
+class Needs(NamedTuple):
+    """What some flags need to have an effect."""
+
+    flags: Collection[str]
+    are_met: Callable[[Any], bool]
+    reason: str  # what is there instead, after "no effect with"; `{0.NAME}` is the value of a flag
+
+
+def without_effect(args: Any, table: Iterable[Needs]) -> Iterator[str]:
+    """A message for each row of a table with flags that were set and that change nothing; each is named once."""
+    set_flags = [f.name for f in fields(args) if getattr(args, f.name) != f.default]
+    for flags, are_met, reason in table:
+        idle = [name for name in set_flags if name in flags]
+        if idle and not are_met(args):
+            set_flags = [name for name in set_flags if name not in idle]
+            values = ", ".join(f"{name}={getattr(args, name)}" for name in idle)
+            yield f"{values} {'has' if len(idle) == 1 else 'have'} no effect with {reason.format(args)}."
 
 
 @functools.cache
@@ -80,13 +159,12 @@ def _hints(cls: type) -> dict[str, Any]:
     return get_type_hints(cls)
 
 
-def _check(field: Field, value: Any, hint: Any) -> None:
+def _check_type(field: Field, value: Any, hint: Any) -> None:
     kinds, choices = _kinds(hint), field.metadata.get("choices")
     if value is None and (field.default is None or NoneType in kinds):
         return
     if choices is not None:
-        if getattr(value, "value", value) not in choices:
-            raise ValueError(f"{field.name}={value!r}: choose one of {', '.join(map(str, choices))}.")
+        check_value(field.name, value, choices)
     elif not any(_is(value, kind) for kind in kinds):
         expected = _in_words(kinds)
         remedy = f" {YAML_BOOLEANS}" if isinstance(value, bool) and not kinds & {int, float} else ""

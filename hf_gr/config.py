@@ -1,36 +1,56 @@
 """Every flag of the project: its name, help, default and validation."""
 
 import math
-import os
-import tempfile
+from collections import ChainMap
 from dataclasses import MISSING, dataclass, field, is_dataclass
+from inspect import signature
+from typing import Any
 
 from transformers import SchedulerType, TrainingArguments
 from transformers.training_args import OptimizerNames
 
-from .checks import NOT_NEGATIVE, SHARE, check_ranges, check_types, refuse_booleans, refuse_nan
+from .checks import (
+    NOT_NEGATIVE,
+    SHARE,
+    STEPS,
+    Limit,
+    Needs,
+    check_fields,
+    check_ranges,
+    flag,
+    refuse_booleans,
+    refuse_nan,
+    without_effect,
+)
+from .optim import IRE, OPTIMIZERS
 from .optim.gr_warmup import GR_WARMUPS, GRStrength, gr_strength
-from .optim.ire import ESTIMATED_MASKS, IRE_PRESETS, KAPPA_SCHEDULES, MASKS, SCOPES, check_ire_arguments
+from .optim.ire import ESTIMATED_MASKS, SETTINGS
 
 GR_SCOPES = ("global", "local", "micro")
 ON_NONFINITE = ("stop", "skip")
-#: The optimizers and the schedule that transformers does not know by name.
-OPTIMIZER_NAMES = ("lamb", "lars", "tvlars")
+#: The schedule that transformers does not know by name.
 TIME_VARYING = "time_varying"
 LR_SCALINGS = ("none", "linear", "sqrt")
 #: The batch for which the learning rate is meant, where it is scaled.
 BASE_BATCH_SIZE = 256
-#: Flags of transformers of which an optimizer makes weights that are not finite without a word.
-TRAINING_LIMITS = {
-    "learning_rate": NOT_NEGATIVE,
-    "weight_decay": NOT_NEGATIVE,
-    "adam_beta1": SHARE,
-    "adam_beta2": SHARE,
-    "adam_epsilon": NOT_NEGATIVE,
-}
 #: Beyond them float32 overflows before anything is learned: of r and lambda, and of lambda / r.
 MAX_RADIUS = 1e6
 MAX_RATIO = 1e6
+#: Settings in the range that was published: kappa 2 to 4 for Llamas, 20 and 50 for ViTs on CIFAR, 1 and 2 for CNNs (the
+#: authors' replies to the reviewers), ViT on ImageNet as in Table 4 of the paper; gamma as there or in the released
+#: commands. Without `ire_start_step` IRE starts at the end of the learning-rate warmup.
+IRE_PRESETS: dict[str, dict[str, float]] = {
+    "llama": {"ire_kappa": 4.0, "ire_gamma": 0.6},
+    "vit_imagenet": {"ire_kappa": 2.0, "ire_gamma": 0.8, "ire_start_step": 1 / 3},
+    "vit_cifar": {"ire_kappa": 20.0, "ire_gamma": 0.6},
+    "cnn": {"ire_kappa": 1.0, "ire_gamma": 0.9},
+}
+#: Flags of transformers of which an optimizer makes weights that are not finite without a word.
+TRAINING_LIMITS = {
+    **dict.fromkeys(("learning_rate", "weight_decay", "adam_epsilon"), NOT_NEGATIVE),
+    **dict.fromkeys(("adam_beta1", "adam_beta2"), SHARE),
+}
+INTERVAL = Limit(1, rule="must be a whole number of steps, at least 1.")
 
 
 class _UnsetNumber(float):
@@ -50,51 +70,42 @@ class _UnsetNone:
         return hash(None)
 
 
-def _default(flag: str) -> str:
-    return TrainingArguments.__dataclass_fields__[flag].default
+def _default(name: str) -> str:
+    return TrainingArguments.__dataclass_fields__[name].default
 
 
 @dataclass
 class OptimizerArguments:
     """The flags of the optimizer; see `hf_gr.optimizers`. Two of them are those of transformers with more choices."""
 
-    optim: str = field(
-        default=_default("optim"),
-        metadata={
-            "help": "The optimizer: one of transformers' names, or tvlars, lars, lamb.",
-            "choices": [*(name.value for name in OptimizerNames), *OPTIMIZER_NAMES],
-        },
+    optim: str = flag(
+        _default("optim"),
+        "The optimizer: one of transformers' names, or one of hf_gr.",
+        ChainMap(OPTIMIZERS, dict.fromkeys(name.value for name in OptimizerNames)),
     )
-    lr_scheduler_type: str = field(
-        default=_default("lr_scheduler_type"),
-        metadata={
-            "help": "The learning-rate schedule: one of transformers' names, or time_varying, the factor phi of TVLARS "
-            "for any other optimizer: 1/(alpha + exp(tv_lambda (t - delay_steps))) + gamma_min, with these four in "
-            "lr_scheduler_kwargs.",
-            "choices": [*(name.value for name in SchedulerType), TIME_VARYING],
-        },
+    lr_scheduler_type: str = flag(
+        _default("lr_scheduler_type"),
+        "The learning-rate schedule: one of transformers' names, or time_varying, the factor phi of TVLARS for any "
+        "other optimizer: 1/(alpha + exp(tv_lambda (t - delay_steps))) + gamma_min, with these four in "
+        "lr_scheduler_kwargs.",
+        [*(name.value for name in SchedulerType), TIME_VARYING],
     )
-    lr_scaling: str = field(
-        default="none",
-        metadata={
-            "help": f"Multiply the learning rate by the total batch / {BASE_BATCH_SIZE} (linear), by the root of that "
-            "(sqrt), or not (none).",
-            "choices": list(LR_SCALINGS),
-        },
+    lr_scaling: str = flag(
+        "none",
+        f"Multiply the learning rate by the total batch / {BASE_BATCH_SIZE} (linear), by the root of that "
+        "(sqrt), or not (none).",
+        LR_SCALINGS,
     )
-    decay_norms_and_biases: bool = field(
-        default=False,
-        metadata={
-            "help": "Apply weight_decay to norms and biases, too, as the code released with the GR paper does; Trainer "
-            "spares them."
-        },
+    decay_norms_and_biases: bool = flag(
+        False,
+        "Apply weight_decay to norms and biases, too, as the code released with the GR paper does; Trainer spares "
+        "them.",
     )
-    layer_statistics_steps: int = field(
-        default=0,
-        metadata={
-            "help": "Every so many steps write down the weight norm, gradient norm and their ratio of each layer, in "
-            "layer_statistics.parquet and .png of the output folder. 0 is off."
-        },
+    layer_statistics_steps: int = flag(
+        0,
+        "Every so many steps write down the weight norm, gradient norm and their ratio of each layer, in "
+        "layer_statistics.parquet and .png of the output folder. 0 is off.",
+        Limit(0, rule="must be a whole number of steps, or 0 (off)."),
     )
 
     def __post_init__(self):
@@ -102,13 +113,13 @@ class OptimizerArguments:
         if not hasattr(super(), "__post_init__"):
             return  # these flags stand alone
         # transformers turns the two into its enums, and does not know ours.
-        own = {"optim": OPTIMIZER_NAMES, "lr_scheduler_type": (TIME_VARYING,)}
-        chosen = {flag: getattr(self, flag) for flag, names in own.items() if getattr(self, flag) in names}
-        for flag in chosen:
-            setattr(self, flag, _default(flag))
+        own = {"optim": OPTIMIZERS, "lr_scheduler_type": (TIME_VARYING,)}
+        chosen = {name: getattr(self, name) for name, ours in own.items() if getattr(self, name) in ours}
+        for name in chosen:
+            setattr(self, name, _default(name))
         super().__post_init__()
-        for flag, name in chosen.items():
-            setattr(self, flag, name)
+        for name, value in chosen.items():
+            setattr(self, name, value)
 
     def __init_subclass__(cls, **kwargs):
         """Keep the defaults that the configuration behind these flags has of its own for the two redeclared here."""
@@ -116,24 +127,20 @@ class OptimizerArguments:
         if issubclass(cls.__mro__[1], TrainingArguments):
             return  # it has chosen
         behind = [c.__dataclass_fields__ for c in cls.__mro__ if is_dataclass(c) and not issubclass(c, __class__)]
-        for flag in ("optim", "lr_scheduler_type"):
-            default = next((fields[flag].default for fields in behind if flag in fields), MISSING)
-            if default is not MISSING and flag not in vars(cls):
-                ours = OptimizerArguments.__dataclass_fields__[flag]
-                setattr(cls, flag, field(default=getattr(default, "value", default), metadata=ours.metadata))
-                cls.__annotations__ = {**vars(cls).get("__annotations__", {}), flag: ours.type}
+        for name in ("optim", "lr_scheduler_type"):
+            default = next((fields[name].default for fields in behind if name in fields), MISSING)
+            if default is not MISSING and name not in vars(cls):
+                ours = OptimizerArguments.__dataclass_fields__[name]
+                setattr(cls, name, field(default=getattr(default, "value", default), metadata=ours.metadata))
+                cls.__annotations__ = {**vars(cls).get("__annotations__", {}), name: ours.type}
 
     def check_optimizer_arguments(self) -> None:
         """Raise `ValueError` for a flag out of its range."""
-        check_types(self, OptimizerArguments)
+        check_fields(self, OptimizerArguments)
         if self.optim == "tvlars" and self.lr_scheduler_type == TIME_VARYING:
             raise ValueError(
                 f"lr_scheduler_type={TIME_VARYING!r}: TVLARS has this schedule in itself and would apply it twice. Set "
                 "lr_scheduler_type=constant, or optim=lars."
-            )
-        if self.layer_statistics_steps < 0:
-            raise ValueError(
-                f"layer_statistics_steps={self.layer_statistics_steps}: must be a whole number of steps, or 0 (off)."
             )
 
     def lr_factor(self, total_batch_size: int) -> float:
@@ -146,82 +153,63 @@ class OptimizerArguments:
 class IREArguments:
     """The flags of IRE; see `hf_gr.ire`."""
 
-    ire_kappa: float = field(
-        default=_UnsetNumber(0.0),
-        metadata={
-            "help": "kappa: the optimizer takes (1 + kappa) times its step on flat coordinates. 0 turns IRE off. With "
-            "AdamW as the optimizer this is AdmIRE, with SGD SGD-IRE, with gr_lambda SAM-IRE or GR-IRE."
-        },
+    ire_kappa: float = flag(
+        _UnsetNumber(0.0),
+        "kappa: the optimizer takes (1 + kappa) times its step on flat coordinates. 0 turns IRE off. With AdamW as "
+        "the optimizer this is AdmIRE, with SGD SGD-IRE, with gr_lambda SAM-IRE or GR-IRE.",
+        SETTINGS["kappa"],
     )
-    ire_gamma: float = field(
-        default=_UnsetNumber(0.6),
-        metadata={"help": "gamma: the fraction of all coordinates called flat, in (0, 1]; the paper has (0.5, 1)."},
+    ire_gamma: float = flag(
+        _UnsetNumber(0.6),
+        "gamma: the fraction of all coordinates called flat, in (0, 1]; the paper has (0.5, 1).",
+        SETTINGS["gamma"],
     )
-    ire_interval: int = field(
-        default=10, metadata={"help": "K: optimizer steps from one choice of the flat coordinates to the next."}
+    ire_interval: int = flag(10, "K: optimizer steps from one choice of the flat coordinates to the next.", INTERVAL)
+    ire_start_step: float | None = flag(
+        _UnsetNone(),
+        "The first step of IRE; below 1 it is a fraction of all steps. None means the end of the learning-rate warmup "
+        "(warmup_steps).",
+        STEPS,
     )
-    ire_start_step: float | None = field(
-        default=_UnsetNone(),
-        metadata={
-            "help": "The first step of IRE; below 1 it is a fraction of all steps. None means the end of the "
-            "learning-rate warmup (warmup_steps)."
-        },
+    ire_probe_fraction: float = flag(
+        1.0,
+        "Share of the step's samples used to choose the flat coordinates, in (0, 1]. 1 costs another forward and "
+        "backward pass every ire_interval steps; less costs less.",
+        Limit(0, 1, above=True, rule="must be in (0, 1]."),
     )
-    ire_probe_fraction: float = field(
-        default=1.0,
-        metadata={
-            "help": "Share of the step's samples used to choose the flat coordinates, in (0, 1]. 1 costs another "
-            "forward and backward pass every ire_interval steps; less costs less."
-        },
+    ire_preset: str | None = flag(
+        None,
+        "Sets ire_kappa, ire_gamma and ire_start_step as published. Where one of these three is given, it wins.",
+        IRE_PRESETS,
     )
-    ire_preset: str | None = field(
-        default=None,
-        metadata={
-            "help": "Sets ire_kappa, ire_gamma and ire_start_step as published. Where one of these three is given, it "
-            "wins.",
-            "choices": list(IRE_PRESETS),
-        },
+    ire_mask: str = flag(
+        "flat",
+        "Which coordinates are amplified: the flat ones, or, as a control that shows whether the choice matters, all "
+        "others (inverted), the same share at random (random), or all (uniform).",
+        SETTINGS["mask"],
     )
-    ire_mask: str = field(
-        default="flat",
-        metadata={
-            "help": "Which coordinates are amplified: the flat ones, or, as a control that shows whether the choice "
-            "matters, all others (inverted), the same share at random (random), or all (uniform).",
-            "choices": list(MASKS),
-        },
+    ire_kappa_schedule: str = flag(
+        "constant", "constant, or lr: kappa in proportion to the learning rate.", SETTINGS["kappa_schedule"]
     )
-    ire_kappa_schedule: str = field(
-        default="constant",
-        metadata={
-            "help": "constant, or lr: kappa in proportion to the learning rate.",
-            "choices": list(KAPPA_SCHEDULES),
-        },
+    ire_scope: str = flag(
+        "global",
+        "Where the fraction gamma is taken: global, of all parameters together (the paper), or per_tensor.",
+        SETTINGS["scope"],
     )
-    ire_scope: str = field(
-        default="global",
-        metadata={
-            "help": "Where the fraction gamma is taken: global, of all parameters together (the paper), or per_tensor.",
-            "choices": list(SCOPES),
-        },
+    ire_exclude: list[str] | None = flag(  # noqa: RUF009
+        None, "Parameters with one of these words in their names are never amplified: embed norm bias."
     )
-    ire_exclude: list[str] | None = field(
-        default=None,
-        metadata={"help": "Parameters with one of these words in their names are never amplified: embed norm bias."},
+    ire_beta: float = flag(
+        0.0, "Moving average of the estimate over its updates, in [0, 1); 0 uses the last one alone.", SETTINGS["beta"]
     )
-    ire_beta: float = field(
-        default=0.0,
-        metadata={"help": "Moving average of the estimate over its updates, in [0, 1); 0 uses the last one alone."},
+    ire_amplify_weight_decay: bool = flag(
+        True, "Amplify decoupled weight decay with the rest of the step, as the released code does."
     )
-    ire_amplify_weight_decay: bool = field(
-        default=True,
-        metadata={"help": "Amplify decoupled weight decay with the rest of the step, as the released code does."},
-    )
-    ire_guard: float = field(
-        default=3.0,
-        metadata={
-            "help": "If the loss climbs above so many times its running mean, and above what it was when IRE started, "
-            "or is not finite, kappa is halved. 0 turns this off."
-        },
+    ire_guard: float = flag(
+        3.0,
+        "If the loss climbs above so many times its running mean, and above what it was when IRE started, or is not "
+        "finite, kappa is halved. 0 turns this off.",
+        Limit(1, above=True, off=0, rule="must be more than 1, how many times its mean the loss may be, or 0 (off)."),
     )
 
     def __post_init__(self):
@@ -233,67 +221,32 @@ class IREArguments:
 
     def _settle_ire_preset(self) -> None:
         """Give the flags that were not given plain values: those of the preset, or their defaults."""
-        check_types(self, IREArguments, ["ire_preset"])
+        check_fields(self, IREArguments, ["ire_preset"])
         preset = IRE_PRESETS.get(self.ire_preset, {})
-        for flag, key in (("ire_kappa", "kappa"), ("ire_gamma", "gamma"), ("ire_start_step", "start")):
-            value = getattr(self, flag)
+        for name in ("ire_kappa", "ire_gamma", "ire_start_step"):
+            value = getattr(self, name)
             if isinstance(value, _UnsetNumber):
-                setattr(self, flag, preset.get(key, float(value)))
+                setattr(self, name, preset.get(name, float(value)))
             elif isinstance(value, _UnsetNone):
-                setattr(self, flag, preset.get(key))
+                setattr(self, name, preset.get(name))
 
     def check_ire_arguments(self) -> None:
         """Raise `ValueError` for a flag out of its range. Called again as training starts: a sweep sets attributes."""
-        check_types(self, IREArguments)
-        check_ire_arguments(
-            self.ire_kappa,
-            self.ire_gamma,
-            self.ire_scope,
-            self.ire_beta,
-            self.ire_mask,
-            self.ire_kappa_schedule,
-            prefix="ire_",
-        )
-        if self.ire_interval < 1:
-            raise ValueError(f"ire_interval={self.ire_interval}: must be a whole number of steps, at least 1.")
-        if not 0 < self.ire_probe_fraction <= 1:
-            raise ValueError(f"ire_probe_fraction={self.ire_probe_fraction}: must be in (0, 1].")
-        if self.ire_guard != 0 and not 1 < self.ire_guard < math.inf:
-            raise ValueError(
-                f"ire_guard={self.ire_guard}: must be more than 1, how many times its mean the loss may be, or 0 (off)."
-            )
-        if self.ire_start_step is not None:
-            _check_steps("ire_start_step", self.ire_start_step)
+        check_fields(self, IREArguments)
 
     def get_ire_start_step(self, lr_warmup_steps: int, num_training_steps: int) -> int:
         """How many steps precede the first one of IRE."""
         return _as_steps(self.ire_start_step, lr_warmup_steps, num_training_steps)
 
+    def ire_settings(self) -> dict[str, Any]:
+        """The arguments of `IRE` that are flags, by their names there."""
+        flags = {name: f"ire_{name}" for name in signature(IRE).parameters}
+        return {name: getattr(self, flag) for name, flag in flags.items() if hasattr(self, flag)}
+
     def ire_flags_of_the_optimizer(self) -> list[str]:
         """The flags that were set and that are arguments of `IRE`, kappa apart."""
-        trainer_flags = {"ire_kappa", "ire_preset", "ire_interval", "ire_start_step", "ire_probe_fraction", "ire_guard"}
-        return self._ire_flags_set(set(IREArguments.__dataclass_fields__) - trainer_flags)
-
-    def ire_flags_without_effect(self) -> list[str]:
-        """The flags of IRE that were set and that nothing will come of."""
-        if self.ire_kappa == 0:
-            idle = set(IREArguments.__dataclass_fields__) - {"ire_kappa"}
-        elif self.ire_mask == "uniform":
-            idle = {"ire_gamma", "ire_interval", "ire_probe_fraction", "ire_beta", "ire_scope"}
-        elif self.ire_mask == "random":
-            idle = {"ire_probe_fraction", "ire_beta", "ire_scope"}
-        else:
-            idle = set()
-        return self._ire_flags_set(idle)
-
-    def _ire_flags_set(self, names: set[str]) -> list[str]:
-        fields = IREArguments.__dataclass_fields__
-        return [name for name in fields if name in names and getattr(self, name) != fields[name].default]
-
-
-def _check_steps(flag: str, steps: float) -> None:
-    if not (math.isfinite(steps) and steps >= 0) or (steps >= 1 and steps != int(steps)):
-        raise ValueError(f"{flag}={steps}: give a whole number of steps, or a fraction of all steps below 1.")
+        defaults = {name: IREArguments.__dataclass_fields__[f"ire_{name}"].default for name in self.ire_settings()}
+        return [f"ire_{k}" for k, v in self.ire_settings().items() if v != defaults[k] and k != "kappa"]
 
 
 def _as_steps(value: float | None, default: int, num_training_steps: int) -> int:
@@ -316,65 +269,59 @@ class GRArguments(IREArguments, OptimizerArguments):
     `GRConfig` is this for `TrainingArguments` itself. Raises `ValueError` for values that make no sense.
     """
 
-    gr_r: float = field(
-        default=0.1,
-        metadata={
-            "help": "r, the radius of the perturbation r g1/||g1|| at which the second gradient is taken; > 0. The "
-            "paper uses 0.05 and 0.1 for hundreds of epochs; small models and short runs need less."
-        },
+    gr_r: float = flag(
+        0.1,
+        "r, the radius of the perturbation r g1/||g1|| at which the second gradient is taken; > 0. The paper uses "
+        "0.05 and 0.1 for hundreds of epochs; small models and short runs need less.",
+        Limit(
+            0,
+            MAX_RADIUS,
+            above=True,
+            rule=f"the radius must be > 0 and at most {MAX_RADIUS:g}; the paper has 0.05 and 0.1. To turn GR off, set "
+            "gr_lambda=0 instead.",
+        ),
     )
-    gr_lambda: float | None = field(
-        default=None,
-        metadata={
-            "help": "lambda, the degree of regularization: the step uses (1 - lambda/r) g1 + (lambda/r) g2. None means "
-            "equal to gr_r, which is SAM; 0 turns gradient regularization off."
-        },
+    gr_lambda: float | None = flag(
+        None,
+        "lambda, the degree of regularization: the step uses (1 - lambda/r) g1 + (lambda/r) g2. None means equal to "
+        "gr_r, which is SAM; 0 turns gradient regularization off.",
+        Limit(
+            0,
+            MAX_RADIUS,
+            rule=f"the degree must be >= 0 (0 turns GR off) and at most {MAX_RADIUS:g}, or None for gr_lambda = gr_r. "
+            "The paper has 0.05 and 0.1.",
+        ),
     )
-    gr_warmup: str = field(
-        default="zero",
-        metadata={
-            "help": "How GR starts. none: at full strength; r: radius and degree grow linearly for T_w steps; lambda: "
-            "the degree grows; zero: no GR for T_w steps, full strength afterwards.",
-            "choices": list(GR_WARMUPS),
-        },
+    gr_warmup: str = flag("zero", "How GR starts.", GR_WARMUPS)
+    gr_warmup_steps: float | None = flag(
+        None,
+        "T_w, in optimizer steps; below 1 it is a fraction of all steps. None means the steps of the learning-rate "
+        "warmup (warmup_steps).",
+        STEPS,
     )
-    gr_warmup_steps: float | None = field(
-        default=None,
-        metadata={
-            "help": "T_w, in optimizer steps; below 1 it is a fraction of all steps. None means the steps of the "
-            "learning-rate warmup (warmup_steps)."
-        },
+    gr_scope: str = flag(
+        "global",
+        "Which gradient gives the direction of the perturbation. global: that of the whole optimizer step, over all "
+        "micro-batches and processes (the paper); local: each process its own, which saves one all-reduce; micro: "
+        "each micro-batch of each process its own (m-sharpness).",
+        GR_SCOPES,
     )
-    gr_scope: str = field(
-        default="global",
-        metadata={
-            "help": "Which gradient gives the direction of the perturbation. global: that of the whole optimizer step, "
-            "over all micro-batches and processes (the paper); local: each process its own, which saves one "
-            "all-reduce; micro: each micro-batch of each process its own (m-sharpness).",
-            "choices": list(GR_SCOPES),
-        },
+    gr_interval: int = flag(
+        1,
+        "After the warmup, regularize every k-th step only and take plain steps between: a cost knob, at about 1 + "
+        "1/k passes per step. 1 is the paper.",
+        INTERVAL,
     )
-    gr_interval: int = field(
-        default=1,
-        metadata={
-            "help": "After the warmup, regularize every k-th step only and take plain steps between: a cost knob, at "
-            "about 1 + 1/k passes per step. 1 is the paper."
-        },
+    gr_on_nonfinite: str = flag(
+        "stop",
+        "A step whose gradient is infinite or NaN is skipped, with a warning. stop: three in a row end the run with "
+        "an error; skip: nothing does. For runs with GR or IRE.",
+        ON_NONFINITE,
     )
-    gr_on_nonfinite: str = field(
-        default="stop",
-        metadata={
-            "help": "A step whose gradient is infinite or NaN is skipped, with a warning. stop: three in a row end the "
-            "run with an error; skip: nothing does. For runs with GR or IRE.",
-            "choices": list(ON_NONFINITE),
-        },
-    )
-    gr_half_precision_weights: bool = field(
-        default=False,
-        metadata={
-            "help": "Allow trainable weights in bf16 or fp16, in which a perturbation would be lost in the rounding: "
-            "the perturbed copy and the second pass are then float32. One process, without --bf16 or --fp16."
-        },
+    gr_half_precision_weights: bool = flag(
+        False,
+        "Allow trainable weights in bf16 or fp16, in which a perturbation would be lost in the rounding: the "
+        "perturbed copy and the second pass are then float32. One process, without --bf16 or --fp16.",
     )
 
     def __post_init__(self):
@@ -382,31 +329,13 @@ class GRArguments(IREArguments, OptimizerArguments):
         if isinstance(self, TrainingArguments):
             refuse_booleans(self, TrainingArguments)
             refuse_nan(self, TrainingArguments)
-            check_types(self, TrainingArguments, TRAINING_LIMITS)
+            check_fields(self, TrainingArguments, TRAINING_LIMITS)
             check_ranges(self, TRAINING_LIMITS)
         super().__post_init__()
 
     def check_gr_arguments(self) -> None:
         """Raise `ValueError` for a flag out of its range. Called again as training starts: a sweep sets attributes."""
-        check_types(self, GRArguments)
-        if not (math.isfinite(self.gr_r) and self.gr_r > 0):
-            raise ValueError(f"gr_r={self.gr_r}: the radius must be > 0. To turn GR off, set gr_lambda=0 instead.")
-        if self.gr_lambda is not None and not (math.isfinite(self.gr_lambda) and self.gr_lambda >= 0):
-            raise ValueError(
-                f"gr_lambda={self.gr_lambda}: the degree must be >= 0 (0 turns GR off), or None for gr_lambda = gr_r."
-            )
-        self._refuse_absurd_strength()
-        if self.gr_interval < 1:
-            raise ValueError(f"gr_interval={self.gr_interval}: must be a whole number of steps, at least 1.")
-        if self.gr_warmup_steps is not None:
-            _check_steps("gr_warmup_steps", self.gr_warmup_steps)
-
-    def _refuse_absurd_strength(self) -> None:
-        for flag, value in (("gr_r", self.gr_r), ("gr_lambda", self.gr_degree)):
-            if value > MAX_RADIUS:
-                raise ValueError(
-                    f"{flag}={value}: must be at most {MAX_RADIUS:g}; the paper has 0.05 and 0.1. Lower it."
-                )
+        check_fields(self, GRArguments)
         if self.gr_degree / self.gr_r > MAX_RATIO:
             raise ValueError(
                 f"gr_lambda={self.gr_degree}: must be at most {MAX_RATIO:g} times gr_r={self.gr_r}. Raise gr_r, or "
@@ -451,16 +380,27 @@ class GRArguments(IREArguments, OptimizerArguments):
             interval=self.gr_interval,
         )
 
+    def flags_without_effect(self, prefix: str = "") -> list[str]:
+        """A message for each row of `NEEDS` with flags, of this prefix, that were set and that change nothing."""
+        return [message for message in without_effect(self, NEEDS) if message.startswith(prefix)]
+
+
+#: The flags that have an effect only with others. What depends on the model or the optimizer is checked where they are.
+NEEDS = (
+    Needs(
+        set(IREArguments.__dataclass_fields__) - {"ire_kappa"}, lambda a: a.ire_kappa != 0, "ire_kappa={0.ire_kappa}"
+    ),
+    Needs({"ire_gamma", "ire_interval"}, lambda a: a.ire_mask != "uniform", "ire_mask={0.ire_mask!r}"),
+    Needs(
+        {"ire_probe_fraction", "ire_beta", "ire_scope"},
+        lambda a: a.ire_mask in ESTIMATED_MASKS,
+        "ire_mask={0.ire_mask!r}",
+    ),
+    Needs({"gr_warmup_steps"}, lambda a: a.gr_warmup != "none", "gr_warmup='none'"),
+    Needs({"decay_norms_and_biases"}, lambda a: getattr(a, "weight_decay", 0) != 0, "weight_decay=0"),
+)
+
 
 @dataclass
 class GRConfig(GRArguments, TrainingArguments):
     """`transformers.TrainingArguments` plus the flags of `GRArguments`. No default of the parent is changed."""
-
-
-def require_writable(output_dir: str) -> None:
-    """Raise `ValueError` if `output_dir` cannot be made or written to: before the data is loaded, not after."""
-    try:
-        os.makedirs(output_dir, exist_ok=True)
-        tempfile.TemporaryFile(dir=output_dir).close()
-    except OSError as error:
-        raise ValueError(f"output_dir={output_dir!r} cannot be written to ({error}). Choose another folder.") from error

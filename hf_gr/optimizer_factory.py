@@ -26,7 +26,7 @@ TIME_VARYING_DEFAULTS = {"tv_lambda": 10.0, "delay_steps": 0.5}
 
 def list_optimizers() -> dict[str, str]:
     """The names that `create_optimizer` and the flag `optim` know, each with a line about it."""
-    ours = {name: inspect.getdoc(cls).splitlines()[0] for name, cls in OPTIMIZERS.items()}
+    ours = {name: cls.help for name, cls in OPTIMIZERS.items()}
     return ours | {name.value: f"transformers' optim={name.value}" for name in OptimizerNames}
 
 
@@ -156,38 +156,3 @@ def parse_optim_args(text: str | None) -> dict[str, Any]:
                 "(low,high)."
             ) from None
     return parsed
-
-
-def require_known_optim_args(
-    resolve: Callable[[TrainingArguments, nn.Module | None], tuple[Any, dict]],
-    args: TrainingArguments,
-    model: nn.Module | None,
-) -> None:
-    """Raise `ValueError` for a key of `optim_args` that one of transformers' optimizers ignores without a word.
-
-    `resolve` is `Trainer.get_optimizer_cls_and_kwargs`. A key is read if another value of it gives something else, or
-    an error.
-    """
-
-    def resolved(optim_args: str | None) -> tuple[Any, dict]:
-        probe = copy.copy(args)
-        probe.optim_args = optim_args
-        return resolve(probe, model)
-
-    def is_read(key: str) -> bool:
-        try:
-            return resolved(f"{key}=0.123456") != plain
-        except Exception:
-            return True
-
-    given = [item.partition("=") for item in args.optim_args.replace(" ", "").split(",")]
-    for key, equals, _ in given:
-        if not (key and equals):
-            raise ValueError(f"optim_args={args.optim_args!r}: give key=value,key=value.")
-    plain = resolved(None)
-    if unread := [key for key, _, _ in given if not is_read(key)]:
-        known = [key for key in _settings_of(plain[0]) if is_read(key)] if isinstance(plain[0], type) else []
-        raise ValueError(
-            f"optim_args: {', '.join(unread)} is unknown to optim={args.optim.value}, which reads "
-            f"{', '.join(known) or 'none there'}. Its other settings have flags of their own, such as adam_beta1."
-        )

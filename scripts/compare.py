@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 from transformers import TrainingArguments
 
 from hf_gr.cli import script
-from hf_gr.config import require_writable
+from hf_gr.cli.output_folder import require_writable
 from hf_gr.errors import Failure
 from hf_gr.reporting.grid import Run, expand, run_grid, with_underscores
 from hf_gr.reporting.grid_file import Grid, load_grid

@@ -6,10 +6,12 @@ import pickle
 from dataclasses import dataclass, field, fields, replace
 
 import pytest
+import torch
 from transformers import HfArgumentParser, SchedulerType, Seq2SeqTrainingArguments, TrainingArguments
 from transformers.training_args import OptimizerNames
 
-from hf_gr import GRArguments, GRConfig
+from hf_gr import IRE, GRArguments, GRConfig
+from hf_gr.config import IRE_PRESETS
 
 
 def test_contract_defaults():
@@ -83,10 +85,13 @@ def test_parses_from_command_line_json_yaml_and_dict(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"gr_r": 0}, "gr_r=0: the radius must be > 0. To turn GR off, set gr_lambda=0"),
+        (
+            {"gr_r": 0},
+            "gr_r=0: the radius must be > 0 and at most 1e+06; the paper has 0.05 and 0.1. To turn GR off",
+        ),
         ({"gr_r": float("nan")}, "gr_r=nan: the radius must be > 0"),
-        ({"gr_r": 1e30}, "gr_r=1e+30: must be at most 1e+06"),
-        ({"gr_lambda": 1e30}, "gr_lambda=1e+30: must be at most 1e+06"),
+        ({"gr_r": 1e30}, "gr_r=1e+30: the radius must be > 0 and at most 1e+06"),
+        ({"gr_lambda": 1e30}, "gr_lambda=1e+30: the degree must be >= 0 (0 turns GR off) and at most 1e+06"),
         ({"gr_r": 1e-30, "gr_lambda": 0.1}, "gr_lambda=0.1: must be at most 1e+06 times gr_r=1e-30"),
         ({"learning_rate": float("nan")}, "learning_rate=nan: give a number"),
         ({"learning_rate": float("inf")}, "learning_rate=inf: must be at least 0"),
@@ -165,6 +170,13 @@ def sources(values, folder):
 def test_a_given_value_wins_over_the_preset_even_if_it_is_the_default(given, expected, tmp_path):
     for config in sources({**PRESET, **given}, tmp_path):
         assert settings(config) == expected
+
+
+@pytest.mark.parametrize("preset", IRE_PRESETS)
+def test_presets_are_valid(preset):
+    flags = GRArguments(ire_preset=preset)
+    optimizer = IRE(torch.optim.SGD([torch.nn.Parameter(torch.ones(3))], 1.0), **flags.ire_settings() | {"exclude": ()})
+    assert optimizer.kappa == IRE_PRESETS[preset]["ire_kappa"]
 
 
 @pytest.mark.parametrize("flags", [{}, {"ire_preset": None}, {"ire_preset": "cnn"}], ids=str)

@@ -9,16 +9,14 @@ from transformers.training_args import OptimizerNames
 
 from helpers import toys
 from hf_gr import LAMB, LARS, TVLARS, GRConfig, GRTrainer, create_optimizer, list_optimizers
-from hf_gr.config import OPTIMIZER_NAMES
 from hf_gr.optimizer_factory import OPTIMIZERS, parse_optim_args
 
 
 def test_every_name_is_listed_with_a_line():
     listed = list_optimizers()
-    assert set(OPTIMIZERS) == set(OPTIMIZER_NAMES)
-    assert set(listed) == {*OPTIMIZER_NAMES, *(name.value for name in OptimizerNames)}
+    assert set(listed) == {*OPTIMIZERS, *(name.value for name in OptimizerNames)}
     assert all(line and "\n" not in line for line in listed.values())
-    assert listed["lars"].startswith("Layer-wise adaptive rate scaling")
+    assert listed["lars"].startswith("layer-wise adaptive rate scaling")
 
 
 @pytest.mark.parametrize(
@@ -111,9 +109,6 @@ def test_optim_args_of_transformers_optimizers_still_work(tmp_path):
         ("lars", "lr=0.1", "lr has a flag of its own. Use learning_rate=0.1"),
         ("lamb", "weight_decay=0.1", "weight_decay has a flag of its own. Use weight_decay=0.1"),
         ("tvlars", "tv_lambda=0.1", "delay_steps is missing. Give tv_lambda and delay_steps, or neither"),
-        ("sgd", "momentun=0.9", "momentun is unknown to optim=sgd, which reads momentum, dampening, nesterov"),
-        ("adamw_torch", "beta1=0.8", "beta1 is unknown to optim=adamw_torch, which reads none there"),
-        ("sgd", "momentum", "optim_args='momentum': give key=value"),
     ],
 )
 def test_mistakes_in_optim_args_are_named(optim, optim_args, message, tmp_path):

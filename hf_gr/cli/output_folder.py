@@ -5,6 +5,7 @@ import logging
 import os
 import shutil
 import socket
+import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -14,7 +15,6 @@ from accelerate.utils import broadcast_object_list
 from filelock import FileLock, Timeout
 from transformers import TrainingArguments
 
-from ..config import require_writable
 from ..trainer.checkpoints import LAST, SUPERSEDED, checkpoints
 from ..trainer.recording import FILE
 
@@ -176,3 +176,12 @@ def clear(folder: str | Path) -> None:
         shutil.rmtree(target) if target.is_dir() else target.unlink()
     if targets:
         logger.warning(f"overwrite_output_dir=True: removed from {folder}: {', '.join(p.name for p in targets)}.")
+
+
+def require_writable(output_dir: str) -> None:
+    """Raise `ValueError` if `output_dir` cannot be made or written to: before the data is loaded, not after."""
+    try:
+        os.makedirs(output_dir, exist_ok=True)
+        tempfile.TemporaryFile(dir=output_dir).close()
+    except OSError as error:
+        raise ValueError(f"output_dir={output_dir!r} cannot be written to ({error}). Choose another folder.") from error

@@ -16,7 +16,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 from transformers import TrainingArguments, set_seed
 
-from ..checks import COUNT, NOT_NEGATIVE, POSITIVE, SHARE, Limit, check_ranges, check_types
+from ..checks import COUNT, NOT_NEGATIVE, POSITIVE, SHARE, Limit, check_fields, check_ranges
 from ..config import GRConfig
 from ..errors import ArgumentParser, Failure, run
 from ..reporting.card import PICTURE, has_curves
@@ -136,7 +136,7 @@ def parse_args(
     parser.set_defaults(**recipe)
     values, _ = parser.parse_known_args(argv)
     for kind in kinds:
-        check_types(values, kind, recipe)
+        check_fields(values, kind, recipe)
     check_ranges(values, LIMITS)
     recipes.check_length(recipe | given)
     recipes.check_dicts(values)

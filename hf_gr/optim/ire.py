@@ -35,6 +35,7 @@ from torch import Tensor
 from torch.optim import ASGD, LBFGS, AdamW, Optimizer
 from torch.optim.adamw import adamw
 
+from ..checks import Limit, check_value
 from .order_statistics import Scan, count_true, in_blocks, kth_smallest, merge_small, to_ints
 
 logger = logging.getLogger(__name__)
@@ -43,18 +44,16 @@ logger = logging.getLogger(__name__)
 MASKS = ("flat", "inverted", "random", "uniform")
 #: Those that are chosen by a gradient.
 ESTIMATED_MASKS = ("flat", "inverted")
-SCOPES = ("global", "per_tensor")
-KAPPA_SCHEDULES = ("constant", "lr")
-
-#: Settings in the range that was published: kappa 2 to 4 for Llamas, 20 and 50 for ViTs on CIFAR, 1 and 2 for CNNs (the
-#: authors' replies to the reviewers), ViT on ImageNet as in Table 4 of the paper; gamma as there or in the released
-#: commands. `start` is the first step of IRE as a fraction of the run; without it IRE starts at the end of the
-#: learning-rate warmup.
-IRE_PRESETS: dict[str, dict[str, float]] = {
-    "llama": {"kappa": 4.0, "gamma": 0.6},
-    "vit_imagenet": {"kappa": 2.0, "gamma": 0.8, "start": 1 / 3},
-    "vit_cifar": {"kappa": 20.0, "gamma": 0.6},
-    "cnn": {"kappa": 1.0, "gamma": 0.9},
+#: The range, or the choices, of each setting of `IRE` that is a number or a name.
+SETTINGS = {
+    "kappa": Limit(0, rule="must be >= 0; 0 is the base optimizer."),
+    "gamma": Limit(
+        0, 1, above=True, rule="the fraction of flat coordinates must be in (0, 1]; the paper has (0.5, 1)."
+    ),
+    "beta": Limit(0, 1, below=True, rule="must be in [0, 1); 0 uses the last estimate alone."),
+    "scope": ("global", "per_tensor"),
+    "mask": MASKS,
+    "kappa_schedule": ("constant", "lr"),
 }
 
 CITATION = """\
@@ -128,7 +127,10 @@ class IRE(Optimizer):
         kappa_schedule: str = "constant",
         seed: int = 0,
     ):
-        check_ire_arguments(kappa, gamma, scope, beta, mask, kappa_schedule)
+        given = {"kappa": kappa, "gamma": gamma, "beta": beta}
+        given |= {"scope": scope, "mask": mask, "kappa_schedule": kappa_schedule}
+        for name, value in given.items():
+            check_value(name, value, SETTINGS[name])
         _require_own_weights(base_optimizer)
         self._excluded = set(exclude)
         for group in base_optimizer.param_groups:
@@ -474,27 +476,6 @@ class IRE(Optimizer):
 
 def _unless_none(result: Any, otherwise: Any) -> Any:
     return otherwise if result is None else result
-
-
-def check_ire_arguments(
-    kappa: float, gamma: float, scope: str, beta: float, mask: str, kappa_schedule: str, prefix: str = ""
-) -> None:
-    """Raise `ValueError` for an argument of `IRE` that is out of its range; `prefix` is what its flag begins with."""
-    if not (math.isfinite(kappa) and kappa >= 0):
-        raise ValueError(f"{prefix}kappa={kappa}: must be >= 0; 0 is the base optimizer.")
-    if not 0 < gamma <= 1:
-        raise ValueError(
-            f"{prefix}gamma={gamma}: the fraction of flat coordinates must be in (0, 1]; the paper has (0.5, 1)."
-        )
-    if not 0 <= beta < 1:
-        raise ValueError(f"{prefix}beta={beta}: must be in [0, 1); 0 uses the last estimate alone.")
-    for name, value, choices in (
-        ("scope", scope, SCOPES),
-        ("mask", mask, MASKS),
-        ("kappa_schedule", kappa_schedule, KAPPA_SCHEDULES),
-    ):
-        if value not in choices:
-            raise ValueError(f"{prefix}{name}={value!r}: choose one of {', '.join(choices)}.")
 
 
 def _require_own_weights(optimizer: Optimizer) -> None:

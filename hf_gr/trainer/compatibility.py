@@ -13,7 +13,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy
 from transformers import Trainer
 from transformers.utils import is_sagemaker_mp_enabled
 
-from ..config import OPTIMIZER_NAMES
+from ..optim import OPTIMIZERS
 from ..optim.gradient_regularization import HALF_PRECISION
 
 #: Trainers whose `training_step` generates, or takes other inputs, each time that it is called: a second pass would
@@ -69,7 +69,7 @@ def refuse_unsupported(trainer: Trainer, flag: str) -> None:
 def refuse_unsupported_optimizer(trainer: Trainer) -> None:
     """Raise `ValueError` if the optimizer of `trainer` cannot step under its way of sharding."""
     name = trainer.args.optim
-    if name in OPTIMIZER_NAMES and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+    if name in OPTIMIZERS and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
         raise ValueError(
             f"optim={name} cannot be used with FSDP or DeepSpeed: it takes the norm of whole layers, of which each "
             "process has a part. Use DDP, or another optimizer."

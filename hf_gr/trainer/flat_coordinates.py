@@ -99,7 +99,7 @@ class FlatCoordinates(Part):
         if isinstance(inner, IRE):
             self._take(inner)
         else:
-            self._warn_of_idle_flags()
+            self.warn_of_idle_flags("ire_")
             self.optimizer = None
             if self._flags.ire_kappa != 0:
                 self.optimizer = optimizer = self._wrapped(inner)
@@ -122,12 +122,6 @@ class FlatCoordinates(Part):
             logger.warning(f"{', '.join(idle)}: no effect, the IRE that was given to the trainer has its own.")
         self.optimizer = ire
 
-    def _warn_of_idle_flags(self) -> None:
-        flags = self._flags
-        if idle := flags.ire_flags_without_effect():
-            mask = f" and ire_mask={flags.ire_mask!r}" if flags.ire_kappa != 0 else ""
-            logger.warning(f"{', '.join(idle)}: no effect with ire_kappa={flags.ire_kappa}{mask}.")
-
     def _wrapped(self, optimizer: torch.optim.Optimizer) -> IRE:
         flags = self._flags
         named = [(name, p) for name, p in self._trainer.model.named_parameters() if p.requires_grad]
@@ -139,18 +133,7 @@ class FlatCoordinates(Part):
             excluded += found
         if len(set(excluded)) == len(named):
             raise ValueError(f"ire_exclude={flags.ire_exclude}: nothing is left to amplify. Exclude less.")
-        return IRE(
-            optimizer,
-            kappa=flags.ire_kappa,
-            gamma=flags.ire_gamma,
-            scope=flags.ire_scope,
-            exclude=excluded,
-            amplify_weight_decay=flags.ire_amplify_weight_decay,
-            beta=flags.ire_beta,
-            mask=flags.ire_mask,
-            kappa_schedule=flags.ire_kappa_schedule,
-            seed=self._trainer.args.seed,
-        )
+        return IRE(optimizer, **flags.ire_settings() | {"exclude": excluded}, seed=self._trainer.args.seed)
 
     def plan(self, num_training_steps: int) -> None:
         if self.optimizer is None:

@@ -21,7 +21,6 @@ from ..optim.tvlars import TVLARS, check_time_varying, time_varying_factor
 from ..optimizer_factory import (
     OPTIMIZERS,
     parameters_by_trainer,
-    require_known_optim_args,
     settings_by_flags,
     time_varying_settings,
 )
@@ -121,8 +120,7 @@ class Layerwise(Part):
 
     def decays_everything(self) -> bool:
         """Whether weight decay is for norms and biases, too."""
-        if self._flags.decay_norms_and_biases and self._trainer.args.weight_decay == 0:
-            logger.warning("decay_norms_and_biases=True has no effect with weight_decay=0.")
+        self.warn_of_idle_flags("decay_")
         return self._flags.decay_norms_and_biases
 
     def describe_lr_scaling(self) -> str:
@@ -207,13 +205,10 @@ class Layerwise(Part):
 def get_optimizer_cls_and_kwargs(
     resolve: Callable[..., tuple[Any, dict[str, Any]]], args: TrainingArguments, model: nn.Module | None
 ) -> tuple[Any, dict[str, Any]]:
-    """What `resolve`, the trainer's own method, says, with our names, and with an error for a key of `optim_args` that
-    nobody reads."""
-    if args.optim in OPTIMIZERS:
-        return OPTIMIZERS[args.optim], settings_by_flags(args) | parameters_by_trainer(resolve, args, model)
-    if args.optim_args:
-        require_known_optim_args(resolve, args, model)
-    return resolve(args, model)
+    """What `resolve`, the trainer's own method, says, with our names."""
+    if args.optim not in OPTIMIZERS:
+        return resolve(args, model)
+    return OPTIMIZERS[args.optim], settings_by_flags(args) | parameters_by_trainer(resolve, args, model)
 
 
 def _phi_of_epoch(epoch: int, **settings: float) -> float:

@@ -3,11 +3,14 @@
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.logging import get_logger
 from torch import Tensor, nn
 from transformers import Trainer
 
 from ..config import GRArguments
 from ..optim.ire import IRE
+
+logger = get_logger(__name__)
 
 if TYPE_CHECKING:
 
@@ -46,6 +49,11 @@ class Part:
 
     def plan(self, num_training_steps: int) -> None:
         """The number of steps is known. Raises `ValueError` for settings that make no sense in such a run."""
+
+    def warn_of_idle_flags(self, prefix: str) -> None:
+        """Name the flags with this prefix that were set and that, as others are set, change nothing."""
+        for message in self._flags.flags_without_effect(prefix):
+            logger.warning(message)
 
     def logs(self, logs: dict[str, float]) -> dict[str, float]:
         """What to log beside the training loss, as it was at that step."""

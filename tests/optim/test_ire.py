@@ -15,7 +15,7 @@ from torch.optim import SGD, Adam, AdamW, RMSprop
 
 from helpers import ROOT
 from hf_gr import IRE
-from hf_gr.optim.ire import CPU_BLOCK, IRE_PRESETS
+from hf_gr.optim.ire import CPU_BLOCK
 from hf_gr.optim.order_statistics import SAMPLE, kth_smallest
 
 README = ROOT / "README.md"
@@ -701,11 +701,6 @@ def test_sharded_parameters_are_refused():
 def test_less_than_half_flat_is_said(caplog):
     IRE(SGD(parameters(), lr=1.0), gamma=0.3)
     assert "gamma=0.3: the paper calls more than half" in caplog.text
-
-
-def test_presets_are_valid():
-    for preset in IRE_PRESETS.values():
-        IRE(SGD(parameters(), lr=1.0), kappa=preset["kappa"], gamma=preset["gamma"])
 
 
 def test_the_blockwise_path_is_taken():

@@ -562,12 +562,12 @@ def test_starts_at_the_end_of_the_learning_rate_warmup(spy, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"ire_gamma": 0.7, "ire_interval": 5}, "ire_gamma, ire_interval: no effect with ire_kappa=0.0."),
+        ({"ire_gamma": 0.7, "ire_interval": 5}, "ire_gamma=0.7, ire_interval=5 have no effect with ire_kappa=0.0."),
         (
             {"ire_kappa": 1.0, "ire_mask": "uniform", "ire_gamma": 0.7},
-            "ire_gamma: no effect with ire_kappa=1.0 and ire_mask",
+            "ire_gamma=0.7 has no effect with ire_mask='uniform'",
         ),
-        ({"ire_kappa": 1.0, "ire_mask": "random", "ire_probe_fraction": 0.5}, "ire_probe_fraction: no effect"),
+        ({"ire_kappa": 1.0, "ire_mask": "random", "ire_probe_fraction": 0.5}, "ire_probe_fraction=0.5 has no effect"),
         (
             {"ire_kappa": 1.0, "warmup_steps": 6},
             "IRE starts after 6 steps, at or after the end of the run of 6, and never",
