@@ -19,7 +19,7 @@ from typing import NamedTuple
 from datasets import Dataset, IterableDataset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, default_data_collator
 
-from hf_gr.checks import COUNT, Limit, check_ranges
+from hf_gr.checks import COUNT, Limit, check_ranges, flag
 from hf_gr.cli import script
 from hf_gr.cli.script import ScriptConfig
 from hf_gr.cli.trainers import CausalLMTrainer, steps_for_tokens
@@ -43,9 +43,7 @@ DEFAULT_RECIPE = Path(__file__).parent / "recipes" / "llama_tiny_python.yaml"
 
 @dataclass
 class ModelArguments(script.ModelArguments):
-    model: str = field(
-        default="llama-tiny", metadata={"help": "Architecture to train from scratch.", "choices": list(LLAMA_PRESETS)}
-    )
+    model: str = flag("llama-tiny", "Architecture to train from scratch.", LLAMA_PRESETS)
     tokenizer_name: str | None = field(
         default=None,
         metadata={"help": "Tokenizer of a checkpoint, on the Hub or in a folder. Default: one trained on the data."},

@@ -27,7 +27,7 @@ from transformers import (
 from transformers.image_processing_utils import BaseImageProcessor
 
 from hf_gr import GRTrainer
-from hf_gr.checks import COUNT, NOT_NEGATIVE, POSITIVE, SHARE, Limit, check_ranges
+from hf_gr.checks import COUNT, NOT_NEGATIVE, POSITIVE, SHARE, Limit, check_ranges, flag
 from hf_gr.cli import script
 from hf_gr.cli.script import ScriptConfig
 from hf_gr.cli.trainers import FullEvaluation
@@ -59,13 +59,7 @@ DEFAULT_RECIPE = Path(__file__).parent / "recipes" / "vit_digits.yaml"
 
 @dataclass
 class ModelArguments(script.ModelArguments):
-    model: str | None = field(
-        default=None,
-        metadata={
-            "help": "Architecture to train from scratch. Default: vit-ti.",
-            "choices": list(IMAGE_PRESETS),
-        },
-    )
+    model: str | None = flag(None, "Architecture to train from scratch. Default: vit-ti.", IMAGE_PRESETS)
     model_name_or_path: str | None = field(
         default=None, metadata={"help": "Pretrained checkpoint to start from, on the Hub or in a folder."}
     )

@@ -1,8 +1,9 @@
 """Models by name, to be trained from scratch."""
 
-from collections.abc import Callable
+from collections import ChainMap
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 from transformers import (
@@ -20,74 +21,57 @@ from transformers import (
 from .cait import CaitConfig, CaitForImageClassification
 from .cifar_resnet import CifarResNetConfig, CifarResNetForImageClassification
 
-# A preset called micro is small enough for 8-pixel images and a laptop; all others are published models.
 
-#: The ViTs of the GR paper: patches of 4 on images of 32 pixels.
-VIT_PRESETS: dict[str, dict[str, int]] = {
-    "vit-micro": {
-        "hidden_size": 64,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "image_size": 8,
-        "patch_size": 2,
-    },
-    "vit-ti": {
-        "hidden_size": 192,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 3,
-        "image_size": 32,
-        "patch_size": 4,
-    },
-    "vit-s": {"hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6, "image_size": 32, "patch_size": 4},
-    "vit-b": {
-        "hidden_size": 768,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 12,
-        "image_size": 32,
-        "patch_size": 4,
-    },
+class Preset(NamedTuple):
+    """A model by name: what `--help` and the docs say of it, and its arguments of the configuration."""
+
+    help: str
+    shape: dict[str, Any]
+
+
+def _vit(width: int, layers: int, heads: int, image_size: int = 32, patch_size: int = 4) -> dict[str, int]:
+    names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size")
+    return dict(zip(names, (width, layers, heads, image_size, patch_size), strict=True))
+
+
+def _swin(
+    width: int, depths: list[int], heads: list[int], image_size: int = 32, patch_size: int = 2, window_size: int = 4
+) -> dict[str, Any]:
+    sizes = {"image_size": image_size, "patch_size": patch_size, "window_size": window_size}
+    return {"embed_dim": width, "depths": depths, "num_heads": heads, **sizes}
+
+
+MICRO = "for images of 8 pixels and a laptop"
+# All but the micro ones are published models. The ViTs, Swins and CaiTs are those of the GR paper.
+VIT_PRESETS = {
+    "vit-micro": Preset(MICRO, _vit(64, 4, 4, image_size=8, patch_size=2)),
+    "vit-ti": Preset("5.4 M parameters, for 32 pixels", _vit(192, 12, 3)),
+    "vit-s": Preset("21 M", _vit(384, 12, 6)),
+    "vit-b": Preset("85 M", _vit(768, 12, 12)),
 }
-
-#: The Swins of the GR paper: on images of 32 pixels, and the first also on ImageNet's 224.
-_SWIN_32 = {"image_size": 32, "patch_size": 2, "window_size": 4}
-_SWIN_TINY = {"embed_dim": 96, "depths": [2, 2, 6, 2], "num_heads": [3, 6, 12, 24]}
-SWIN_PRESETS: dict[str, dict[str, Any]] = {
-    "swin-micro": {
-        "embed_dim": 32,
-        "depths": [2, 2],
-        "num_heads": [2, 4],
-        "image_size": 8,
-        "patch_size": 1,
-        "window_size": 4,
-    },
-    "swin-tiny": {**_SWIN_TINY, **_SWIN_32},
-    "swin-small": {**_SWIN_TINY, **_SWIN_32, "depths": [2, 2, 18, 2]},
-    "swin-base": {"embed_dim": 128, "depths": [2, 2, 18, 2], "num_heads": [4, 8, 16, 32], **_SWIN_32},
-    "swin-tiny-224": {**_SWIN_TINY, "image_size": 224, "patch_size": 4, "window_size": 7},
+SWIN_PRESETS = {
+    "swin-micro": Preset(MICRO, _swin(32, [2, 2], [2, 4], image_size=8, patch_size=1)),
+    "swin-tiny": Preset("28 M, for 32 pixels", _swin(96, [2, 2, 6, 2], [3, 6, 12, 24])),
+    "swin-small": Preset("49 M", _swin(96, [2, 2, 18, 2], [3, 6, 12, 24])),
+    "swin-base": Preset("87 M", _swin(128, [2, 2, 18, 2], [4, 8, 16, 32])),
+    "swin-tiny-224": Preset("28 M, for ImageNet's 224 pixels", _swin(96, [2, 2, 6, 2], [3, 6, 12, 24], 224, 4, 7)),
 }
-
-#: The CaiTs of the GR paper.
-_CAIT_32 = {"image_size": 32, "patch_size": 4}
-CAIT_PRESETS: dict[str, dict[str, int]] = {
-    "cait-micro": {
-        "hidden_size": 64,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "image_size": 8,
-        "patch_size": 2,
-    },
-    "cait-xxs12": {"hidden_size": 192, "num_hidden_layers": 12, "num_attention_heads": 4, **_CAIT_32},
-    "cait-xxs24": {"hidden_size": 192, "num_hidden_layers": 24, "num_attention_heads": 4, **_CAIT_32},
-    "cait-xs12": {"hidden_size": 288, "num_hidden_layers": 12, "num_attention_heads": 6, **_CAIT_32},
-    "cait-s12": {"hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 8, **_CAIT_32},
+CAIT_PRESETS = {
+    "cait-micro": Preset(MICRO, _vit(64, 4, 4, image_size=8, patch_size=2)),
+    "cait-xxs12": Preset("6.3 M, for 32 pixels", _vit(192, 12, 4)),
+    "cait-xxs24": Preset("12 M", _vit(192, 24, 4)),
+    "cait-xs12": Preset("14 M", _vit(288, 12, 6)),
+    "cait-s12": Preset("25 M", _vit(384, 12, 8)),
 }
-
-#: ResNets of basic blocks, 64 to 512 channels wide: blocks per stage.
-RESNET_PRESETS: dict[str, list[int]] = {"resnet-18": [2, 2, 2, 2], "resnet-34": [3, 4, 6, 3]}
+#: ResNets of basic blocks, 64 to 512 channels wide.
+RESNET_PRESETS = {
+    "resnet-18": Preset("11 M, for any image size", {"depths": [2, 2, 2, 2]}),
+    "resnet-34": Preset("21 M", {"depths": [3, 4, 6, 3]}),
+}
 RESNET_STEMS = ("imagenet", "cifar")
 
-#: All that images can be classified with.
-IMAGE_PRESETS = (*VIT_PRESETS, *SWIN_PRESETS, *CAIT_PRESETS, *RESNET_PRESETS)
+#: All that images can be classified with, in this order.
+IMAGE_PRESETS = ChainMap(RESNET_PRESETS, CAIT_PRESETS, SWIN_PRESETS, VIT_PRESETS)
 
 WEIGHT_INITS: dict[str, Callable] = {
     "xavier_uniform": nn.init.xavier_uniform_,
@@ -126,11 +110,11 @@ def _labels(names: list[str]) -> dict[str, dict]:
     return {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
 
 
-def _shape(presets: dict[str, dict[str, Any]], preset: str, image_size: int | None) -> dict[str, Any]:
+def _shape(presets: Mapping[str, Preset], preset: str, image_size: int | None) -> dict[str, Any]:
     """The preset's arguments of a configuration, on images of `image_size`."""
     if preset not in presets:
         raise ValueError(f"model={preset!r}: choose one of {', '.join(presets)}.")
-    shape = dict(presets[preset])
+    shape = dict(presets[preset].shape)
     if image_size is not None:
         shape["image_size"] = image_size
     if shape["image_size"] < 1 or shape["image_size"] % shape["patch_size"]:
@@ -224,7 +208,7 @@ def create_resnet(preset: str, label_names: list[str], stem: str = "imagenet") -
     config = config_class(
         embedding_size=64,
         hidden_sizes=[64, 128, 256, 512],
-        depths=RESNET_PRESETS[preset],
+        **RESNET_PRESETS[preset].shape,
         layer_type="basic",
         **_labels(label_names),
     )
@@ -248,6 +232,7 @@ def initialize_weights(model: PreTrainedModel, scheme: str) -> None:
 class LlamaPreset:
     """The shape of a Llama, and the length of context that it was trained with."""
 
+    help: str
     num_hidden_layers: int
     hidden_size: int
     num_attention_heads: int
@@ -257,16 +242,15 @@ class LlamaPreset:
 
 
 #: Two for a laptop, and the Llamas of the IRE paper as transformers can build them: strictly causal, which two of the
-#: three released models are not. With the paper's vocabulary of 50,304 they have 65.2, 133.9 and 228.3 million
-#: parameters.
+#: three released models are not. Their numbers of parameters are those with the paper's vocabulary of 50,304.
 LLAMA_PRESETS: dict[str, LlamaPreset] = {
-    "llama-tiny": LlamaPreset(4, 192, 6, 512, 256, tie_word_embeddings=True),
-    "llama-mini": LlamaPreset(6, 256, 4, 688, 256, tie_word_embeddings=True),
+    "llama-tiny": LlamaPreset("for a laptop", 4, 192, 6, 512, 256, tie_word_embeddings=True),
+    "llama-mini": LlamaPreset("for a laptop, larger", 6, 256, 4, 688, 256, tie_word_embeddings=True),
     # The paper's width of 410 with 10 heads leaves an odd number of dimensions per head, which rotary embeddings need
     # even.
-    "llama-60m": LlamaPreset(16, 416, 8, 1664, 150, tie_word_embeddings=True),
-    "llama-119m": LlamaPreset(6, 768, 12, 3072, 512),
-    "llama-229m": LlamaPreset(16, 768, 12, 3072, 1024),
+    "llama-60m": LlamaPreset("65 M parameters", 16, 416, 8, 1664, 150, tie_word_embeddings=True),
+    "llama-119m": LlamaPreset("134 M", 6, 768, 12, 3072, 512),
+    "llama-229m": LlamaPreset("228 M", 16, 768, 12, 3072, 1024),
 }
 
 
