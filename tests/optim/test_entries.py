@@ -1,0 +1,118 @@
+"""What every entry of every table keeps: a new warmup, ascent, optimizer or preset is tested by being there."""
+
+import math
+import re
+from itertools import chain
+
+import pytest
+import torch
+from matplotlib.mathtext import MathTextParser
+
+from hf_gr.config import IRE_PRESETS
+from hf_gr.models.presets import IMAGE_PRESETS, LLAMA_PRESETS
+from hf_gr.optim import IRE, OPTIMIZERS
+from hf_gr.optim.ascents import ASCENTS
+from hf_gr.optim.gr_warmup import GR_WARMUPS, gr_strength
+from hf_gr.optim.gradient_regularization import CITATION, Perturbation, gradient_norm
+
+TABLES = {"gr_warmup": GR_WARMUPS, "ascent": ASCENTS, "optim": OPTIMIZERS, "around": {"ire": IRE}}
+PRESETS = {"image": IMAGE_PRESETS, "llama": LLAMA_PRESETS}
+ENTRIES = [pytest.param(entry, id=f"{kind} {name}") for kind, table in TABLES.items() for name, entry in table.items()]
+ALL = ENTRIES + [pytest.param(e, id=f"{kind} {name}") for kind, table in PRESETS.items() for name, e in table.items()]
+
+
+@pytest.mark.parametrize("entry", ALL)
+def test_help_is_a_part_of_a_sentence(entry):
+    """It stands in a list in `--help`, where argparse takes % for its own, and in the cell of a table."""
+    assert entry.help and not set("%|\n;") & set(entry.help) and not entry.help.endswith(".")
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_the_equation_is_latex(entry):
+    assert "$" not in entry.latex and "\n" not in entry.latex
+    MathTextParser("path").parse(f"${entry.latex}$".replace(r"\le ", r"\leq "))  # of the two it knows one
+
+
+CITED = [entry.citation for entry in chain(ASCENTS.values(), OPTIMIZERS.values(), [IRE])]
+
+
+@pytest.mark.parametrize("bibtex", [CITATION, *CITED])
+def test_the_citation_is_bibtex_with_an_address(bibtex):
+    references = re.findall(r"^@\w+\{(\w+),\n((?:  .*\n)+)\}$", bibtex, re.MULTILINE)
+    assert references and "\n".join(f"@{m}" for m in bibtex.split("@")[1:]).replace("\n\n", "\n") == bibtex
+    for _, fields in references:
+        known = dict(re.findall(r"^  (\w+) *= \{(.*)\},?$", fields, re.MULTILINE))
+        assert known.keys() >= {"title", "author", "year", "url"} and known["url"].startswith("https://")
+        assert len(known) == fields.count("\n") and fields.count("{") == fields.count("}")
+
+
+# ---- Warmups ----
+
+
+@pytest.mark.parametrize("lambda_", [0.03, 0.1, 0.25])
+@pytest.mark.parametrize("warmup_steps", [0, 1, 2, 13])
+@pytest.mark.parametrize("warmup", GR_WARMUPS)
+def test_a_warmup_climbs_from_nothing_to_full_strength(warmup, warmup_steps, lambda_):
+    r = 0.1
+    path = [gr_strength(s, r=r, lambda_=lambda_, warmup=warmup, warmup_steps=warmup_steps) for s in range(30)]
+    assert all(0 <= now.lambda_t <= lambda_ and 0 <= now.r_t <= r for now in path)
+    assert path == sorted(path)
+    assert path[warmup_steps:] == [(lambda_, r)] * (30 - warmup_steps)
+    assert all(now.r_t > 0 or now.lambda_t == 0 for now in path)  # lambda_t / r_t is asked for
+
+
+# ---- Ascents ----
+
+
+def with_gradients(shape=(3, 4)) -> list[torch.nn.Parameter]:
+    generator = torch.Generator().manual_seed(0)
+    params = [torch.nn.Parameter(torch.randn(size, generator=generator)) for size in (shape, (5,))]
+    for p in params:
+        p.grad = torch.randn(p.shape, generator=generator)
+    return params
+
+
+@pytest.mark.parametrize("ascent", ASCENTS)
+def test_an_ascent_climbs_and_comes_back(ascent):
+    params = with_gradients()
+    before, grads = [p.detach().clone() for p in params], [p.grad.clone() for p in params]
+    perturbation = Perturbation(params, ascent)
+    perturbation.apply(0.1, gradient_norm(params))
+    moved = [p.detach() - start for p, start in zip(params, before, strict=True)]
+    assert sum((step * g).sum() for step, g in zip(moved, grads, strict=True)) > 0
+    assert all(torch.equal(p.grad, g) for p, g in zip(params, grads, strict=True))
+    perturbation.restore()
+    assert all(torch.equal(p, start) for p, start in zip(params, before, strict=True))
+
+
+@pytest.mark.parametrize("ascent", ASCENTS)
+def test_an_ascent_of_nothing_goes_nowhere(ascent):
+    params = with_gradients()
+    for p in params:
+        p.grad.zero_()
+    before = [p.detach().clone() for p in params]
+    Perturbation(params, ascent).apply(0.1, 0.0)
+    assert all(torch.equal(p, start) for p, start in zip(params, before, strict=True))
+
+
+def test_sam_goes_as_far_as_the_radius():
+    params = with_gradients()
+    before = [p.detach().clone() for p in params]
+    Perturbation(params, "sam").apply(0.1, gradient_norm(params))
+    assert math.hypot(*((p.detach() - b).norm() for p, b in zip(params, before, strict=True))) == pytest.approx(0.1)
+
+
+# ---- Optimizers and presets ----
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_the_symbols_of_an_optimizer_are_those_of_its_settings(name):
+    cls = OPTIMIZERS[name]
+    needed = {"tv_lambda": 1.0, "delay_steps": 1.0} if name == "tvlars" else {}
+    optimizer = cls([torch.nn.Parameter(torch.ones(2, 2))], lr=0.1, **needed)
+    assert cls.symbols.keys() <= optimizer.defaults.keys()
+
+
+@pytest.mark.parametrize("preset", IRE_PRESETS.values(), ids=IRE_PRESETS)
+def test_a_preset_of_ire_sets_flags_of_ire(preset):
+    assert preset.keys() <= {"ire_kappa", "ire_gamma", "ire_start_step"}
