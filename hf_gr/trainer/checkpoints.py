@@ -13,6 +13,7 @@ import zipfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict, load_peft_weights
@@ -54,13 +55,14 @@ def check_checkpoint(folder: str) -> None:
 
 def checkpoints(output_dir: str | Path) -> list[Path]:
     """The checkpoint folders in `output_dir`, complete or not, from the first step to the last."""
-    found = [p for p in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if p.is_dir() and _step(p) is not None]
+    found = [p for p in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if p.is_dir() and _step(p) >= 0]
     return sorted(found, key=_step)
 
 
-def _step(checkpoint: Path) -> int | None:
+def _step(checkpoint: Path) -> int:
+    """-1 for a folder of another name."""
     number = checkpoint.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")
-    return int(number) if number.isdigit() else None
+    return int(number) if number.isdigit() else -1
 
 
 def last_complete_checkpoint(output_dir: str) -> str | None:
@@ -96,7 +98,7 @@ def set_later_checkpoints_aside(output_dir: str, folder: str) -> None:
     the new ones in their stead, and the next resume would continue them. One that was never finished is left to be
     overwritten.
     """
-    step = _step(Path(folder).resolve()) or 0
+    step = max(0, _step(Path(folder).resolve()))
     later = [p for p in checkpoints(output_dir) if _step(p) > step and (p / "trainer_state.json").exists()]
     if not later:
         return
@@ -192,12 +194,13 @@ def load_weights(model: nn.Module, folder: str) -> bool:
     if not isinstance(model, PreTrainedModel) or getattr(model, "is_quantized", False):
         return False
     dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
-    loaded, info = type(model).from_pretrained(
+    result: Any = type(model).from_pretrained(
         folder,
         config=copy.deepcopy(model.config),
         dtype=max(dtypes, key=lambda dtype: dtype.itemsize, default=torch.float32),
         output_loading_info=True,
     )
+    loaded, info = result
     require_same_names(folder, info["missing_keys"], info["unexpected_keys"])
     model.load_state_dict(loaded.state_dict())
     return True

@@ -10,11 +10,11 @@ from accelerate.utils import DistributedType
 from accelerate.utils.environment import parse_flag_from_env
 from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy
-from transformers import Trainer
 from transformers.utils import is_sagemaker_mp_enabled
 
 from ..optim import OPTIMIZERS
 from ..optim.gradient_regularization import HALF_PRECISION
+from .part import Host
 
 #: Trainers whose `training_step` generates, or takes other inputs, each time that it is called: a second pass would
 #: be of other data. Matched against the names of a trainer's classes, as TRL need not be installed.
@@ -48,7 +48,7 @@ METHODS = {
 }
 
 
-def refuse_unsupported(trainer: Trainer, flag: str) -> None:
+def refuse_unsupported(trainer: Host, flag: str) -> None:
     """Raise `ValueError` if `trainer` is set up in a way under which a method is not known to be right.
 
     `flag` names the method: it is the one that turns it off at 0.
@@ -66,7 +66,7 @@ def refuse_unsupported(trainer: Trainer, flag: str) -> None:
             raise ValueError(f"{method} cannot be used with {reason}, or set {flag}=0 to train without {method}.")
 
 
-def refuse_unsupported_optimizer(trainer: Trainer) -> None:
+def refuse_unsupported_optimizer(trainer: Host) -> None:
     """Raise `ValueError` if the optimizer of `trainer` cannot step under its way of sharding."""
     name = trainer.args.optim
     if name in OPTIMIZERS and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
@@ -76,12 +76,12 @@ def refuse_unsupported_optimizer(trainer: Trainer) -> None:
         )
 
 
-def class_among(trainer: Trainer, names: Collection[str]) -> str | None:
+def class_among(trainer: Host, names: Collection[str]) -> str | None:
     """The first of the trainer's classes that has one of these names."""
     return next((cls.__name__ for cls in type(trainer).__mro__ if cls.__name__ in names), None)
 
 
-def _data(trainer: Trainer) -> str | None:
+def _data(trainer: Host) -> str | None:
     if name := class_among(trainer, GENERATING_TRAINERS):
         return (
             f"{name}: it makes the data of a step inside the step, with the weights as they are then, and would make "
@@ -90,7 +90,7 @@ def _data(trainer: Trainer) -> str | None:
     return None
 
 
-def _parallelism(trainer: Trainer) -> str | None:
+def _parallelism(trainer: Host) -> str | None:
     accelerator = trainer.accelerator
     if trainer.is_deepspeed_enabled:
         return (
@@ -113,7 +113,7 @@ def _parallelism(trainer: Trainer) -> str | None:
     return None
 
 
-def _sharding(trainer: Trainer, flag: str) -> str | None:
+def _sharding(trainer: Host, flag: str) -> str | None:
     # The attribute is younger than the oldest transformers that we support.
     if getattr(trainer, "is_distributed_loading_by_transformers", False):
         return "a model that was sharded when it was loaded: not tested. Use DDP or FSDP2"
@@ -138,7 +138,7 @@ def _sharding(trainer: Trainer, flag: str) -> str | None:
     return None
 
 
-def _optimizer(trainer: Trainer, flag: str) -> str | None:
+def _optimizer(trainer: Host, flag: str) -> str | None:
     optim = trainer.args.optim
     name = getattr(optim, "value", optim)
     if flag == "ire_kappa" and name.startswith("schedule_free"):
@@ -148,7 +148,7 @@ def _optimizer(trainer: Trainer, flag: str) -> str | None:
     return None
 
 
-def _weights(trainer: Trainer, flag: str) -> str | None:
+def _weights(trainer: Host, flag: str) -> str | None:
     model, args = trainer.model, trainer.args
     halves = [(name, p) for name, p in model.named_parameters() if p.requires_grad and p.dtype in HALF_PRECISION]
     if halves:

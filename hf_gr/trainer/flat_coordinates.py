@@ -37,7 +37,7 @@ from .replay import RNGState
 
 logger = get_logger(__name__)
 
-LOSSES: dict[str, Callable[[Tensor, Tensor, torch.Generator], Tensor]] = {
+LOSSES: dict[str | None, Callable[[Tensor, Tensor, torch.Generator], Tensor]] = {
     "classification": classification_losses,
     "causal_lm": causal_lm_losses,
 }
@@ -136,7 +136,8 @@ class FlatCoordinates(Part):
         return IRE(optimizer, **flags.ire_settings() | {"exclude": excluded}, seed=self._trainer.args.seed)
 
     def plan(self, num_training_steps: int) -> None:
-        if self.optimizer is None:
+        ire = self.optimizer
+        if ire is None:
             return
         flags, start = self._flags, self.start_step(num_training_steps)
         if start >= num_training_steps:
@@ -144,20 +145,18 @@ class FlatCoordinates(Part):
             if flags.ire_start_step is not None:
                 raise ValueError(f"ire_start_step={flags.ire_start_step}: IRE {message}. Start it earlier.")
             logger.warning(f"IRE {message}, and never acts: it waits for the learning-rate warmup. Set ire_start_step.")
-        self._name_idle_settings()
+        self._name_idle_settings(ire)
         logger.info(
-            f"  IRE: kappa = {self.optimizer.kappa}, gamma = {self.optimizer.gamma}, mask '{self.optimizer.mask}' "
+            f"  IRE: kappa = {ire.kappa}, gamma = {ire.gamma}, mask '{ire.mask}' "
             f"every {flags.ire_interval} steps from step {start} of {num_training_steps}"
         )
 
-    def _name_idle_settings(self) -> None:
+    def _name_idle_settings(self, ire: IRE) -> None:
         """Warn of settings of the optimizer that, as the run is, change nothing."""
-        if not self.optimizer.amplify_weight_decay and not any(
-            g.get("weight_decay") for g in self.optimizer.param_groups
-        ):
+        if not ire.amplify_weight_decay and not any(g.get("weight_decay") for g in ire.param_groups):
             logger.warning("ire_amplify_weight_decay=False has no effect with weight_decay=0.")
         schedule = getattr(self._trainer.args.lr_scheduler_type, "value", self._trainer.args.lr_scheduler_type)
-        if self.optimizer.kappa_schedule == "lr" and self._trainer.lr_scheduler is None and schedule == "constant":
+        if ire.kappa_schedule == "lr" and self._trainer.lr_scheduler is None and schedule == "constant":
             logger.warning(
                 "ire_kappa_schedule='lr' has no effect with lr_scheduler_type='constant': kappa follows the learning "
                 "rate, which does not change."
@@ -169,36 +168,35 @@ class FlatCoordinates(Part):
         """With the micro-batches of the next step at hand, choose the coordinates to amplify, if it is due."""
         self._has_probed = False
         self._losses.clear()
-        if self.optimizer is None or not batch_samples:
+        ire = self.optimizer
+        if ire is None or not batch_samples:
             return
         state = self._trainer.state
         since_start = state.global_step - self.start_step(state.max_steps)
-        self.optimizer.active = since_start >= 0
+        ire.active = since_start >= 0
         # A mask that is missing, after an overflow or in a run that had no IRE so far, is not waited for.
-        if self.optimizer.active and (since_start % self._flags.ire_interval == 0 or not self.optimizer.has_mask):
-            self._update_mask(batch_samples)
+        if ire.active and (since_start % self._flags.ire_interval == 0 or not ire.has_mask):
+            self._update_mask(ire, batch_samples)
 
-    def _update_mask(self, batch_samples: list[dict[str, Any]]) -> None:
-        if not self.optimizer.needs_estimate:
-            self.optimizer.update_mask()
+    def _update_mask(self, ire: IRE, batch_samples: list[dict[str, Any]]) -> None:
+        if not ire.needs_estimate:
+            ire.update_mask()
             self._recorder.segment.ire_choices += 1
             return
         # There are gradients only where a data set of unknown length has left an incomplete step behind.
-        with gradients_set_aside([*self._trainer.model.parameters(), *trainable_parameters(self.optimizer)]):
-            if not self._probe(batch_samples):
+        with gradients_set_aside([*self._trainer.model.parameters(), *trainable_parameters(ire)]):
+            if not self._probe(ire, batch_samples):
                 return
-            if self.optimizer.update_mask():
+            if ire.update_mask():
                 self._recorder.segment.ire_choices += 1
             else:
-                waits = (
-                    "keeps its last choice of" if self.optimizer.has_mask else "keeps waiting for its first choice of"
-                )
+                waits = "keeps its last choice of" if ire.has_mask else "keeps waiting for its first choice of"
                 logger.warning(
                     f"Step {self._trainer.state.global_step}: the gradient of the sampled labels is not finite. IRE "
                     f"{waits} coordinates."
                 )
 
-    def _probe(self, batch_samples: list[dict[str, Any]]) -> bool:
+    def _probe(self, ire: IRE, batch_samples: list[dict[str, Any]]) -> bool:
         """Leave in `.grad` the gradient of sampled labels, averaged over the micro-batches and processes.
 
         False if there is no label to sample.
@@ -227,7 +225,7 @@ class FlatCoordinates(Part):
         finally:
             rng_state.restore()
         if accelerator.scaler is not None:
-            scale_gradients_(trainable_parameters(self.optimizer), 1 / accelerator.scaler.get_scale())
+            scale_gradients_(trainable_parameters(ire), 1 / accelerator.scaler.get_scale())
         self._has_probed = True
         segment, share = self._recorder.segment, _row_count(parts) / _row_count(batch_samples)
         segment.ire_estimates += 1
@@ -253,23 +251,24 @@ class FlatCoordinates(Part):
 
     def observe(self, loss: Tensor) -> None:
         """The loss of a micro-batch; that of each whole step is watched."""
-        if self.optimizer is None:
+        ire = self.optimizer
+        if ire is None:
             return
         self._losses.append(loss.detach())
         if self._trainer.accelerator.sync_gradients:
             if self._flags.ire_guard != 0:
-                self._watch(torch.stack(self._losses).sum())
-            self._kappa = self.optimizer.kappa_in_force
+                self._watch(ire, torch.stack(self._losses).sum())
+            self._kappa = ire.kappa_in_force
             self._recorder.segment.ire_steps += self._kappa != 0
 
-    def _watch(self, loss: Tensor) -> None:
+    def _watch(self, ire: IRE, loss: Tensor) -> None:
         # The same number on all processes, so that they all do the same.
-        loss = self._trainer.accelerator.reduce(loss.float(), "mean").item()
-        if self._divergence.observe(loss, self._flags.ire_guard, cooldown=self._flags.ire_interval):
+        mean = self._trainer.accelerator.reduce(loss.float(), "mean").item()
+        assert self._divergence is not None
+        if self._divergence.observe(mean, self._flags.ire_guard, cooldown=self._flags.ire_interval):
             logger.warning(
-                f"Step {self._trainer.state.global_step}: the loss, {loss:.4g}, has diverged since IRE started. kappa "
-                f"is halved to {self.optimizer.kappa * self.optimizer.kappa_scale:g}. Set ire_guard=0 to leave it "
-                "alone."
+                f"Step {self._trainer.state.global_step}: the loss, {mean:.4g}, has diverged since IRE started. kappa "
+                f"is halved to {ire.kappa * ire.kappa_scale:g}. Set ire_guard=0 to leave it alone."
             )
 
     def logs(self, logs: dict[str, float]) -> dict[str, float]:
@@ -284,7 +283,8 @@ class FlatCoordinates(Part):
         """The share of amplified coordinates per kind of layer; empty before the first choice."""
         flat: dict[str, int] = {}
         size: dict[str, int] = {}
-        for p, count in self.optimizer.flat_counts.items():
+        counts = {} if self.optimizer is None else self.optimizer.flat_counts
+        for p, count in counts.items():
             kind = self._kinds.get(p, "other")
             flat[kind] = flat.get(kind, 0) + count
             size[kind] = size.get(kind, 0) + p.numel()
@@ -312,7 +312,7 @@ def sampled_losses(trainer: Host, model: nn.Module, inputs: dict[str, Any], gene
     if labels is None or labels.is_floating_point():
         kind = "no labels" if labels is None else f"labels of {labels.dtype}"
         raise ValueError(
-            f"ire_kappa={trainer.ire_optimizer.kappa}: the batch has {kind}, and IRE must know which positions count, "
+            f"ire_kappa={trainer.ire.optimizer.kappa}: the batch has {kind}, and IRE must know which positions count, "
             "each with one class. Override ire_sampled_losses of the trainer, or set ire_kappa=0."
         )
     outputs = model(**{key: value for key, value in inputs.items() if key != "labels"})

@@ -6,12 +6,12 @@ its constants.
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from torch import nn
-from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..reporting.plots import plot_layer_statistics
@@ -42,12 +42,13 @@ class LayerStatisticsCallback(TrainerCallback):
         self._entries: dict[int, tuple[list[float], list[float]]] = {}  # step -> ||w||, ||g|| of the layers
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        model: nn.Module = kwargs["model"]
         self._layers = [name for name, p in model.named_parameters() if p.requires_grad and p.ndim > 1]
         self._entries = {}
         self.has_drawn = False
-        path = Path(args.output_dir) / TABLE
+        path = Path(str(args.output_dir)) / TABLE
         if state.is_world_process_zero and state.global_step > 0 and path.is_file():
             self._continue(path, state.global_step)
 
@@ -61,7 +62,8 @@ class LayerStatisticsCallback(TrainerCallback):
         if set(columns["layer"]) != set(self._layers):
             return  # of another model
         for step in steps:
-            self._entries[step] = tuple([values[step, layer, kind] for layer in self._layers] for kind in KINDS[:2])
+            norms, gradient_norms = ([values[step, layer, kind] for layer in self._layers] for kind in KINDS[:2])
+            self._entries[step] = (norms, gradient_norms)
         if len(steps) > 1:  # it may have been thinned
             self.every = max(self.every, steps[1] - steps[0])
 
@@ -71,10 +73,9 @@ class LayerStatisticsCallback(TrainerCallback):
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
-        model: nn.Module,
-        optimizer: Optimizer,
-        **kwargs,
+        **kwargs: Any,
     ) -> None:
+        model, optimizer = kwargs["model"], kwargs["optimizer"]
         if state.global_step % self.every or not state.is_world_process_zero:
             return
         scaler = getattr(optimizer, "scaler", None)
@@ -102,12 +103,12 @@ class LayerStatisticsCallback(TrainerCallback):
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         self._write(args, state)
         if state.is_world_process_zero and self._entries:
-            plot_layer_statistics(self.table(), Path(args.output_dir) / PICTURE)
+            plot_layer_statistics(self.table(), Path(str(args.output_dir)) / PICTURE)
             self.has_drawn = True
 
     def _write(self, args: TrainingArguments, state: TrainerState) -> None:
         if state.is_world_process_zero and self._entries:
-            path = Path(args.output_dir) / TABLE
+            path = Path(str(args.output_dir)) / TABLE
             path.parent.mkdir(parents=True, exist_ok=True)
             # A run that is stopped while it writes leaves the earlier table whole.
             pq.write_table(pa.table(self.table()), path.with_suffix(".tmp"))

@@ -31,7 +31,7 @@ from .part import Host, Part
 logger = get_logger(__name__)
 
 
-def innermost(optimizer: Optimizer | None) -> Optimizer | None:
+def innermost(optimizer: Any) -> Any:
     """The optimizer itself, out of what accelerate and IRE have wrapped around it; None before it is made."""
     optimizer = getattr(optimizer, "optimizer", optimizer)
     return optimizer.base_optimizer if isinstance(optimizer, IRE) else optimizer
@@ -69,7 +69,7 @@ class Layerwise(Part):
     def __init__(self, trainer: Host):
         super().__init__(trainer)
         self.lr_factor = 1.0
-        self._made: Optimizer | None = None
+        self._made: Any = None
         self._tvlars: TVLARS | None = None
         self._tvlars_settings: list[dict[str, Any]] = []
 
@@ -151,7 +151,7 @@ class Layerwise(Part):
         # The first step is taken at epoch 0 of a scheduler, and is step 1 of phi.
         return LambdaLR(optimizer, partial(_phi_of_epoch, **self._time_varying(num_training_steps)))
 
-    def _time_varying(self, num_training_steps: int) -> dict[str, float]:
+    def _time_varying(self, num_training_steps: int) -> dict[str, Any]:
         """The arguments of phi as a learning-rate schedule."""
         given = self._trainer.args.lr_scheduler_kwargs or {}
         if unknown := set(given) - {"tv_lambda", "delay_steps", "alpha", "gamma_min"}:
@@ -159,7 +159,11 @@ class Layerwise(Part):
                 f"lr_scheduler_kwargs: {', '.join(sorted(unknown))} is unknown to {TIME_VARYING!r}, which takes "
                 "tv_lambda, delay_steps, alpha, gamma_min."
             )
-        settings = {"alpha": 1.0, "gamma_min": None, **time_varying_settings("lr_scheduler_kwargs", given)}
+        settings: dict[str, Any] = {
+            "alpha": 1.0,
+            "gamma_min": None,
+            **time_varying_settings("lr_scheduler_kwargs", given),
+        }
         check_time_varying(**settings)
         settings["tv_lambda"], settings["delay_steps"] = in_steps(
             settings["tv_lambda"], settings["delay_steps"], num_training_steps
@@ -211,7 +215,7 @@ def get_optimizer_cls_and_kwargs(
     return OPTIMIZERS[args.optim], settings_by_flags(args) | parameters_by_trainer(resolve, args, model)
 
 
-def _phi_of_epoch(epoch: int, **settings: float) -> float:
+def _phi_of_epoch(epoch: int, **settings: Any) -> float:
     return time_varying_factor(epoch + 1, **settings)
 
 

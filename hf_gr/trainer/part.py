@@ -17,10 +17,26 @@ if TYPE_CHECKING:
     class Host(Trainer):
         """What a part sees of `GRMixin` beside what every trainer has."""
 
-        gr_args: GRArguments
+        # As they are once the trainer is built; transformers declares that each may be missing.
+        args: Any
+        model: Any
+        optimizer: Any
+        push_in_progress: Any
+
+        script_args: tuple[Any, ...]
+        recorder: Any
+        parts: Any
+        gr: Any
+        ire: Any
+        layerwise: Any
         gr_first_pass_only: tuple[str, ...]
         gr_second_pass: bool
-        ire_optimizer: IRE | None
+
+        @property
+        def gr_args(self) -> GRArguments: ...
+
+        @property
+        def ire_optimizer(self) -> IRE | None: ...
 
         def ire_sampled_losses(
             self, model: nn.Module, inputs: dict[str, Any], generator: torch.Generator

@@ -11,8 +11,10 @@ import atexit
 import gc
 import sys
 import weakref
+from typing import cast
 
 import torch.distributed as dist
+from torch import nn
 from transformers import Trainer
 
 _trainers: weakref.WeakSet[Trainer] = weakref.WeakSet()
@@ -30,7 +32,7 @@ def _end_process_groups() -> None:
         return  # after an exception the others may be waiting for this process, and the end of a group for them
     for trainer in list(_trainers):
         if trainer.model_wrapped is not trainer.model:
-            trainer.model_wrapped = trainer.model
+            trainer.model_wrapped = cast(nn.Module, trainer.model)
             trainer.accelerator.free_memory()
     if dist.is_initialized() and "gloo" in dist.get_backend():
         dist.destroy_process_group()

@@ -63,11 +63,11 @@ class InputCheck:
             self._look(list(_tensors(prepared)), is_second)
             return prepared
 
-        trainer._prepare_inputs = watched
+        vars(trainer)["_prepare_inputs"] = watched  # in front of the class's
         try:
             yield
         finally:
-            del trainer._prepare_inputs
+            del vars(trainer)["_prepare_inputs"]
 
     def forget(self) -> None:
         """The window is over, whether it had a second pass or not."""

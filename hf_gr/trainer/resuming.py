@@ -52,7 +52,6 @@ def prepare_to_resume(trainer: Host, asked: str | bool | None) -> str | None:
         ValueError: there is none, it is cut short, or another run has written it.
     """
     args = trainer.args
-    checkpoint = asked or None
     if asked is True:
         checkpoint = last_complete_checkpoint(args.output_dir)
         if checkpoint is None:
@@ -60,8 +59,10 @@ def prepare_to_resume(trainer: Host, asked: str | bool | None) -> str | None:
                 f"resume_from_checkpoint=True: there is no complete checkpoint in {args.output_dir!r}. Start without "
                 "it, or give the folder of one."
             )
-    elif checkpoint and not trainer.is_deepspeed_enabled:
-        check_checkpoint(checkpoint)
+    else:
+        checkpoint = asked or None
+        if checkpoint and not trainer.is_deepspeed_enabled:
+            check_checkpoint(checkpoint)
     if checkpoint:
         refuse_other_run(trainer, checkpoint)
     trainer.accelerator.wait_for_everyone()  # to read what is there, before the main process moves any of it
@@ -133,7 +134,7 @@ def _in_force(changes: dict[str, tuple[Any, Any]]) -> list[str]:
 
 
 @contextmanager
-def same_optimizer_required(optimizer: "Optimizer | None") -> Iterator[None]:
+def same_optimizer_required(optimizer: Any) -> Iterator[None]:
     """Within, loading the state of another class of optimizer raises `ValueError`: torch's fail in the first step."""
     inner = innermost(optimizer)
     if not hasattr(inner, "register_load_state_dict_pre_hook"):  # it is not torch's

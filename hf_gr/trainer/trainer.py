@@ -28,7 +28,7 @@ from .two_pass import TwoPass
 from .uploads import Uploads
 
 if TYPE_CHECKING:
-    Host = Trainer
+    from .part import Host
 else:
     Host = object
 
@@ -110,7 +110,7 @@ class GRMixin(Host):
 
     # ---- Optimizer and schedule ----
 
-    @OnClassOrInstance
+    @OnClassOrInstance  # type: ignore[override]  # static there, and an instance's in its subclasses
     def get_optimizer_cls_and_kwargs(
         self, args: TrainingArguments, model: nn.Module | None = None
     ) -> tuple[Any, dict[str, Any]]:
@@ -265,8 +265,9 @@ class GRMixin(Host):
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             super()._load_best_model()
         else:
-            logger.info(f"Loading best model from {self.state.best_model_checkpoint}.")
-            if not load_weights(self.model, self.state.best_model_checkpoint):
+            best = str(self.state.best_model_checkpoint)
+            logger.info(f"Loading best model from {best}.")
+            if not load_weights(self.model, best):
                 super()._load_best_model()
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:

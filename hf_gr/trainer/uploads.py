@@ -37,7 +37,7 @@ class Uploads(Part):
 
     def __init__(self, trainer: Host):
         super().__init__(trainer)
-        self._api: HfApi | None = None
+        self._api = HfApi()
 
     def push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """What `Trainer` does in `_push_from_checkpoint`, except that nothing is copied into the output folder."""
@@ -56,7 +56,7 @@ class Uploads(Part):
             when = f"step {self._trainer.state.global_step}"
         message = f"Training in progress, {when}"
         if not is_pushing:
-            self._trainer.push_in_progress = PushInProgress([])
+            self._trainer.push_in_progress = PushInProgress()
             for left_by_a_killed_run in Path(args.output_dir).glob(f"{SNAPSHOT}*"):
                 shutil.rmtree(left_by_a_killed_run, ignore_errors=True)
         jobs = self._trainer.push_in_progress.jobs
@@ -90,12 +90,13 @@ class Uploads(Part):
 
     def _upload_in_background(self, snapshot: Path, message: str, path_in_repo: str | None = None) -> Future:
         """Upload `snapshot`, after what is being uploaded, and delete it."""
-        self._api = self._api or HfApi()
+        repo_id = self._trainer.hub_model_id
+        assert repo_id is not None
 
         def upload() -> None:
             try:
                 self._api.upload_folder(
-                    repo_id=self._trainer.hub_model_id,
+                    repo_id=repo_id,
                     folder_path=snapshot,
                     path_in_repo=path_in_repo,
                     commit_message=message,
