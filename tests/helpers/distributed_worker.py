@@ -13,6 +13,7 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch.distributed.tensor import DTensor
 
 from helpers import own_loop, toys
+from helpers.training import Estimates
 from hf_gr import GRConfig, GRTrainer
 from hf_gr.cli.output_folder import claim_output_folder
 
@@ -119,20 +120,18 @@ def run(output_dir: str, cls=GRTrainer, resume=None, **flags) -> list[torch.Tens
     return recorder.path
 
 
-class Estimates(GRTrainer):
+class Choices(Estimates):
     """Keeps, for each choice of coordinates, the weights, the estimate and the masks; ranks must agree in every bit."""
 
-    def _ire_update_mask(self, batch_samples):
-        super()._ire_update_mask(batch_samples)
-        params = list(self.model.parameters())
-        self.kept[-1]["masks"] = [self.ire_optimizer._masks[p].clone() for p in params]
-        for tensor in (*self.kept[-1]["masks"], *self.kept[-1]["estimate"]):
-            require_equal_ranks(tensor, "an estimate")
-
-    def _ire_probe(self, batch_samples):
-        result = super()._ire_probe(batch_samples)
-        estimate = [p.grad.clone() for p in self.model.parameters()]
-        self.kept.append({"step": self.state.global_step, "weights": toys.weights(self.model), "estimate": estimate})
+    def get_batch_samples(self, *args, **kwargs):
+        known = len(self.estimates)
+        result = super().get_batch_samples(*args, **kwargs)
+        for estimate in self.estimates[known:]:
+            masks = [self.ire_optimizer._masks[p].clone() for p in self.model.parameters()]
+            for tensor in (*masks, *estimate):
+                require_equal_ranks(tensor, "an estimate")
+            choice = {"step": self.state.global_step, "weights": toys.weights(self.model)}
+            self.kept.append({**choice, "estimate": estimate, "masks": masks})
         return result
 
 
@@ -222,8 +221,8 @@ def fsdp(folder: str) -> dict:
 def ire(folder: str) -> dict:
     estimates = {}
     for case, flags in IRE_CASES.items():
-        estimates[case] = Estimates.kept = []
-        run(folder, Estimates, **flags)
+        estimates[case] = Choices.kept = []
+        run(folder, Choices, **flags)
     return estimates
 
 

@@ -35,3 +35,22 @@ class Normalized(nn.Module):
 
     def forward(self, x, labels):
         return {"loss": F.cross_entropy(self.features(x), labels)}
+
+
+class Estimates(GRTrainer):
+    """Keeps each estimate of IRE, as it is in `.grad` when the coordinates are chosen by it."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.estimates = []
+
+    def create_optimizer(self, *args, **kwargs):
+        optimizer = super().create_optimizer(*args, **kwargs)
+        choose = self.ire_optimizer.update_mask
+
+        def watched() -> bool:
+            self.estimates.append([p.grad.clone() for p in self.model.parameters()])
+            return choose()
+
+        self.ire_optimizer.update_mask = watched
+        return optimizer

@@ -12,7 +12,7 @@ from transformers import T5Config, T5ForConditionalGeneration, TrainerCallback, 
 
 from helpers import toys
 from helpers.reference import flat_masks, sampled_label_gradient
-from helpers.training import Normalized, run
+from helpers.training import Estimates, Normalized, run
 from hf_gr import IRE, GRConfig, GRTrainer
 from hf_gr.config import GRArguments
 
@@ -225,24 +225,19 @@ def test_labels_that_are_all_masked_keep_the_mask(tmp_path):
 
 
 def test_gradient_scaler_is_respected(tmp_path):
-    class Scaled(GRTrainer):
-        estimates = []
-
+    class Scaled(Estimates):
         def get_batch_samples(self, *args):
             self.accelerator.native_amp = True
             if self.scale:  # accelerate gives a CPU no scaler: put in the one a GPU would have
                 self.accelerator.scaler = self.accelerator.scaler or torch.amp.GradScaler("cpu", init_scale=1024.0)
             return super().get_batch_samples(*args)
 
-        def _ire_probe(self, batch_samples):
-            result = super()._ire_probe(batch_samples)
-            self.estimates.append([p.grad.clone() for p in self.model.parameters()])
-            return result
-
+    estimates = []
     for scale in (False, True):
         Scaled.scale = scale
-        run(toys.vit(), toys.images(), tmp_path, cls=Scaled, max_steps=1, **{**IRE_FLAGS, "ire_start_step": 0})
-    for a, b in zip(*Scaled.estimates, strict=True):
+        flags = {**IRE_FLAGS, "ire_start_step": 0}
+        estimates += run(toys.vit(), toys.images(), tmp_path, cls=Scaled, max_steps=1, **flags).estimates
+    for a, b in zip(*estimates, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-9)
 
 
