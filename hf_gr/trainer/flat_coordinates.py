@@ -29,7 +29,7 @@ from ..optim.fisher import (
 from ..optim.gradient_regularization import gradients_set_aside, scale_gradients_
 from ..optim.ire import ESTIMATED_MASKS, IRE
 from .compatibility import PREFERENCE_TRAINERS, class_among, refuse_unsupported
-from .divergence import DivergenceGuard
+from .guards import DivergenceGuard
 from .layerwise import trainable_parameters
 from .part import Host, Part
 from .recording import Recorder

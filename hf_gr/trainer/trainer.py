@@ -19,8 +19,8 @@ from ..optim.ire import IRE
 from .checkpoints import explain_failed_save, load_weights, require_same_names
 from .costs import Costs
 from .flat_coordinates import FlatCoordinates, sampled_losses
+from .guards import NonFiniteGuard
 from .layerwise import Layerwise, OnClassOrInstance, get_optimizer_cls_and_kwargs
-from .nonfinite import NonFiniteGuard
 from .process_groups import end_cleanly
 from .recording import Recorder
 from .resuming import ResumeCheck, prepare_to_resume, same_optimizer_required

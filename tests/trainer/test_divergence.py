@@ -7,7 +7,7 @@ from torch import nn
 from torch.optim import SGD
 
 from hf_gr import IRE
-from hf_gr.trainer.divergence import DivergenceGuard
+from hf_gr.trainer.guards import DivergenceGuard
 
 
 def acting() -> tuple[IRE, DivergenceGuard]:

@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 from helpers import faults_worker, toys
 from hf_gr import GRConfig, GRTrainer
 from hf_gr.trainer.checkpoints import last_complete_checkpoint
-from hf_gr.trainer.nonfinite import PATIENCE
+from hf_gr.trainer.guards import PATIENCE
 
 #: Seconds for a training that takes a few on an idle machine.
 PATIENT = 600
