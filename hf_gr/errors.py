@@ -32,6 +32,16 @@ _REMEDIES = {
 }
 
 
+@contextmanager
+def extra(name: str) -> Iterator[None]:
+    """For imports of what an extra of hf_gr installs: an error about a missing package names the extra."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        remedy = f"It comes with the extra {name!r}: pip install 'hf_gr[{name}]'"
+        raise ModuleNotFoundError(f"{error.name} is not installed. {remedy}", name=error.name) from None
+
+
 class Failure(RuntimeError):
     """Something went wrong that is nobody's mistake and that a traceback does not explain better than one line does."""
 

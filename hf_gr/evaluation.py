@@ -6,12 +6,16 @@ The metrics need no download: `evaluate.load("accuracy")` fetches its code from 
 import tempfile
 from typing import Any
 
-import datasets
-import evaluate
 import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import EvalPrediction, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from .errors import extra
+
+with extra("scripts"):
+    import datasets
+    import evaluate
 
 #: The label that PyTorch's cross entropy leaves out.
 IGNORED = -100

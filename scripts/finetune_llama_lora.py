@@ -14,8 +14,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from datasets import Dataset
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch.nn import Linear
 from transformers import (
     AutoModelForCausalLM,
@@ -33,8 +31,12 @@ from hf_gr.cli.trainers import CausalLMTrainer
 from hf_gr.data.images import keep_first
 from hf_gr.data.instructions import answer_metrics, prompt_and_answer, tokenize_instructions, without_bad_examples
 from hf_gr.data.text import load_text_dataset, skipped_metrics, split_documents
-from hf_gr.errors import explained
+from hf_gr.errors import explained, extra
 from hf_gr.evaluation import generate_text
+
+with extra("scripts"):
+    from datasets import Dataset
+    from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 
 DEFAULT_RECIPE = Path(__file__).parent / "recipes" / "lora_alpaca.yaml"
 

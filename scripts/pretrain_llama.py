@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from datasets import Dataset, IterableDataset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, default_data_collator
 
 from hf_gr.checks import COUNT, Limit, check_ranges, flag
@@ -34,9 +33,12 @@ from hf_gr.data.text import (
     train_tokenizer,
     without_null_documents,
 )
-from hf_gr.errors import explained
+from hf_gr.errors import explained, extra
 from hf_gr.evaluation import generate_text
 from hf_gr.models.presets import LLAMA_PRESETS, create_llama
+
+with extra("scripts"):
+    from datasets import Dataset, IterableDataset
 
 DEFAULT_RECIPE = Path(__file__).parent / "recipes" / "llama_tiny_python.yaml"
 

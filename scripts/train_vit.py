@@ -17,7 +17,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from datasets import Dataset
 from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
@@ -43,7 +42,7 @@ from hf_gr.data.images import (
     preprocess,
     split_train_eval,
 )
-from hf_gr.errors import explained
+from hf_gr.errors import explained, extra
 from hf_gr.evaluation import classification_metrics, rank_classes
 from hf_gr.models.presets import (
     IMAGE_PRESETS,
@@ -53,6 +52,9 @@ from hf_gr.models.presets import (
     create_image_model,
     initialize_weights,
 )
+
+with extra("scripts"):
+    from datasets import Dataset
 
 DEFAULT_RECIPE = Path(__file__).parent / "recipes" / "vit_digits.yaml"
 

@@ -8,7 +8,7 @@ from graphlib import TopologicalSorter
 
 import pytest
 
-from helpers import ROOT
+from helpers import EXTRAS, ROOT
 
 PACKAGE = ROOT / "hf_gr"
 WINGS = ("optim", "trainer", "data", "models", "reporting", "cli")
@@ -81,21 +81,22 @@ def test_what_is_saved_beside_the_weights_stands_alone(graph):
     assert all(not graph[name] for name in COPIED)
 
 
-def loaded_by(statement: str) -> set[str]:
-    """The modules that are loaded after a statement in a fresh process."""
-    code = f"{statement}\nimport sys\nprint(*sys.modules)"
+def loaded_by(statement: str, after: str = "") -> set[str]:
+    """The modules that a statement loads in a fresh process, where `after` was executed."""
+    code = f"import sys\n{after}\nbefore = set(sys.modules)\n{statement}\nprint(*sys.modules.keys() - before)"
     return set(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split())
 
 
 def test_the_maths_loads_torch_and_numpy_alone():
-    loaded = loaded_by("from hf_gr.optim import IRE, LAMB, LARS, TVLARS\nimport hf_gr.optim.gradient_regularization")
-    loaded |= loaded_by("import hf_gr.optim.fisher, hf_gr.optim.gr_warmup")
+    names = [name for name in modules() if name.startswith("hf_gr.optim.")]
+    loaded = loaded_by(f"from hf_gr import IRE, LAMB, LARS, TVLARS\nimport {', '.join(names)}")
     assert "torch" in loaded
     assert not loaded & {"transformers", "accelerate", "matplotlib", "datasets", "peft", "hf_gr.config"}
 
 
-def test_optimizers_are_offered_without_transformers():
-    assert not loaded_by("from hf_gr import IRE, LARS") & {"transformers", "accelerate", "matplotlib"}
+def test_the_trainer_loads_no_more_packages_than_that_of_transformers():
+    loaded = loaded_by("from hf_gr import GRConfig, GRTrainer", after="from transformers import Trainer")
+    assert "hf_gr.trainer.trainer" in loaded and not loaded & EXTRAS
 
 
 @pytest.mark.parametrize("wing", RULED)

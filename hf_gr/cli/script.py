@@ -18,8 +18,7 @@ from transformers import TrainingArguments, set_seed
 
 from ..checks import COUNT, NOT_NEGATIVE, POSITIVE, SHARE, Limit, check_fields, check_ranges
 from ..config import GRConfig
-from ..errors import ArgumentParser, Failure, run
-from ..reporting.card import PICTURE, has_curves
+from ..errors import ArgumentParser, Failure, extra, run
 from ..reporting.card_text import last_evaluation
 from ..reporting.redaction import redact
 from ..trainer.checkpoints import LAST, checkpoints, last_complete_checkpoint
@@ -28,6 +27,9 @@ from ..trainer.trainer import GRTrainer
 from ..trainer.uploads import LEFT_OUT
 from . import recipes
 from .output_folder import claim_output_folder, clear, refuse_removing
+
+with extra("scripts"):
+    from ..reporting.card import PICTURE, has_curves
 
 __all__ = [
     "ArgumentParser",

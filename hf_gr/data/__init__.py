@@ -1,1 +1,8 @@
-"""Datasets of images, text and instructions, from the Hub, a folder, or embedded."""
+"""Images, text and instructions. Needs the extra `scripts`."""
+
+from ..errors import extra
+
+with extra("scripts"):
+    import datasets  # noqa: F401
+    import PIL  # noqa: F401
+    import pyarrow  # noqa: F401

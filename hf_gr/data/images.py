@@ -14,7 +14,7 @@ from PIL import Image as PILImage
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..errors import explained, one_line
+from ..errors import explained, extra, one_line
 from .pixels import RangeError, is_deep, to_rgb
 
 logger = logging.getLogger(__name__)
@@ -48,7 +48,8 @@ def load_image_dataset(name: str, config: str | None = None) -> DatasetDict:
 
 
 def _load_digits() -> DatasetDict:
-    from sklearn.datasets import load_digits
+    with extra("scripts"):
+        from sklearn.datasets import load_digits
 
     scans = load_digits()
     # Intensities are counts from 0 to 16.

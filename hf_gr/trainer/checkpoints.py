@@ -9,18 +9,21 @@ import copy
 import itertools
 import json
 import logging
+import sys
 import zipfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict, load_peft_weights
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 logger = logging.getLogger(__name__)  # accelerate's speaks only once there is an accelerator
 #: What the weights and the state of the optimizer may be called: whole, or in parts (FSDP).
@@ -188,7 +191,8 @@ def load_weights(model: nn.Module, folder: str) -> bool:
     Returns False, having done nothing, for a model that is neither that nor a plain `PreTrainedModel`: the caller's own
     way of loading applies. Raises `ValueError` if a weight is missing in the checkpoint or unknown to the model.
     """
-    if isinstance(model, PeftModel):
+    peft = sys.modules.get("peft")  # without it no model is one of its
+    if peft is not None and isinstance(model, peft.PeftModel):
         _load_adapters(model, Path(folder))
         return True
     if not isinstance(model, PreTrainedModel) or getattr(model, "is_quantized", False):
@@ -206,9 +210,11 @@ def load_weights(model: nn.Module, folder: str) -> bool:
     return True
 
 
-def _load_adapters(model: PeftModel, folder: Path) -> None:
+def _load_adapters(model: "PeftModel", folder: Path) -> None:
     """Each from where peft saves it: "default" in `folder` itself, others in folders of their names. What is trained
     stays what it is; `Trainer` would train the first active one alone."""
+    from peft import get_peft_model_state_dict, load_peft_weights
+
     places = {name: folder if name == "default" else folder / name for name in model.peft_config}
     saved, expected = set(), set()
     for name, place in places.items():

@@ -8,13 +8,16 @@ import os
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ..errors import extra
 from ..reporting.plots import plot_layer_statistics
+
+with extra("report"):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
 
 TABLE, PICTURE = "layer_statistics.parquet", "layer_statistics.png"
 KINDS = ("weight_norm", "gradient_norm", "trust_ratio")

@@ -25,7 +25,6 @@ from ..optimizer_factory import (
     time_varying_settings,
 )
 from .compatibility import refuse_unsupported_optimizer
-from .layer_statistics import LayerStatisticsCallback
 from .part import Host, Part
 
 logger = get_logger(__name__)
@@ -76,6 +75,8 @@ class Layerwise(Part):
     def check(self) -> None:
         refuse_unsupported_optimizer(self._trainer)
         if self._flags.layer_statistics_steps:
+            from .layer_statistics import LayerStatisticsCallback  # needs the extra `report`
+
             self._trainer.add_callback(LayerStatisticsCallback(self._flags.layer_statistics_steps))
 
     def scale(self, optimizer: Optimizer, is_new: bool) -> Optimizer:

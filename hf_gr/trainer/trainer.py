@@ -279,7 +279,9 @@ class GRMixin(Host):
     # ---- The Hub ----
 
     def init_hf_repo(self, *args, **kwargs) -> None:
-        """As in `Trainer`; what keeps the repository from being made is said before the training, not after."""
+        """As in `Trainer`; what keeps the repository or its card from being made is said before the training."""
+        from ..reporting import card  # noqa: F401  needs the extra `report`
+
         try:
             super().init_hf_repo(*args, **kwargs)
         except Exception as error:

@@ -5,6 +5,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 TESTS, SCRIPTS = ROOT / "tests", ROOT / "scripts"
+#: What only extras install. Trainer itself loads some of them where they are installed.
+EXTRAS = {"matplotlib", "jinja2", "scipy", "pyarrow", "datasets", "evaluate", "peft", "PIL", "sklearn", "optuna"}
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
