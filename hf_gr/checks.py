@@ -173,8 +173,8 @@ def _check_type(field: Field, value: Any, hint: Any) -> None:
 
 def _kinds(hint: Any) -> set[Any]:
     """The types of an annotation. Next to an enumeration a string is only a name of its members."""
-    kinds = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
-    kinds = {get_origin(kind) or kind for kind in kinds}
+    parts = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    kinds = {get_origin(part) or part for part in parts}
     return kinds - {str} if any(map(_is_enumeration, kinds)) else kinds
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import EvalPrediction, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .errors import extra
@@ -52,9 +52,8 @@ def rank_classes(logits: Tensor | tuple, labels: Tensor) -> Tensor:
 
     Only these travel between processes and stay in memory, not the logits.
     """
-    if isinstance(logits, tuple):
-        logits = logits[0]
-    return torch.topk(logits, 5 if logits.shape[-1] > 10 else 1, dim=-1).indices
+    first: Tensor = logits[0] if isinstance(logits, tuple) else logits
+    return torch.topk(first, 5 if first.shape[-1] > 10 else 1, dim=-1).indices
 
 
 def classification_metrics(prediction: EvalPrediction) -> dict[str, float]:
@@ -62,7 +61,7 @@ def classification_metrics(prediction: EvalPrediction) -> dict[str, float]:
 
     Those labelled `IGNORED` do not count, as in the loss.
     """
-    counted = prediction.label_ids != IGNORED
+    counted = np.asarray(prediction.label_ids) != IGNORED
     if not counted.any():
         raise ValueError("The evaluation data has no labelled example.")
     return compute(TopKAccuracy, predictions=prediction.predictions[counted], references=prediction.label_ids[counted])
@@ -118,7 +117,7 @@ def _rouge_l(prediction: list[str], reference: list[str]) -> float:
 
 @torch.no_grad()
 def generate_text(
-    model: PreTrainedModel | nn.Module,
+    model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompt: str,
     max_new_tokens: int = 60,
@@ -146,7 +145,7 @@ def generate_text(
             )
     finally:
         model.train(was_training)
-    return tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return str(tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 
 
 # ---- Multiple choice, zero-shot: the answer is the choice to which the model gives the highest probability ----
@@ -154,7 +153,7 @@ def generate_text(
 
 @torch.no_grad()
 def choice_log_likelihoods(
-    model: PreTrainedModel | nn.Module, tokenizer: PreTrainedTokenizerBase, context: str, choices: list[str]
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, context: str, choices: list[str]
 ) -> list[float]:
     """log p(choice | context) of each choice: the sum over its tokens, natural logarithm.
 
@@ -193,7 +192,7 @@ def _split(tokenizer: PreTrainedTokenizerBase, context: str, choice: str) -> tup
 
 
 def evaluate_multiple_choice(
-    model: PreTrainedModel | nn.Module,
+    model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     dataset: datasets.Dataset,
     context_column: str = "context",

@@ -149,7 +149,7 @@ class DataArguments(script.DataArguments):
         check_ranges(self, counts | limits)
 
 
-class ImageTrainer(FullEvaluation, GRTrainer):
+class ImageTrainer(FullEvaluation):
     """`GRTrainer` that evaluates on every image."""
 
 

@@ -9,8 +9,8 @@ from transformers.trainer_utils import has_length
 from ..trainer import GRTrainer
 
 
-class FullEvaluation:
-    """In front of a trainer: `dataloader_drop_last`, which Trainer applies to evaluation, too, drops training examples
+class FullEvaluation(GRTrainer):
+    """`GRTrainer` in which `dataloader_drop_last`, which Trainer applies to evaluations, too, drops training examples
     only, and not all of them."""
 
     def get_eval_dataloader(self, *args, **kwargs) -> DataLoader:
@@ -37,7 +37,7 @@ class FullEvaluation:
             )
 
 
-class CausalLMTrainer(FullEvaluation, GRTrainer):
+class CausalLMTrainer(FullEvaluation):
     """`GRTrainer` with `eval_perplexity` beside `eval_loss`, on every evaluation example."""
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from datasets import Dataset, DatasetDict, Features, Value
-from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..evaluation import AnswerMatch, compute, generate_text
@@ -85,8 +84,8 @@ def prompt_and_answer(example: dict[str, Any], tokenizer: PreTrainedTokenizerBas
         *before, last = example["messages"]
         if last["role"] != "assistant":
             raise ValueError(f"A chat ends with a message of the {last['role']!r}; the last one is to be learned.")
-        prompt = tokenizer.apply_chat_template(before, tokenize=False, add_generation_prompt=True)
-        whole = tokenizer.apply_chat_template(example["messages"], tokenize=False)
+        prompt = str(tokenizer.apply_chat_template(before, tokenize=False, add_generation_prompt=True))
+        whole = str(tokenizer.apply_chat_template(example["messages"], tokenize=False))
         if not whole.startswith(prompt):
             raise ValueError("The chat template does not put the answer behind its generation prompt. Use another one.")
         return prompt, whole[len(prompt) :]
@@ -138,7 +137,7 @@ def tokenize_instructions(
 
 @torch.no_grad()
 def answer_metrics(
-    model: PreTrainedModel | nn.Module,
+    model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     examples: Iterable[dict[str, Any]],
     max_new_tokens: int = 64,

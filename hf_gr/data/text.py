@@ -5,7 +5,7 @@ import sysconfig
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import pyarrow.compute as pc
@@ -25,7 +25,7 @@ SKIPPED_PACKAGES = frozenset(
 )
 TEXT_FILES = {".parquet": "parquet", ".txt": "text", ".json": "json", ".jsonl": "json"}
 
-TextDatasets = DatasetDict | IterableDatasetDict
+TextDatasets: TypeAlias = DatasetDict | IterableDatasetDict
 
 
 def load_text_dataset(name: str, config: str | None = None, streaming: bool = False) -> TextDatasets:
@@ -106,8 +106,8 @@ def find_text_column(features: Features, name: str | None = None) -> str:
 
 def used_splits(dataset: TextDatasets) -> list[str]:
     """`train`, and the split to evaluate on if there is one."""
-    evaluation = next((name for name in EVAL_SPLITS if name in dataset), None)
-    return [name for name in ("train", evaluation) if name in dataset]
+    evaluation = [name for name in EVAL_SPLITS if name in dataset]
+    return [name for name in ("train", *evaluation[:1]) if name in dataset]
 
 
 def without_null_documents(dataset: TextDatasets, column: str, skipped: Counter[str] | None) -> TextDatasets:

@@ -142,7 +142,7 @@ class CaitForImageClassification(PreTrainedModel):
             CaitBlock(config, ClassAttention(config)) for _ in range(config.num_class_layers)
         )
         self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
-        self.classifier = nn.Linear(width, config.num_labels)
+        self.classifier = nn.Linear(width, config.num_labels or 0)
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:

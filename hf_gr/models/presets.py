@@ -3,9 +3,9 @@
 from collections import ChainMap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -106,7 +106,7 @@ def create_image_model(
     raise ValueError(f"model={preset!r}: choose one of {', '.join(IMAGE_PRESETS)}.")
 
 
-def _labels(names: list[str]) -> dict[str, dict]:
+def _labels(names: list[str]) -> dict[str, Any]:
     return {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
 
 
@@ -152,9 +152,10 @@ def create_vit(
     for module in model.modules():
         if isinstance(module, nn.Linear | nn.Conv2d):
             nn.init.xavier_uniform_(module.weight)
-            nn.init.zeros_(module.bias)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
     nn.init.zeros_(model.classifier.weight)
-    nn.init.zeros_(model.vit.embeddings.cls_token)
+    nn.init.zeros_(cast(Tensor, model.vit.embeddings.cls_token))
     return model
 
 
@@ -201,10 +202,11 @@ def create_resnet(preset: str, label_names: list[str], stem: str = "imagenet") -
         raise ValueError(f"model={preset!r}: choose one of {', '.join(RESNET_PRESETS)}.")
     if stem not in RESNET_STEMS:
         raise ValueError(f"stem={stem!r}: choose one of {', '.join(RESNET_STEMS)}.")
-    config_class, model_class = {
+    classes: dict[str, tuple[Any, Any]] = {
         "imagenet": (ResNetConfig, ResNetForImageClassification),
         "cifar": (CifarResNetConfig, CifarResNetForImageClassification),
-    }[stem]
+    }
+    config_class, model_class = classes[stem]
     config = config_class(
         embedding_size=64,
         hidden_sizes=[64, 128, 256, 512],

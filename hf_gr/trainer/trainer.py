@@ -110,8 +110,8 @@ class GRMixin(Host):
 
     # ---- Optimizer and schedule ----
 
-    @OnClassOrInstance  # type: ignore[override]  # static there, and an instance's in its subclasses
-    def get_optimizer_cls_and_kwargs(
+    @OnClassOrInstance
+    def get_optimizer_cls_and_kwargs(  # type: ignore[override]  # static there, and an instance's in its subclasses
         self, args: TrainingArguments, model: nn.Module | None = None
     ) -> tuple[Any, dict[str, Any]]:
         """As in `Trainer`, with the optimizers of hf_gr."""
