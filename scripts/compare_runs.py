@@ -14,7 +14,7 @@ from pathlib import Path
 from hf_gr.cli import script
 from hf_gr.reporting.comparison import common_target, curve, plot_comparison, speedups
 from hf_gr.reporting.plots import require_picture
-from hf_gr.reporting.run_files import History, read_history
+from hf_gr.reporting.record import History, read_history
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -21,7 +21,7 @@ from hf_gr.data.images import keep_first
 from hf_gr.data.text import load_text_dataset
 from hf_gr.errors import explained
 from hf_gr.evaluation import evaluate_multiple_choice
-from hf_gr.reporting.run_files import read_mapping
+from hf_gr.reporting.record import read_mapping
 
 
 def multiple_choice(options: argparse.Namespace) -> dict[str, float]:

@@ -56,17 +56,13 @@ def graph() -> dict[str, set[str]]:
     }
 
 
-@pytest.mark.xfail(strict=True, reason="the card is still written from the live trainer")
+@pytest.mark.xfail(strict=True, reason="parts name the class of the trainer for its type")
 def test_the_import_graph_has_no_cycle(graph):
     order = list(TopologicalSorter(graph).static_order())  # CycleError names the cycle
     assert len(order) == len(graph) > 40
 
 
-#: The card is still written from the live trainer.
-RULED = [pytest.param(wing, marks=pytest.mark.xfail(strict=True) if wing == "reporting" else ()) for wing in FORBIDDEN]
-
-
-@pytest.mark.parametrize("wing", RULED)
+@pytest.mark.parametrize("wing", FORBIDDEN)
 def test_no_wing_reaches_where_it_may_not(wing, graph):
     reached, left = set(), {name for name in graph if name.startswith(f"hf_gr.{wing}")}
     assert left
@@ -99,7 +95,7 @@ def test_the_trainer_loads_no_more_packages_than_that_of_transformers():
     assert "hf_gr.trainer.trainer" in loaded and not loaded & EXTRAS
 
 
-@pytest.mark.parametrize("wing", RULED)
+@pytest.mark.parametrize("wing", FORBIDDEN)
 def test_a_wing_loads_nothing_that_it_may_not(wing):
     names = [name for name in modules() if name.startswith(f"hf_gr.{wing}")]
     loaded = loaded_by(f"import {', '.join(names)}")

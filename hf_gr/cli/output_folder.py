@@ -15,8 +15,8 @@ from accelerate.utils import broadcast_object_list
 from filelock import FileLock, Timeout
 from transformers import TrainingArguments
 
+from ..reporting.record import FILE
 from ..trainer.checkpoints import LAST, SUPERSEDED, checkpoints
-from ..trainer.recording import FILE
 
 logger = logging.getLogger(__name__)
 

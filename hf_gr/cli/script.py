@@ -19,10 +19,9 @@ from transformers import TrainingArguments, set_seed
 from ..checks import COUNT, NOT_NEGATIVE, POSITIVE, SHARE, Limit, check_fields, check_ranges
 from ..config import GRConfig
 from ..errors import ArgumentParser, Failure, extra, run
-from ..reporting.card_text import last_evaluation
-from ..reporting.redaction import redact
+from ..reporting.record import last_evaluation
+from ..reporting.redaction import redact, without_folders
 from ..trainer.checkpoints import LAST, checkpoints, last_complete_checkpoint
-from ..trainer.recording import without_folders
 from ..trainer.trainer import GRTrainer
 from ..trainer.uploads import LEFT_OUT
 from . import recipes
@@ -283,7 +282,7 @@ def publish(
     Args:
         dataset_name: as the flag has it; `embedded`, names of data that come with a dependency, and what they are.
         kind: what was trained, in a word.
-        card: further arguments of `write_model_card`, besides those that the script's own arguments say.
+        card: further arguments of `create_model_card`, besides those that the script's own arguments say.
     """
     folder = Path(trainer.args.output_dir).resolve()
     own = {flag: value for args in trainer.script_args for flag, value in vars(args).items()}
@@ -299,8 +298,8 @@ def publish(
     if trainer.is_world_process_zero():
         if trainer.args.push_to_hub:
             _upload(trainer)
-        picture = folder / PICTURE
-        written = {kind: folder, "Card": folder / "README.md", "Picture": picture if has_curves(trainer) else None}
+        picture = folder / PICTURE if has_curves(trainer.state.log_history) else None
+        written = {kind: folder, "Card": folder / "README.md", "Picture": picture}
         for what, path in written.items():
             if path is not None:
                 print(f"{what:8} {path}")  # noqa: T201
@@ -319,7 +318,7 @@ def _dataset(name: str, embedded: dict[str, str]) -> dict[str, str | None]:
 
 def evaluated_examples(trainer: GRTrainer) -> int | None:
     """How many the last evaluation has counted."""
-    return last_evaluation(trainer)[0].get("evaluated_examples")
+    return last_evaluation(trainer.state.log_history)[0].get("evaluated_examples")
 
 
 def _upload(trainer: GRTrainer) -> None:

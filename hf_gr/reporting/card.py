@@ -1,29 +1,44 @@
-"""The model card and what the Hub reads of it, written from what the run recorded."""
+"""The model card and what the Hub reads of it, from what a run left in its folder.
 
-from collections.abc import Iterable
-from datetime import datetime, timezone
+Which facts they have is decided here; the words are in `card_template.md` and `card_usage.md`.
+"""
+
+import re
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+from urllib.parse import quote
 
-import torch
-import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
-from peft import PeftModel
+from torch.optim import Optimizer
 
-from ..optim import IRE
+from ..config import BASE_BATCH_SIZE
+from ..errors import extra
+from ..optim import IRE, OPTIMIZERS
 from ..optim.ascents import ASCENTS
-from ..trainer.layer_statistics import PICTURE as LAYER_PICTURE
-from ..trainer.layer_statistics import LayerStatisticsCallback
-from . import card_text as text
-from .card_usage import usage
+from ..optim.gr_warmup import GR_WARMUPS
+from ..optim.gradient_regularization import CITATION
 from .plots import plot_curves
+from .record import (
+    FILE,
+    History,
+    ModelFacts,
+    Publication,
+    Record,
+    Span,
+    last_entry,
+    last_evaluation,
+    last_state,
+    read_record,
+    read_state,
+)
 
-if TYPE_CHECKING:
-    from ..trainer.trainer import GRMixin
+with extra("report"):
+    import yaml
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-TEMPLATE = Path(__file__).with_name("card_template.md")
 PICTURE = "curves.png"
-#: Where the Hub looks for results that go on the leaderboard of a data set.
+#: Where the Hub looks for results that go on the leaderboard of a dataset.
 EVAL_RESULTS = Path(".eval_results") / "hf_gr.yaml"
 #: What a leaderboard is of: the first of these that was measured.
 HEADLINE_METRICS = ("accuracy", "perplexity", "loss")
@@ -45,167 +60,280 @@ SPEED_METRICS = (
     "model_preparation_time",
 )
 
+#: Flag -> its symbol in the equations.
+SYMBOLS = {"gr_r": "r", "gr_lambda": "lambda", "gr_warmup_steps": "T_w"} | {
+    f"ire_{name}": symbol for name, symbol in IRE.symbols.items()
+}
+#: Settings that are left out where they have no effect, and not where they are at their defaults.
+WITHOUT_DEFAULT = ("gr_warmup_steps", "ire_gamma")
 
-def write_model_card(
-    trainer: "GRMixin",
-    language: str | None = None,
-    license: str | None = None,
-    tags: str | list[str] | None = None,
-    model_name: str | None = None,
-    finetuned_from: str | None = None,
-    tasks: str | list[str] | None = None,
-    dataset_tags: str | list[str] | None = None,
-    dataset: str | list[str] | None = None,
-    dataset_args: str | list[str] | None = None,
-    dataset_config: str | None = None,
-    script_args: Iterable[Any] = (),
-    sample: tuple[str, str] | None = None,
-    command: str | None = None,
-) -> None:
-    """Write `README.md` and `curves.png` into the output folder of `trainer`, and, where the data is on the Hub,
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The last one in the log.
+
+    Attributes:
+        metrics: name without `eval_` -> value.
+        examples: name of a dataset -> how many were counted; empty where that is not recorded.
+        step: the last one before it, of `max_steps`.
+        best_checkpoint: the one whose weights were loaded again before it, if there was one.
+    """
+
+    metrics: dict[str, float]
+    examples: dict[str, int]
+    step: int
+    max_steps: int
+    best_checkpoint: str | None
+
+
+def write_card(folder: str | Path) -> None:
+    """Write `README.md` and `curves.png` into the folder of a run, and, where its data is on the Hub,
     `.eval_results/hf_gr.yaml`.
 
-    The arguments are those of `Trainer.create_model_card` and four more; what is left out is taken from the run or not
-    mentioned.
+    They are made from `run.json` and `trainer_state.json` (of the last checkpoint, where the run has not finished).
 
-    Args:
-        dataset: the data set's name for people; `dataset_tags`, its id on the Hub; `dataset_config`, its
-            configuration; `dataset_args`, its split.
-        script_args: dataclasses with further arguments of the run, to be listed like those of the trainer.
-        sample: a prompt, and what the model has written after it.
-        command: what the run was started with.
+    Raises:
+        ValueError: one of the two files is not there, or cannot be read.
     """
-    folder = Path(trainer.args.output_dir)
-    history = trainer.state.log_history
-    if has_curves(trainer):
-        plot_curves(history, folder / PICTURE)
-    model_name = model_name or (trainer.hub_model_id or str(folder.resolve())).rsplit("/", 1)[-1]
-    task = _listed(tasks)[0] if tasks else _pipeline_tag(trainer.model)
-    base_model = text.hub_base_model(finetuned_from)
-    dataset_ids, dataset_names = _listed(dataset_tags), _listed(dataset) or _listed(dataset_tags)
-    split = ", ".join(_listed(dataset_args))
-    results = _final_metrics(trainer)
-    _write_eval_results(folder, results, dataset_ids, dataset_config, split)
-    methods = text.methods_used(trainer)
-
-    metadata = ModelCardData(
-        language=language,
-        license=license,
-        library_name="peft" if isinstance(trainer.model, PeftModel) else "transformers",
-        pipeline_tag=task,
-        tags=sorted({"hf_gr", "generated_from_trainer", *methods, *_listed(tags)}),
-        datasets=dataset_ids or None,
-        base_model=base_model,
-        metrics=list(results) or None,
-        model_name=model_name,
-        eval_results=_eval_results(results, task, dataset_ids, dataset_names, dataset_config, split) or None,
+    folder = Path(folder)
+    record = read_record(folder)
+    if record is None:
+        raise ValueError(f"{folder}: there is no {FILE}. Give the output folder of a run of hf_gr.")
+    state = read_state(last_state(folder))
+    record = replace(record, publication=_completed(record, folder))
+    evaluation = evaluation_of(record, state)
+    if has_curves(state["log_history"]):
+        plot_curves(state["log_history"], folder / PICTURE)
+    _write_eval_results(folder, record.publication, evaluation.metrics)
+    text = ENVIRONMENT.get_template("card_template.md").render(
+        metadata=metadata(record, evaluation.metrics).to_yaml(),
+        record=record,
+        published=record.publication,
+        evaluation=evaluation,
+        picture=PICTURE if has_curves(state["log_history"]) else None,
+        methods=methods_of(record),
+        is_sam=is_sam(record),
+        ascent=ASCENTS["sam"],
+        warmups=GR_WARMUPS,
+        ire_method=IRE,
+        own_optimizer=own_optimizer(record),
+        citations=citations(record),
+        gr_rows=method_rows(record, "gr_lambda"),
+        ire_rows=method_rows(record, "ire_kappa"),
+        hyperparameters=hyperparameters(record),
+        base_batch_size=BASE_BATCH_SIZE,
     )
-    card = ModelCard.from_template(
-        metadata,
-        template_path=str(TEMPLATE),
-        model_name=text.escape(model_name),
-        summary=text.summary(trainer, finetuned_from, " and ".join(dataset_names)),
-        results=[(text.escape(name), f"{value:.4g}") for name, value in results.items()],
-        evaluated=text.evaluated_on(trainer, dataset_names, split),
-        picture=PICTURE if has_curves(trainer) else None,
-        layer_picture=LAYER_PICTURE if _has_layer_statistics(trainer) else None,
-        methods=list(methods),
-        gr_summary=text.gr_summary(trainer),
-        gr_warmups=text.gr_warmups(trainer),
-        gr_table=text.method_table(trainer, "gr_lambda"),
-        ascent=ASCENTS["sam"].latex,
-        ire_latex=IRE.latex,
-        optimizer_latex=getattr(text.own_optimizer(trainer), "latex", ""),
-        citations=text.citations(trainer),
-        ire_summary=text.ire_summary(trainer) if "ire" in methods else None,
-        ire_table=text.method_table(trainer, "ire_kappa"),
-        optimizer_summary=text.optimizer_summary(trainer),
-        optimizer_table=text.optimizer_table(trainer),
-        is_lora=text.has_lora(trainer.model),
-        sample=text.quoted("".join(sample)) if sample is not None else None,
-        usage=usage(trainer, task, model_name, base_model),
-        cost=text.cost(trainer),
-        command=text.quoted(command) if command else None,
-        optimizer=text.optimizer_line(trainer),
-        hyperparameters=text.hyperparameters(trainer, script_args),
-        seed=text.over_steps(text.recorded(trainer), lambda segment: segment.settings["seed"]),
-        versions=text.versions(trainer),
+    ModelCard(text).save(folder / "README.md")
+
+
+def _completed(record: Record, folder: Path) -> Publication:
+    """With a name and a task, whether `create_model_card` was told one or not."""
+    published = record.publication or Publication()
+    return replace(
+        published,
+        model_name=published.model_name or folder.resolve().name,
+        task=published.task or _pipeline_tag(record.model),
     )
-    card.save(folder / "README.md")
 
 
-def has_curves(trainer: "GRMixin") -> bool:
+def _pipeline_tag(model: ModelFacts | None) -> str | None:
+    return next((tag for suffix, tag in PIPELINE_TAGS.items() if model and model.class_name.endswith(suffix)), None)
+
+
+def has_curves(history: History) -> bool:
     """Whether there is something to draw: a picture that is there may be an earlier run's."""
-    return any("loss" in entry for entry in trainer.state.log_history)
+    return any("loss" in entry for entry in history)
 
 
-def _has_layer_statistics(trainer: "GRMixin") -> bool:
-    """Whether this run, and not an earlier one in the same folder, has drawn them."""
-    callbacks = trainer.callback_handler.callbacks
-    return any(isinstance(callback, LayerStatisticsCallback) and callback.has_drawn for callback in callbacks)
+# ---- The last evaluation ----
 
 
-def _listed(value: str | Iterable[str] | None) -> list[str]:
-    if value is None:
-        return []
-    return [value] if isinstance(value, str) else list(value)
+def evaluation_of(record: Record, state: dict[str, Any]) -> Evaluation:
+    """Without metrics where there was none."""
+    history, names = state["log_history"], record.evaluated or [""]
+    entries = last_evaluation(history, len(names))
+    counts = [entry.get("evaluated_examples") for entry in entries]
+    is_counted = record.evaluated is not None and None not in counts
+    index, best = last_entry(history, "eval_"), state.get("best_model_checkpoint")
+    loads_best = record.segments[-1].settings.get("load_best_model_at_end", False)
+    is_of_best = best and loads_best and index > last_entry(history, "train_runtime")
+    return Evaluation(
+        metrics={name: value for entry in entries for name, value in _metrics(entry)},
+        examples=dict(zip(names, counts, strict=True)) if is_counted and entries else {},
+        step=history[index]["step"] if index >= 0 else 0,
+        max_steps=state.get("max_steps", 0),
+        best_checkpoint=Path(best).name if is_of_best else None,
+    )
 
 
-def _pipeline_tag(model: torch.nn.Module) -> str | None:
-    inner = model.get_base_model() if isinstance(model, PeftModel) else model
-    return next((tag for suffix, tag in PIPELINE_TAGS.items() if type(inner).__name__.endswith(suffix)), None)
+def _metrics(entry: dict[str, float]) -> list[tuple[str, float]]:
+    """The loss first: a file has its names in alphabetical order."""
+    names = [name for name in entry if name.startswith("eval_") and not name.endswith(SPEED_METRICS)]
+    names.sort(key=lambda name: (not name.endswith("loss"), name))
+    return [(name.removeprefix("eval_"), entry[name]) for name in names]
 
 
-def _final_metrics(trainer: "GRMixin") -> dict[str, float]:
-    """The last evaluation in the log: name without `eval_` -> value."""
-    return {
-        key.removeprefix("eval_"): value
-        for entry in text.last_evaluation(trainer)
-        for key, value in entry.items()
-        if key.startswith("eval_") and not key.endswith(SPEED_METRICS)
-    }
+# ---- The methods and settings ----
 
 
-def _eval_results(
-    results: dict[str, float],
-    task: str | None,
-    dataset_ids: list[str],
-    dataset_names: list[str],
-    config: str | None,
-    split: str,
-) -> list[EvalResult]:
-    """The results as the Hub indexes them; it wants to know of which task on which of its data sets they are."""
-    if not (task and dataset_ids):
-        return []
+def methods_of(record: Record) -> dict[str, str]:
+    """Tag -> name of the methods that the run used, in any of its steps."""
+    methods = {}
+    if record.segments_with("gr_lambda"):
+        methods["gradient-regularization"] = "gradient regularization"
+    if record.segments_with("ire_kappa"):
+        methods["ire"] = "IRE"
+    if (optimizer := own_optimizer(record)) is not None:
+        methods[optimizer.__name__.lower()] = optimizer.__name__
+    return methods
+
+
+def own_optimizer(record: Record) -> type[Optimizer] | None:
+    """The class of the optimizer that ran, if it is one of `OPTIMIZERS`, which have an equation on the card."""
+    name = record.method.get("optimizer")
+    return next((kind for kind in OPTIMIZERS.values() if kind.__name__ == name), None)
+
+
+def is_sam(record: Record) -> bool:
+    segments = record.segments_with("gr_lambda")
+    return bool(segments) and all(s.settings["gr_lambda"] == s.settings["gr_r"] for s in segments)
+
+
+def citations(record: Record) -> list[str]:
+    """The BibTeX of the methods that the run used."""
+    optimizer = own_optimizer(record)
     return [
-        EvalResult(
-            task_type=task,
-            dataset_type=dataset_ids[0],
-            dataset_name=dataset_names[0],
-            dataset_config=config,
-            dataset_split=split or None,
-            metric_type=name,
-            metric_value=value,
-        )
-        for name, value in results.items()
+        *([CITATION] if record.segments_with("gr_lambda") else []),
+        *([ASCENTS["sam"].citation] if is_sam(record) else []),
+        *([IRE.citation] if record.segments_with("ire_kappa") else []),
+        *([optimizer.citation] if optimizer is not None else []),
     ]
 
 
-def _write_eval_results(
-    folder: Path, results: dict[str, float], dataset_ids: list[str], config: str | None, split: str
-) -> None:
-    """The newer form, one file with one number for one data set on the Hub; an earlier run's goes."""
+def method_rows(record: Record, degree: str) -> list[tuple[str, str, list[Span]]]:
+    """(flag, symbol, values) of a method that was on: its degree in all steps, the others in those that it was on in.
+
+    Args:
+        degree: the flag that turns it off at 0, `gr_lambda` or `ire_kappa`.
+    """
+    segments = record.segments_with(degree)
+    names = dict.fromkeys(name for s in segments for name in s.settings if name.startswith(degree.split("_")[0] + "_"))
+    rows = []
+    for name in names:
+        among = [s for s in segments if name in s.settings or name not in WITHOUT_DEFAULT]
+        rows.append((name, SYMBOLS.get(name, ""), record.setting(name, None if name == degree else among)))
+    return rows
+
+
+def hyperparameters(record: Record) -> dict[str, list[Span]]:
+    """What was not at its default, in any of the steps. Those of GR and IRE have tables of their own."""
+    rows = {name: [Span(value, 0, 0)] for name, value in record.publication.arguments.items()}
+    names = dict.fromkeys(name for segment in reversed(record.recorded) for name in segment.settings)
+    return rows | {name: record.setting(name) for name in names if not name.startswith(("gr_", "ire_"))}
+
+
+# ---- What the Hub reads ----
+
+
+def metadata(record: Record, metrics: dict[str, float]) -> ModelCardData:
+    published = record.publication
+    return ModelCardData(
+        language=published.language,
+        license=published.license,
+        library_name="peft" if record.model and record.model.adapter else "transformers",
+        pipeline_tag=published.task,
+        tags=sorted({"hf_gr", "generated_from_trainer", *methods_of(record), *published.tags}),
+        datasets=published.dataset_ids or None,
+        base_model=published.base_model,
+        metrics=list(metrics) or None,
+        model_name=published.model_name,
+        eval_results=_eval_results(published, metrics) or None,
+    )
+
+
+def _eval_results(published: Publication, metrics: dict[str, float]) -> list[EvalResult]:
+    """The results as the Hub indexes them; it wants to know of which task on which of its datasets they are."""
+    if not (published.task and published.dataset_ids):
+        return []
+    return [
+        EvalResult(
+            task_type=published.task,
+            dataset_type=published.dataset_ids[0],
+            dataset_name=published.dataset_names[0],
+            dataset_config=published.dataset_config,
+            dataset_split=published.split or None,
+            metric_type=name,
+            metric_value=value,
+        )
+        for name, value in metrics.items()
+    ]
+
+
+def _write_eval_results(folder: Path, published: Publication, metrics: dict[str, float]) -> None:
+    """The newer form, one file with one number for one dataset on the Hub; an earlier run's goes."""
     path = folder / EVAL_RESULTS
-    metric = next((name for name in HEADLINE_METRICS if name in results), None)
-    if metric is None or len(dataset_ids) != 1:
+    metric = next((name for name in HEADLINE_METRICS if name in metrics), None)
+    if metric is None or len(published.dataset_ids) != 1:
         path.unlink(missing_ok=True)
         return
     entry = EvalResultEntry(
-        dataset_id=dataset_ids[0],
-        task_id=config or "default",
-        value=results[metric],
-        date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        notes=metric + (f", split {split}" if split else ""),
+        dataset_id=published.dataset_ids[0],
+        task_id=published.dataset_config or "default",
+        value=metrics[metric],
+        date=published.date,
+        notes=metric + (f", split {published.split}" if published.split else ""),
     )
     path.parent.mkdir(exist_ok=True)
     path.write_text(yaml.safe_dump(eval_result_entries_to_yaml([entry]), sort_keys=False), encoding="utf-8")
+
+
+# ---- Text as it is ----
+
+#: What Markdown would take for its own. An underscore within a word is none, nor are brackets without an address.
+_MARKDOWN = re.compile(r"[\\`*|#$~&]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])|\](?=\()|<(?=[A-Za-z/!?])")
+
+
+def md(text: Any) -> str:
+    """Text that is shown as it is, in a sentence, a heading or the cell of a table."""
+    return _MARKDOWN.sub(r"\\\g<0>", one_line(text))
+
+
+def one_line(text: Any) -> str:
+    return " ".join(str(text).split())
+
+
+def in_code(text: str) -> str:
+    """Text between single backticks."""
+    return one_line(text.replace("`", "'"))
+
+
+def quoted(text: str) -> str:
+    """Text that ends no code block around it."""
+    return text.replace("```", "` ` `")
+
+
+def python_string(text: str) -> str:
+    """A name as a string of Python, in double quotes."""
+    return '"' + text.replace("\\", "\\\\").replace('"', '\\"').replace("`", "\\x60") + '"'
+
+
+def as_tuple(value: Any) -> Any:
+    """Settings of an optimizer are tuples, of which a file makes lists."""
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _environment() -> Environment:
+    """Of the templates: a block stands on lines of its own, and a paragraph may be written on several."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=StrictUndefined,
+    )
+    filters = (md, one_line, in_code, quoted, python_string, as_tuple)
+    environment.filters |= {function.__name__: function for function in filters}
+    environment.filters |= {"number": lambda value, form=",": format(value, form), "url": quote}
+    return environment
+
+
+ENVIRONMENT = _environment()

@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from .plots import BLUE, ORANGE
-from .run_files import History
+from .record import History
 
 #: What a run is measured in -> its key in the log.
 AXES = {

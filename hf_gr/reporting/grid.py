@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from .grid_file import Grid
+from .record import History, read_history, read_json, read_mapping
 from .redaction import flag_name, redact, take_hub_tokens
-from .run_files import History, read_history, read_json, read_mapping
 
 logger = logging.getLogger(__name__)
 

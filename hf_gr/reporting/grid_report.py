@@ -16,7 +16,7 @@ from .comparison import first_reached
 from .grid import Run
 from .grid_file import Grid
 from .plots import COLORS, make_logarithmic
-from .run_files import History
+from .record import History
 
 #: What arms are compared at, besides at equal steps -> its key in the log.
 EQUAL_COSTS = {"passes": "train_passes", "seconds": "train_seconds"}

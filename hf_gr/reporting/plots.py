@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 
 from ..errors import ArgumentParser, extra, run
-from .run_files import read_history
+from .record import read_history
 
 with extra("report"):
     from matplotlib import colormaps

@@ -1,4 +1,4 @@
-"""Command lines that others may read: without the secrets in them."""
+"""What others may read: command lines without secrets, and paths without the folders of this machine."""
 
 import os
 import re
@@ -34,6 +34,15 @@ def _redact(word: str, own: str | None, secrets: set[str]) -> str:
     for secret in sorted(secrets, key=len, reverse=True):  # one may be a part of another
         word = word.replace(secret, HIDDEN)
     return _ASSIGNMENT.sub(rf"\1={HIDDEN}", _TOKEN.sub(HIDDEN, word))
+
+
+def without_folders(value: str) -> str:
+    """A path as others may read it: what leads out of the working folder is cut off, and no folder of it looks like a
+    name on the Hub. Anything else is left as it is."""
+    if os.path.isabs(value) or value == ".." or value.startswith("../"):
+        return f"path/to/{os.path.basename(os.path.abspath(value))}"
+    is_folder = os.path.isdir(value) and not value.startswith(".")
+    return f"./{value}" if is_folder else value
 
 
 def take_hub_tokens(words: Iterable[str]) -> tuple[list[str], list[str]]:

@@ -37,6 +37,8 @@ class LayerStatisticsCallback(TrainerCallback):
             are always kept.
     """
 
+    picture = PICTURE
+
     def __init__(self, every: int, max_rows: int = MAX_ROWS):
         self.every, self.max_rows = every, max_rows
         #: Whether the picture is of the last training.

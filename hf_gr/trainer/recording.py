@@ -1,147 +1,40 @@
-"""The record of a run, `run.json`: what was counted while it happened, and the settings that were in force.
+"""Filling the record of a run (`hf_gr.reporting.record`) from the live trainer.
 
-It lies in the output folder and in every checkpoint, from which a resumed run goes on counting. A run consists of
-segments, one per start: a run that is resumed with other flags has done some steps with the old ones.
+What is counted is counted as it happens; the settings are those in force once optimizer and schedule are made and a
+checkpoint is loaded. A run consists of segments, one per start: a run that is resumed with other flags has done some
+of its steps with the old ones.
 """
 
 import dataclasses
-import json
-import os
-import platform
-import subprocess
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from enum import Enum
-from importlib.metadata import version
+from dataclasses import replace
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_utils import has_length
 
-from .. import __version__
+from ..optim import TVLARS
+from ..reporting.arguments import changed_arguments, default_of
+from ..reporting.record import (
+    ModelFacts,
+    OptimizerFacts,
+    Publication,
+    Record,
+    Segment,
+    read_record,
+    versions,
+    write_record,
+)
 from ..reporting.redaction import redact
 from .layerwise import innermost
 from .part import Host
-
-FILE = "run.json"
-FORMAT = 1
-
-#: Recorded even at their default: without them nobody can read the rest.
-ALWAYS_SHOWN = ("seed", "learning_rate", "per_device_train_batch_size", "num_train_epochs", "weight_decay")
-#: Where the run was kept, watched and published, not what it computed.
-BOOKKEEPING = frozenset(
-    """
-    output_dir run_name project report_to disable_tqdm log_level log_level_replica log_on_each_node logging_strategy
-    logging_steps logging_first_step eval_strategy eval_steps per_device_eval_batch_size save_strategy save_steps
-    save_total_limit do_train do_eval do_predict resume_from_checkpoint push_to_hub label_names remove_unused_columns
-    accelerator_config ddp_backend local_rank skip_memory_metrics trackio_space_id trackio_bucket_id
-    trackio_static_space_id layer_statistics_steps dataset_name model_name_or_path license use_cpu dataloader_pin_memory
-    overwrite_output_dir
-    """.split()  # noqa: SIM905
-)
-#: Flags of the Hub, and those whose values in force are recorded as a group.
-ELSEWHERE = ("hub_", "gr_", "ire_")
-
-
-@dataclass
-class Segment:
-    """The steps from one start of training to its end, or to the checkpoint that the next start resumed from.
-
-    Attributes:
-        first_step: the first one, counted from 1 over the whole run; `last_step` is one less as long as there is none.
-        settings: the arguments in force, by their flag's name; one that is at its default is left out. What a resumed
-            optimizer has brought along (learning rate, weight decay) is as it is in the optimizer.
-        learning_rates: of the first and the last step.
-        steps: optimizer steps; of these `regularized_steps` took a second pass, in `ire_steps` IRE acted, and
-            `skipped_steps` changed nothing because the gradient was not finite.
-        passes: forward and backward passes over the batch of a step; of these `ire_passes` for the estimates of IRE.
-        ire_estimates: how many of them there were; `ire_choices`, how often IRE chose its coordinates.
-        seconds: of training, evaluations not counted.
-        is_recorded: False for steps of which nothing is known, from a checkpoint without a record.
-    """
-
-    first_step: int = 1
-    last_step: int = 0
-    settings: dict[str, Any] = field(default_factory=dict)
-    versions: dict[str, str] = field(default_factory=dict)
-    world_size: int = 1
-    batch_size: int = 0
-    learning_rates: list[float | None] = field(default_factory=list)
-    steps: int = 0
-    regularized_steps: int = 0
-    skipped_steps: int = 0
-    passes: float = 0.0
-    ire_steps: int = 0
-    ire_choices: int = 0
-    ire_estimates: int = 0
-    ire_passes: float = 0.0
-    seconds: float = 0.0
-    is_recorded: bool = True
-
-
-@dataclass
-class Record:
-    """What `run.json` has.
-
-    Attributes:
-        method: what the last start trained with: `gr` and `ire`, whether they were on, and `optimizer`, its class.
-        data: what it trained on, as far as it is known: `dataset_name`, `dataset_config_name`, `train_examples`; of a
-            local folder the last part of the path, and `is_local`.
-    """
-
-    method: dict[str, Any] = field(default_factory=dict)
-    data: dict[str, Any] = field(default_factory=dict)
-    segments: list[Segment] = field(default_factory=list)
-    format: int = FORMAT
-
-    def total(self, count: str) -> int | float:
-        """The sum of a count over the segments; passes are exact to a millionth."""
-        return round(sum(getattr(segment, count) for segment in self.segments), 6)
-
-    def is_whole(self) -> bool:
-        """Whether every step was recorded."""
-        return all(segment.is_recorded for segment in self.segments)
-
-
-def read_record(folder: str | Path) -> Record | None:
-    """The record in an output folder or checkpoint; None if there is none.
-
-    Raises:
-        ValueError: it cannot be read, or a later version of hf_gr wrote it.
-    """
-    path = Path(folder) / FILE
-    if not path.is_file():
-        return None
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if content["format"] > FORMAT:
-            raise ValueError(f"its format is {content['format']}, and this version of hf_gr reads {FORMAT}")
-        return Record(**{**content, "segments": [Segment(**segment) for segment in content["segments"]]})
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(
-            f"{path} cannot be read ({error}). Delete it, and the steps so far count as not recorded."
-        ) from error
-
-
-def write_record(record: Record, folder: str | Path) -> None:
-    """Write `run.json` into `folder`. Whoever reads it at the same time gets the old one or the new one, whole."""
-    path = Path(folder) / FILE
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".tmp")
-    unfinished.write_text(json.dumps(dataclasses.asdict(record), indent=1, default=str) + "\n", encoding="utf-8")
-    os.replace(unfinished, path)
-
-
-def differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Name -> (old, new) of the settings that differ; "default" stands for what is at its default."""
-    pairs = {name: (old.get(name, "default"), new.get(name, "default")) for name in {**old, **new}}
-    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
-
 
 # ---- What a trainer is about to do ----
 
@@ -186,43 +79,6 @@ def settings_of(trainer: Host) -> dict[str, Any]:
     for args in (*trainer.script_args, trainer.args):
         settings |= changed_arguments(args)
     return settings | _optimizer_settings(trainer) | _gr_settings(trainer) | _ire_settings(trainer)
-
-
-def changed_arguments(args: Any) -> dict[str, Any]:
-    """Of a dataclass what differs from its default, and `ALWAYS_SHOWN`. New flags appear by themselves."""
-    values = args.to_dict() if isinstance(args, TrainingArguments) else dataclasses.asdict(args)
-    changed = {}
-    for argument in dataclasses.fields(args):
-        name = argument.name
-        if name not in values or name in BOOKKEEPING or name.startswith(ELSEWHERE):
-            continue
-        if name == "num_train_epochs" and values.get("max_steps", -1) > 0:
-            continue  # it is not what ends the run
-        default = default_of(argument)
-        differs = values[name] != default and not (_is_unset(values[name]) and _is_unset(default))
-        if differs or name in ALWAYS_SHOWN:
-            value = values[name]
-            changed[name] = without_folders(redact([value])[0]) if isinstance(value, str) else value
-    return changed
-
-
-def without_folders(value: str) -> str:
-    """A path as others may read it: what leads out of the working folder is cut off, and no folder of it looks like a
-    name on the Hub. Anything else is left as it is."""
-    if os.path.isabs(value) or value == ".." or value.startswith("../"):
-        return f"path/to/{os.path.basename(os.path.abspath(value))}"
-    is_folder = os.path.isdir(value) and not value.startswith(".")
-    return f"./{value}" if is_folder else value
-
-
-def default_of(argument: dataclasses.Field) -> Any:
-    default = argument.default if argument.default_factory is dataclasses.MISSING else argument.default_factory()
-    return default.value if isinstance(default, Enum) else default
-
-
-def _is_unset(value: Any) -> bool:
-    """None, False and empty: `TrainingArguments.__post_init__` turns one into another."""
-    return value is None or value is False or value in ("", [], {})
 
 
 def _optimizer_settings(trainer: Host) -> dict[str, Any]:
@@ -275,29 +131,137 @@ def _others(flags: Any, prefix: str, known: Iterable[str]) -> dict[str, Any]:
     return {f.name: getattr(flags, f.name) for f in fields if getattr(flags, f.name) != f.default}
 
 
-def versions() -> dict[str, str]:
-    """Of this library, with the commit of its checkout, of Python, and of the packages that a result depends on."""
-    commit = _commit()
-    packages = ("transformers", "torch", "accelerate", "datasets", "peft")
-    own = __version__ + (f" (commit {commit})" if commit else "")
-    return {"hf_gr": own, "Python": platform.python_version(), **{name: version(name) for name in packages}}
+# ---- What it has done ----
 
 
-def _commit() -> str | None:
-    """Of the checkout that this package runs from, marked if its files differ from it; None where there is none."""
-    root = Path(__file__).parents[2]
-    if not (root / ".git").exists():
+def facts_of(trainer: Host) -> dict[str, Any]:
+    """What a record has besides the counts, as it is now: fields of `Record`."""
+    device, ire, callbacks = trainer.args.device, trainer.ire_optimizer, trainer.callback_handler.callbacks
+    is_reduced = ire is not None and ire.kappa_scale != 1
+    return {
+        "model": model_facts(trainer.model, has_processor=trainer.processing_class is not None),
+        "optimizer": optimizer_facts(trainer),
+        "ire_flat_fractions": {} if ire is None else trainer.ire.flat_fractions(),
+        "ire_reduced_kappa": ire.kappa * ire.kappa_scale if is_reduced else None,
+        # Of this run, and not of an earlier one in the same folder.
+        "layer_picture": next((c.picture for c in callbacks if getattr(c, "has_drawn", False)), None),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper(),
+        "peak_memory_bytes": trainer.costs()["peak_memory_bytes"],
+    }
+
+
+def model_facts(model: nn.Module, has_processor: bool) -> ModelFacts:
+    adapter = getattr(model, "active_peft_config", None)
+    config = getattr(model, "config", None)
+    return ModelFacts(
+        class_name=type(model if adapter is None else model.get_base_model()).__name__,
+        parameters=sum(p.numel() for p in model.parameters()),
+        trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        adapter=None if adapter is None else _adapter_facts(adapter),
+        is_new=adapter is None and getattr(config, "_name_or_path", None) == "",
+        has_code=bool(getattr(config, "auto_map", None)),
+        has_processor=has_processor,
+    )
+
+
+def _adapter_facts(config: Any) -> dict[str, Any]:
+    facts = {"type": config.peft_type.value}
+    if hasattr(config, "lora_alpha"):
+        modules = config.target_modules
+        modules = modules if isinstance(modules, str) else sorted(modules or ())
+        facts |= {"rank": config.r, "alpha": config.lora_alpha, "modules": modules}
+    return facts
+
+
+def optimizer_facts(trainer: Host) -> OptimizerFacts | None:
+    """None before it is made."""
+    optimizer = innermost(trainer.optimizer)
+    if optimizer is None:
         return None
-    try:
-        done = subprocess.run(
-            ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude", "*"],
-            capture_output=True,
-            text=True,
-            timeout=10,
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() or None
+    group = optimizer.param_groups[0]
+    by_schedules = {"params", "lr", "initial_lr", "weight_decay", "step"}
+    is_tvlars = isinstance(optimizer, TVLARS)
+    return OptimizerFacts(
+        settings={key: value for key, value in group.items() if key not in by_schedules and value is not None},
+        phi=[optimizer.phi(group, step) for step in (1, trainer.state.global_step)] if is_tvlars else None,
+        lr_factor=None if trainer.gr_args.lr_scaling == "none" else trainer.layerwise.lr_factor,
+    )
+
+
+def _names_of(data: Any) -> list[str]:
+    """The names of datasets to evaluate: one, one of several by its name, or several by their names."""
+    return list(data) if isinstance(data, dict) else [data if isinstance(data, str) else ""]
+
+
+def defaults_of(trainer: Host, segments: list[Segment]) -> dict[str, Any]:
+    """The defaults of the settings that some segments have and others leave out."""
+    names = [set(segment.settings) for segment in segments if segment.is_recorded]
+    arguments = (*trainer.script_args, trainer.gr_args, trainer.args)
+    known = {argument.name: default_of(argument) for args in arguments for argument in dataclasses.fields(args)}
+    return {name: known[name] for name in set.union(*names) - set.intersection(*names) if name in known}
+
+
+# ---- What others may know of it ----
+
+
+def publication_of(
+    trainer: Host,
+    language: str | None = None,
+    license: str | None = None,
+    tags: str | list[str] | None = None,
+    model_name: str | None = None,
+    finetuned_from: str | None = None,
+    tasks: str | list[str] | None = None,
+    dataset_tags: str | list[str] | None = None,
+    dataset: str | list[str] | None = None,
+    dataset_args: str | list[str] | None = None,
+    dataset_config: str | None = None,
+    script_args: Iterable[Any] = (),
+    sample: tuple[str, str] | None = None,
+    command: str | None = None,
+) -> Publication:
+    """The arguments of `create_model_card`: those of `Trainer`'s and four more. What is left out is taken from the run,
+    or not mentioned on the card.
+
+    Args:
+        dataset: the dataset's name for people; `dataset_tags`, its id on the Hub; `dataset_config`, its
+            configuration; `dataset_args`, its split.
+        script_args: dataclasses with further arguments of the run, to be listed like those of the trainer.
+        sample: a prompt, and what the model has written after it.
+        command: what the run was started with.
+    """
+    base_model = _hub_name(finetuned_from)
+    late = [args for args in script_args if not any(args is other for other in trainer.script_args)]
+    return Publication(
+        model_name=model_name or (trainer.hub_model_id or str(Path(trainer.args.output_dir).resolve())).split("/")[-1],
+        hub_model_id=trainer.hub_model_id,
+        language=language,
+        license=license,
+        tags=_listed(tags),
+        task=_listed(tasks)[0] if tasks else None,
+        base_model=base_model,
+        has_local_base=base_model is None and bool(finetuned_from),
+        dataset_names=_listed(dataset) or _listed(dataset_tags),
+        dataset_ids=_listed(dataset_tags),
+        dataset_config=dataset_config,
+        split=", ".join(_listed(dataset_args)),
+        arguments={name: value for args in late for name, value in changed_arguments(args).items()},
+        sample=None if sample is None else "".join(sample),
+        command=redact([command])[0] if command else None,
+        date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    )
+
+
+def _hub_name(finetuned_from: str | None) -> str | None:
+    """`finetuned_from`, if that is a name on the Hub and not a folder on somebody's disk."""
+    is_name = finetuned_from and not Path(finetuned_from).exists() and finetuned_from.count("/") <= 1
+    return finetuned_from if is_name else None
+
+
+def _listed(value: str | Iterable[str] | None) -> list[str]:
+    if value is None:
+        return []
+    return [value] if isinstance(value, str) else list(value)
 
 
 # ---- While it runs ----
@@ -346,7 +310,14 @@ class Recorder(TrainerCallback):
             world_size=trainer.args.world_size,
             batch_size=trainer.get_total_train_batch_size(trainer.args),
         )
-        self._record = Record(method_of(trainer), data_of(trainer), [*segments, self.segment])
+        segments.append(self.segment)
+        self._record = Record(
+            method_of(trainer),
+            data_of(trainer),
+            segments,
+            defaults=defaults_of(trainer, segments),
+            evaluated=earlier.evaluated if earlier else None,
+        )
 
     def on_optimizer_step(self, *_: Any, **__: Any) -> None:
         trainer, segment = self._trainer, self.segment
@@ -379,8 +350,17 @@ class Recorder(TrainerCallback):
         if self._stop_clock():
             self._running_since = time.perf_counter()
         self.segment.learning_rates = [None if rate is None else float(rate) for rate in self.segment.learning_rates]
+        evaluated = self._trainer.evaluated_dataset
+        names = self.record.evaluated if evaluated is None else _names_of(evaluated)
+        record = replace(self.record, evaluated=names, **facts_of(self._trainer))
         for folder in folders:
-            write_record(self.record, folder)
+            write_record(record, folder)
+
+    def publish(self, *args: Any, **kwargs: Any) -> None:
+        """Write the record into the output folder, with what `create_model_card` was told, and the log beside it."""
+        self._record = replace(self.record, publication=publication_of(self._trainer, *args, **kwargs))
+        self.write(self._trainer.args.output_dir)
+        self._trainer.save_state()
 
     # ---- The clock ----
 

@@ -13,6 +13,7 @@ from accelerate.logging import get_logger
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
+from ..reporting.record import FILE, differences, read_record
 from .checkpoints import (
     check_checkpoint,
     last_complete_checkpoint,
@@ -22,7 +23,7 @@ from .checkpoints import (
 )
 from .layerwise import innermost
 from .part import Host
-from .recording import FILE, data_of, differences, method_of, read_record
+from .recording import data_of, method_of
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer

@@ -297,9 +297,10 @@ class GRMixin(Host):
     def create_model_card(self, *args, **kwargs) -> None:
         """Write `README.md` into the output folder: what this run did. Takes the arguments of `Trainer`'s."""
         if self.is_world_process_zero():
-            from ..reporting.card import write_model_card  # the card imports the trainer's wing
+            from ..reporting.card import write_card  # and matplotlib with it
 
-            write_model_card(self, *args, **kwargs)
+            self.recorder.publish(*args, **kwargs)
+            write_card(self.args.output_dir)
 
 
 class GRTrainer(GRMixin, Trainer):

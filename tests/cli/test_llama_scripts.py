@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from helpers import SCRIPTS
 from helpers.scripts import launch
-from hf_gr.reporting import card_usage
+from hf_gr.reporting.card import ENVIRONMENT, python_string
+from hf_gr.reporting.record import read_record
 
 TEXT = "\n\n".join(f"line {i}: the quick brown fox jumps over {i % 11} lazy dogs and {i % 5} cats." for i in range(600))
 
@@ -269,7 +270,9 @@ def test_the_code_on_the_cards_runs(pretrained, adapters, tmp_path, monkeypatch,
     Path(pretrained[0].name).symlink_to(pretrained[0])
     exec((pretrained[0] / "README.md").read_text().split("```python\n")[1].split("```")[0], {})
     assert "```python" not in (adapters[0] / "README.md").read_text()
-    exec(card_usage.adapter_usage(None, "text-generation", str(adapters[0])), {})
+    usage = ENVIRONMENT.get_template("card_usage.md").module.usage
+    model = read_record(adapters[0]).model
+    exec(usage("text-generation", python_string(str(adapters[0])), model, has_base=True), {})
     assert capsys.readouterr().out.count("'generated_text': 'Some text") == 2
 
 

@@ -13,7 +13,7 @@ import pytest
 from helpers import ROOT, toys
 from hf_gr import GRConfig
 from hf_gr.cli.output_folder import LOCK, claim_output_folder, clear, refuse_removing
-from hf_gr.trainer.recording import read_record
+from hf_gr.reporting.record import read_record
 
 SCRIPT = ROOT / "scripts" / "train_vit.py"
 

@@ -27,8 +27,7 @@ from helpers import ROOT, toys
 from hf_gr import GRConfig, GRTrainer
 from hf_gr.cli import script
 from hf_gr.data.text import train_tokenizer
-from hf_gr.reporting.card import PIPELINE_TAGS
-from hf_gr.reporting.card_usage import MODELS, PIPELINES
+from hf_gr.reporting.card import ENVIRONMENT, PIPELINE_TAGS
 from hf_gr.reporting.plots import main as plots_main
 from hf_gr.reporting.plots import plot_curves
 
@@ -303,7 +302,10 @@ USED = {
 }
 
 
-@pytest.mark.parametrize("task", sorted({*PIPELINE_TAGS.values(), *PIPELINES, *MODELS}))
+USAGE = ENVIRONMENT.get_template("card_usage.md").module
+
+
+@pytest.mark.parametrize("task", sorted({*PIPELINE_TAGS.values(), *USAGE.PIPELINES, *USAGE.MODELS}))
 def test_the_code_of_a_card_runs(task, tmp_path, monkeypatch, capsys):
     """For every task that a card names by itself, and every one that there is code for."""
     model, processor = USED[task]()

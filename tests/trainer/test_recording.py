@@ -10,7 +10,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from helpers import toys
 from hf_gr import GRConfig, GRTrainer
-from hf_gr.trainer.recording import Record, Segment, differences, read_record, write_record
+from hf_gr.reporting.record import Record, Segment, differences, read_record, write_record
 
 FLAGS = {"gr_warmup": "none", "max_steps": 4}
 

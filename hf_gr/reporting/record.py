@@ -1,0 +1,349 @@
+"""What a run leaves in its folder: `run.json`, its record, and `trainer_state.json`, its log.
+
+Cards, pictures and tables are functions of these files. The record holds facts, and no sentence: what was counted while
+the run happened, the settings in force, and what `create_model_card` was told. It is in every checkpoint as well, and a
+resumed run continues it.
+"""
+
+import dataclasses
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from .. import __version__
+
+FILE = "run.json"
+STATE = "trainer_state.json"
+FORMAT = 1
+#: Those that a result depends on.
+PACKAGES = ("transformers", "torch", "accelerate", "datasets", "peft")
+
+History = list[dict[str, float]]
+
+
+@dataclass
+class Segment:
+    """The steps from one start of training to its end, or to the checkpoint that the next start resumed from.
+
+    Attributes:
+        first_step: the first one, counted from 1 over the whole run; `last_step` is one less as long as there is none.
+        settings: the arguments in force, by their flag's name; one that is at its default is left out. What a resumed
+            optimizer has brought along (learning rate, weight decay) is as it is in the optimizer.
+        learning_rates: of the first and the last step.
+        steps: optimizer steps; of these `regularized_steps` took a second pass, in `ire_steps` IRE acted, and
+            `skipped_steps` changed nothing because the gradient was not finite.
+        passes: forward and backward passes over the batch of a step; of these `ire_passes` for the estimates of IRE.
+        ire_estimates: how many of them there were; `ire_choices`, how often IRE chose its coordinates.
+        seconds: of training, evaluations not counted.
+        is_recorded: False for steps of which nothing is known, from a checkpoint without a record.
+    """
+
+    first_step: int = 1
+    last_step: int = 0
+    settings: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    world_size: int = 1
+    batch_size: int = 0
+    learning_rates: list[float | None] = field(default_factory=list)
+    steps: int = 0
+    regularized_steps: int = 0
+    skipped_steps: int = 0
+    passes: float = 0.0
+    ire_steps: int = 0
+    ire_choices: int = 0
+    ire_estimates: int = 0
+    ire_passes: float = 0.0
+    seconds: float = 0.0
+    is_recorded: bool = True
+
+
+class Span(NamedTuple):
+    """A value, and the steps in which it was in force."""
+
+    value: Any
+    first_step: int
+    last_step: int
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """The model that was trained.
+
+    Attributes:
+        class_name: without the adapter around it.
+        adapter: `type`, as peft names it, and for LoRA `rank`, `alpha` and `modules`; None without an adapter.
+        is_new: whether it was made from a configuration that was written in code.
+        has_code: whether it is saved with its own code, as transformers does not have it.
+        has_processor: whether it is saved with a tokenizer or an image processor.
+    """
+
+    class_name: str
+    parameters: int
+    trainable_parameters: int
+    adapter: dict[str, Any] | None = None
+    is_new: bool = False
+    has_code: bool = False
+    has_processor: bool = False
+
+
+@dataclass(frozen=True)
+class OptimizerFacts:
+    """The optimizer, without what IRE and accelerate wrap around it; its class is in `Record.method`.
+
+    Attributes:
+        settings: of its first parameter group, without those that schedules change.
+        phi: of TVLARS, in the first and the last step.
+        lr_factor: what `lr_scaling` multiplied the learning rate by; None where it did not.
+    """
+
+    settings: dict[str, Any]
+    phi: list[float] | None = None
+    lr_factor: float | None = None
+
+
+@dataclass(frozen=True)
+class Publication:
+    """What `create_model_card` was told, and when; see `hf_gr.trainer.recording.publication_of`.
+
+    Attributes:
+        base_model: its name on the Hub; `has_local_base` says that it is a folder on somebody's disk instead.
+        arguments: of a script, where the trainer did not know them when it trained.
+    """
+
+    model_name: str = ""
+    hub_model_id: str | None = None
+    language: str | list[str] | None = None
+    license: str | None = None
+    tags: list[str] = field(default_factory=list)
+    task: str | None = None
+    base_model: str | None = None
+    has_local_base: bool = False
+    dataset_names: list[str] = field(default_factory=list)
+    dataset_ids: list[str] = field(default_factory=list)
+    dataset_config: str | None = None
+    split: str = ""
+    arguments: dict[str, Any] = field(default_factory=dict)
+    sample: str | None = None
+    command: str | None = None
+    date: str | None = None
+
+
+@dataclass
+class Record:
+    """The content of `run.json`. What a record written by an earlier version lacks is at its default: not recorded.
+
+    Attributes:
+        method: what the last start trained with: `gr` and `ire`, whether they were on, and `optimizer`, its class.
+        data: what it trained on, as far as it is known: `dataset_name`, `dataset_config_name`, `train_examples`; of a
+            local folder the last part of the path, and `is_local`.
+        defaults: of the settings that some segments have and others leave out.
+        evaluated: the names of the datasets of the last evaluation; "" stands for a single one without a name.
+        ire_flat_fractions: the share of the coordinates that IRE last chose in each kind of layer.
+        ire_reduced_kappa: what a loss that diverged has left of kappa; None where none did.
+        layer_picture: the file with the norms of the layers, if this run has drawn it.
+        device: its name; `peak_memory_bytes`, on it, at the peak.
+    """
+
+    method: dict[str, Any] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)
+    segments: list[Segment] = field(default_factory=list)
+    format: int = FORMAT
+    defaults: dict[str, Any] = field(default_factory=dict)
+    model: ModelFacts | None = None
+    optimizer: OptimizerFacts | None = None
+    evaluated: list[str] | None = None
+    ire_flat_fractions: dict[str, float] = field(default_factory=dict)
+    ire_reduced_kappa: float | None = None
+    layer_picture: str | None = None
+    device: str | None = None
+    peak_memory_bytes: int | None = None
+    publication: Publication | None = None
+
+    def total(self, count: str) -> int | float:
+        """The sum of a count over the segments; passes are exact to a millionth."""
+        return round(sum(getattr(segment, count) for segment in self.segments), 6)
+
+    def is_whole(self) -> bool:
+        """Whether every step was recorded."""
+        return len(self.recorded) == len(self.segments)
+
+    @property
+    def recorded(self) -> list[Segment]:
+        """The segments of which something is known."""
+        return [segment for segment in self.segments if segment.is_recorded]
+
+    def segments_with(self, degree: str) -> list[Segment]:
+        """Those in which a method was on: `gr_lambda` or `ire_kappa` was not 0."""
+        return [segment for segment in self.recorded if segment.settings.get(degree, 0) != 0]
+
+    def spans(self, attribute: str) -> list[Span]:
+        """An attribute of the segments over the steps."""
+        return _spans(self.recorded, lambda segment: getattr(segment, attribute))
+
+    def setting(self, name: str, segments: Iterable[Segment] | None = None) -> list[Span]:
+        """A setting over the steps of `segments`, or of all; where it was left out, its default."""
+        default = self.defaults.get(name, "its default")
+        segments = self.recorded if segments is None else segments
+        return _spans(segments, lambda segment: segment.settings.get(name, default))
+
+
+def _spans(segments: Iterable[Segment], value: Callable[[Segment], Any]) -> list[Span]:
+    spans: list[Span] = []
+    for segment in segments:
+        if spans and spans[-1].value == value(segment):
+            spans[-1] = spans[-1]._replace(last_step=segment.last_step)
+        else:
+            spans.append(Span(value(segment), segment.first_step, segment.last_step))
+    return spans
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Name -> (old, new) of the settings that differ; "default" stands for what is at its default."""
+    pairs = {name: (old.get(name, "default"), new.get(name, "default")) for name in {**old, **new}}
+    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+
+
+# ---- Versions ----
+
+
+def versions() -> dict[str, str]:
+    """Of this library, with the commit of its checkout, of Python, and of the packages that a result depends on."""
+    commit = _commit()
+    own = __version__ + (f" (commit {commit})" if commit else "")
+    return {"hf_gr": own, "Python": platform.python_version(), **_installed(*PACKAGES)}
+
+
+def _installed(*packages: str) -> dict[str, str]:
+    found = {}
+    for name in packages:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
+def _commit() -> str | None:
+    """Of the checkout that this package runs from, marked if its files differ from it; None where there is none."""
+    root = Path(__file__).parents[2]
+    if not (root / ".git").exists():
+        return None
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude", "*"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None
+
+
+# ---- Files ----
+
+_PARTS = {"model": ModelFacts, "optimizer": OptimizerFacts, "publication": Publication}
+
+
+def read_record(folder: str | Path) -> Record | None:
+    """The record in an output folder or checkpoint; None if there is none.
+
+    Raises:
+        ValueError: it cannot be read, or a later version of hf_gr wrote it.
+    """
+    path = Path(folder) / FILE
+    if not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content["format"] > FORMAT:
+            raise ValueError(f"its format is {content['format']}, and this version of hf_gr reads {FORMAT}")
+        content["segments"] = [Segment(**segment) for segment in content["segments"]]
+        parts = {name: kind(**content[name]) for name, kind in _PARTS.items() if content.get(name) is not None}
+        return Record(**{**content, **parts})
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(
+            f"{path} cannot be read ({error}). Delete it, and the steps so far count as not recorded."
+        ) from error
+
+
+def write_record(record: Record, folder: str | Path) -> None:
+    """Write `run.json` into `folder`. Whoever reads it at the same time gets the old one or the new one, whole."""
+    path = Path(folder) / FILE
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(".tmp")
+    unfinished.write_text(json.dumps(dataclasses.asdict(record), indent=1, default=str) + "\n", encoding="utf-8")
+    os.replace(unfinished, path)
+
+
+def read_json(path: Path) -> Any:
+    """The content of a file.
+
+    Raises:
+        ValueError: it is not there, or was cut off.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(
+            f"{path} cannot be read ({error.strerror}). Give the output folder of a finished run."
+        ) from error
+    except ValueError as error:  # not JSON, or not text
+        raise ValueError(
+            f"{path} is not valid JSON ({error}): it was probably cut off. Restore it, or delete its folder and "
+            "run again."
+        ) from error
+
+
+def read_mapping(path: Path) -> dict[str, Any]:
+    """The same, for a file with names and values."""
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} has {type(content).__name__} where names and values belong. Delete it and run again.")
+    return content
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """The state of the run in `folder`, with its `log_history`.
+
+    Raises:
+        ValueError: there is none, or it is not what Trainer writes.
+    """
+    path = folder / STATE
+    if not path.is_file():
+        raise ValueError(f"{folder}: there is no {STATE}. Give the output folder of a finished run.")
+    state = read_mapping(path)
+    history = state.get("log_history")
+    if not isinstance(history, list) or not all(isinstance(entry, dict) and "step" in entry for entry in history):
+        raise ValueError(f"{path}: log_history is not the list that Trainer writes. Give the output folder of a run.")
+    return state
+
+
+def read_history(folder: Path) -> History:
+    """`log_history` of the run in `folder`; see `read_state`."""
+    return read_state(folder)["log_history"]
+
+
+def last_state(folder: Path) -> Path:
+    """`folder`, or its last checkpoint if the run has not finished."""
+    found = [path for path in folder.glob("checkpoint-*") if path.name[11:].isdigit()]
+    folders = [folder, *sorted(found, key=lambda path: -int(path.name[11:]))]
+    return next((path for path in folders if (path / STATE).is_file()), folder)
+
+
+# ---- The log ----
+
+
+def last_entry(history: History, start: str) -> int:
+    """Index of the last entry with a key that starts with `start`; -1 if there is none."""
+    return max((i for i, entry in enumerate(history) if any(key.startswith(start) for key in entry)), default=-1)
+
+
+def last_evaluation(history: History, count: int = 1) -> History:
+    """The entries of the last evaluation; of `count` datasets each has its own."""
+    return [entry for entry in history if any(key.startswith("eval_") for key in entry)][-count:]
