@@ -56,7 +56,6 @@ def graph() -> dict[str, set[str]]:
     }
 
 
-@pytest.mark.xfail(strict=True, reason="parts name the class of the trainer for its type")
 def test_the_import_graph_has_no_cycle(graph):
     order = list(TopologicalSorter(graph).static_order())  # CycleError names the cycle
     assert len(order) == len(graph) > 40
