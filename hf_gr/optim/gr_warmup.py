@@ -33,6 +33,16 @@ class GRStrength(NamedTuple):
         """Whether the step needs a second pass. With lambda_t = 0 or r_t = 0 the regularized gradient is g1 itself."""
         return self.lambda_t != 0 and self.r_t != 0
 
+    @property
+    def grad_scale(self) -> float:
+        """r_t/lambda_t - 1, what g1 is multiplied by before g2 is added to it."""
+        return (self.r_t - self.lambda_t) / self.lambda_t
+
+    @property
+    def g2_weight(self) -> float:
+        """lambda_t/r_t, what the sum of both is multiplied by."""
+        return self.lambda_t / self.r_t
+
 
 def _ramp(t: int, warmup_steps: int) -> float:
     """w(t) = min(t / T_w, 1). The first step already has 1/T_w: the released code starts at 0 and lags one step."""
@@ -97,9 +107,6 @@ def gr_strength(
         interval: after the warmup only every `interval`-th step is regularized, beginning with the first; the others
             are plain. 1 is the paper.
     """
-    t = step + 1
-    lambda_scale, r_scale = GR_WARMUPS[warmup].function(t, warmup_steps)
-    steps_after_warmup = step - warmup_steps
-    if steps_after_warmup > 0 and steps_after_warmup % interval:
-        lambda_scale = 0.0
-    return GRStrength(lambda_scale * lambda_, r_scale * r)
+    scales = GR_WARMUPS[warmup].function(step + 1, warmup_steps)
+    is_plain = step > warmup_steps and (step - warmup_steps) % interval
+    return GRStrength(0.0 if is_plain else scales[0] * lambda_, scales[1] * r)

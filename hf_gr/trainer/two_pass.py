@@ -194,22 +194,21 @@ class TwoPass(Part):
         # A global norm is the same on all processes, which skip the second pass together. Where it differs between
         # them, the other processes are waiting for this one in the reduction of g2.
         if has_direction or not is_global:
-            ratio = (gr.r_t - gr.lambda_t) / gr.lambda_t
             perturbation = self._perturbation = Perturbation(params)
             try:
                 if has_direction:
-                    perturbation.apply(gr.r_t, norm, grad_scale=ratio)
+                    perturbation.apply(gr.r_t, norm, gr.grad_scale)
                 if earlier_grads is not None:
                     add_gradients_(params, earlier_grads)
                 self._replay(one_pass, model)
                 if is_global:
-                    self._logs["gr_perturbed_grad_norm"] = perturbation.second_gradient_norm(ratio)
-                elif ratio == 0:
+                    self._logs["gr_perturbed_grad_norm"] = perturbation.second_gradient_norm(gr.grad_scale)
+                elif gr.grad_scale == 0:
                     self._logs["gr_perturbed_grad_norm"] = gradient_norm(params)
             finally:
                 perturbation.restore()
             if ends_window:  # until then the sum keeps the factor r/lambda
-                scale_gradients_(params, gr.lambda_t / gr.r_t)
+                scale_gradients_(params, gr.g2_weight)
                 self._recorder.segment.regularized_steps += 1
         if ends_window:
             self._log_norms()
