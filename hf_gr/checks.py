@@ -120,18 +120,15 @@ def check_fields(args: Any, cls: type, names: Iterable[str] | None = None) -> No
     check_ranges(args, {f.name: f.metadata["limit"] for f in chosen if f.metadata.get("limit")})
 
 
-def refuse_booleans(args: Any, cls: type) -> None:
-    """Raise `ValueError` where `cls` has a number and `args` a boolean."""
+def check_numbers(args: Any, cls: type, limits: Mapping[str, Limit]) -> None:
+    """Raise `ValueError` for a number of a dataclass of somebody else's that is a boolean, NaN, or outside `limits`."""
     numeric = [name for name, hint in _hints(cls).items() if _kinds(hint) <= {int, float, NoneType}]
-    check_fields(args, cls, [name for name in numeric if isinstance(getattr(args, name, None), bool)])
-
-
-def refuse_nan(args: Any, cls: type) -> None:
-    """Raise `ValueError` where `args` has NaN for a number of `cls`."""
+    check_fields(args, cls, [name for name in numeric if name in limits or isinstance(getattr(args, name, None), bool)])
     for f in fields(cls):
         value = getattr(args, f.name, None)
         if isinstance(value, float) and math.isnan(value):
             raise ValueError(f"{f.name}={value}: give a number. NaN is none.")
+    check_ranges(args, limits)
 
 
 class Needs(NamedTuple):

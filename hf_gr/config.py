@@ -9,19 +9,7 @@ from typing import Any
 from transformers import SchedulerType, TrainingArguments
 from transformers.training_args import OptimizerNames
 
-from .checks import (
-    NOT_NEGATIVE,
-    SHARE,
-    STEPS,
-    Limit,
-    Needs,
-    check_fields,
-    check_ranges,
-    flag,
-    refuse_booleans,
-    refuse_nan,
-    without_effect,
-)
+from .checks import NOT_NEGATIVE, SHARE, STEPS, Limit, Needs, check_fields, check_numbers, flag, without_effect
 from .optim import IRE, OPTIMIZERS
 from .optim.gr_warmup import GR_WARMUPS, GRStrength, gr_strength
 from .optim.ire import ESTIMATED_MASKS, SETTINGS
@@ -50,6 +38,11 @@ TRAINING_LIMITS = {
     **dict.fromkeys(("learning_rate", "weight_decay", "adam_epsilon"), NOT_NEGATIVE),
     **dict.fromkeys(("adam_beta1", "adam_beta2"), SHARE),
 }
+_PUBLISHED = f"and at most {MAX_RADIUS:g}; the paper has 0.05 and 0.1"
+RADIUS = Limit(
+    0, MAX_RADIUS, True, rule=f"the radius must be > 0 {_PUBLISHED}. To turn GR off, set gr_lambda=0 instead."
+)
+DEGREE = Limit(0, MAX_RADIUS, rule=f"the degree must be >= 0 (0 turns GR off) {_PUBLISHED}. None is gr_lambda = gr_r.")
 INTERVAL = Limit(1, rule="must be a whole number of steps, at least 1.")
 
 
@@ -76,7 +69,7 @@ def _default(name: str) -> str:
 
 @dataclass
 class OptimizerArguments:
-    """The flags of the optimizer; see `hf_gr.optimizers`. Two of them are those of transformers with more choices."""
+    """The flags of the optimizer; see `hf_gr.optim`. Two of them are those of transformers with more choices."""
 
     optim: str = flag(
         _default("optim"),
@@ -151,7 +144,7 @@ class OptimizerArguments:
 
 @dataclass
 class IREArguments:
-    """The flags of IRE; see `hf_gr.ire`."""
+    """The flags of IRE; see `hf_gr.optim.ire`."""
 
     ire_kappa: float = flag(
         _UnsetNumber(0.0),
@@ -273,24 +266,13 @@ class GRArguments(IREArguments, OptimizerArguments):
         0.1,
         "r, the radius of the perturbation r g1/||g1|| at which the second gradient is taken; > 0. The paper uses "
         "0.05 and 0.1 for hundreds of epochs; small models and short runs need less.",
-        Limit(
-            0,
-            MAX_RADIUS,
-            above=True,
-            rule=f"the radius must be > 0 and at most {MAX_RADIUS:g}; the paper has 0.05 and 0.1. To turn GR off, set "
-            "gr_lambda=0 instead.",
-        ),
+        RADIUS,
     )
     gr_lambda: float | None = flag(
         None,
         "lambda, the degree of regularization: the step uses (1 - lambda/r) g1 + (lambda/r) g2. None means equal to "
         "gr_r, which is SAM; 0 turns gradient regularization off.",
-        Limit(
-            0,
-            MAX_RADIUS,
-            rule=f"the degree must be >= 0 (0 turns GR off) and at most {MAX_RADIUS:g}, or None for gr_lambda = gr_r. "
-            "The paper has 0.05 and 0.1.",
-        ),
+        DEGREE,
     )
     gr_warmup: str = flag("zero", "How GR starts.", GR_WARMUPS)
     gr_warmup_steps: float | None = flag(
@@ -327,10 +309,7 @@ class GRArguments(IREArguments, OptimizerArguments):
     def __post_init__(self):
         self.check_gr_arguments()
         if isinstance(self, TrainingArguments):
-            refuse_booleans(self, TrainingArguments)
-            refuse_nan(self, TrainingArguments)
-            check_fields(self, TrainingArguments, TRAINING_LIMITS)
-            check_ranges(self, TRAINING_LIMITS)
+            check_numbers(self, TrainingArguments, TRAINING_LIMITS)
         super().__post_init__()
 
     def check_gr_arguments(self) -> None:

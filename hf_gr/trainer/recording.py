@@ -43,7 +43,7 @@ def method_of(trainer: Host) -> dict[str, Any]:
     """What the run of a trainer is identified by; known before its optimizer is made."""
     flags = trainer.gr_args
     is_ire = flags.ire_kappa != 0 or trainer.ire_optimizer is not None
-    return {"gr": flags.gr_degree != 0, "ire": is_ire, "optimizer": _optimizer_name(trainer)}
+    return {"gr": flags.is_active, "ire": is_ire, "optimizer": _optimizer_name(trainer)}
 
 
 def _optimizer_name(trainer: Host) -> str | None:
@@ -101,7 +101,7 @@ def _optimizer_settings(trainer: Host) -> dict[str, Any]:
 
 def _gr_settings(trainer: Host) -> dict[str, Any]:
     gr = trainer.gr_args
-    if gr.gr_degree == 0:
+    if not gr.is_active:
         return {"gr_lambda": 0}
     settings = {"gr_r": gr.gr_r, "gr_lambda": gr.gr_degree, "gr_warmup": gr.gr_warmup}
     if gr.gr_warmup != "none":
