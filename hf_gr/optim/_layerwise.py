@@ -22,6 +22,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from . import _cpu
+
 Group = dict[str, Any]
 
 
@@ -86,7 +88,7 @@ class LayerwiseOptimizer(Optimizer):
                     )
                 moments = self._prepare_state(p, group)
                 is_layer = p.ndim > 1 or not group["exclude_1d"]
-                if not group["foreach"] and suits_fused_kernels(p, p.grad, *moments):
+                if not group["foreach"] and _cpu.suits_fused_kernels(p, p.grad, *moments):
                     (layers if is_layer else others).append(p)
                 else:
                     alike = (is_layer, p.device, p.dtype, self.state[p].get("step"))
@@ -185,17 +187,6 @@ class LayerwiseOptimizer(Optimizer):
 # ---- Norms and their ratio ----
 
 
-def trust_ratio(w_norm: float, u_norm: float, w_clamp: tuple | None, u_clamp: tuple | None) -> float | None:
-    """||w|| / ||u|| after clamping; None where one of them is 0, and 0 where one is not finite: such a layer stays."""
-    w_norm, u_norm = (
-        norm if clamp is None else min(max(norm, clamp[0]), clamp[1])
-        for norm, clamp in ((w_norm, w_clamp), (u_norm, u_clamp))
-    )
-    if not (math.isfinite(w_norm) and math.isfinite(u_norm)):
-        return 0.0
-    return w_norm / u_norm if w_norm > 0 and u_norm > 0 else None
-
-
 def trust_factors(
     w_norms: Tensor, u_norms: Tensor, w_clamp: tuple | None, u_clamp: tuple | None, factor: float, otherwise: float
 ) -> Tensor:
@@ -214,28 +205,3 @@ def norms(tensors: list[Tensor]) -> Tensor:
 def precision(p: Tensor) -> torch.dtype:
     """In which a parameter is updated."""
     return torch.promote_types(p.dtype, torch.float32)
-
-
-def suits_fused_kernels(*tensors: Tensor) -> bool:
-    """Whether all are on the CPU, in single precision or all in double, and in the same order in memory."""
-    dtype = tensors[0].dtype
-    return dtype in (torch.float32, torch.float64) and all(
-        t.is_cpu and t.is_contiguous() and t.dtype == dtype for t in tensors
-    )
-
-
-def norm(t: Tensor) -> float:
-    t = t.view(-1)
-    return math.sqrt(torch.dot(t, t).item())  # faster than the norm
-
-
-def norms_with_decay(w: Tensor, g: Tensor, weight_decay: float) -> tuple[float, float]:
-    """||w|| and ||g + weight_decay w||, the latter without the sum itself."""
-    if weight_decay == 0:
-        return norm(w), norm(g)
-    w, g = w.view(-1), g.view(-1)
-    ww, gg = torch.dot(w, w).item(), torch.dot(g, g).item()
-    square = gg + 2 * weight_decay * torch.dot(g, w).item() + weight_decay**2 * ww
-    if not square > 0.01 * (gg + weight_decay**2 * ww):  # what is left of such a difference is rounding
-        return math.sqrt(ww), norm(torch.add(g, w, alpha=weight_decay))
-    return math.sqrt(ww), math.sqrt(square)

@@ -32,10 +32,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import ASGD, LBFGS, AdamW, Optimizer
-from torch.optim.adamw import adamw
+from torch.optim import ASGD, LBFGS, Optimizer
 
 from ..checks import Limit, check_value
+from . import _cpu
 from .order_statistics import Scan, count_true, in_blocks, kth_smallest, merge_small, to_ints
 
 logger = logging.getLogger(__name__)
@@ -66,8 +66,8 @@ Li, Zhiyu and E, Weinan and Wu, Lei},
   url       = {https://arxiv.org/abs/2405.20763}
 }"""
 
-#: Elements that are updated at a time, so that they stay in the processor's cache, or that fill a GPU.
-CPU_BLOCK, GPU_BLOCK = 2**18, 2**24
+#: Elements of a GPU that are updated at a time.
+GPU_BLOCK = 2**24
 
 
 class IRE(Optimizer):
@@ -203,11 +203,11 @@ class IRE(Optimizer):
                 )
             return self.base_optimizer.step(closure)
         with torch.no_grad():
-            blocks = self._fused_adamw_blocks() if closure is None else None
-            if blocks is None:
-                return self._step_any(closure)
-            self._step_fused_adamw(blocks)
-            return None
+            if closure is None and _cpu.suits_blockwise_adamw(self.base_optimizer):
+                for group, params, old, masks in _cpu.step_adamw_blockwise(self.base_optimizer, self._masks):
+                    _amplify_(params, old, masks, self._kappa_of(group), self._decay_of(group))
+                return None
+            return self._step_any(closure)
 
     def _step_any(self, closure: Callable[[], float] | None) -> float | None:
         """Copy, let the base optimizer step, amplify the difference."""
@@ -223,70 +223,6 @@ class IRE(Optimizer):
             params, old, kappa, decay = amplified.pop()
             _amplify_(params, old, [self._masks[p].to(p.dtype) for p in params], kappa, decay)
         return result
-
-    def _step_fused_adamw(self, blocks: list["_Block"]) -> None:
-        """The same for a fused AdamW: each block is updated and amplified while it is in the processor's cache."""
-        # One piece of scratch space for all of them: fresh memory would cost more than the arithmetic.
-        largest = max((sum(p.numel() for p in block.params) for block in blocks), default=0)
-        scratch = torch.empty(2, largest, dtype=blocks[0].params[0].dtype) if blocks else None
-        for block in blocks:
-            group = block.group
-            flat = [p.view(-1) for p in block.params]
-            sizes = [len(p) for p in flat]
-            old, weights = (half[: sum(sizes)].split(sizes) for half in scratch)
-            torch._foreach_copy_(old, flat)
-            adamw(
-                block.params,
-                block.grads,
-                block.exp_avgs,
-                block.exp_avg_sqs,
-                [],
-                block.steps,
-                fused=True,
-                amsgrad=False,
-                beta1=group["betas"][0],
-                beta2=group["betas"][1],
-                lr=group["lr"],
-                weight_decay=group["weight_decay"],
-                eps=group["eps"],
-                maximize=group["maximize"],
-            )
-            torch._foreach_copy_(weights, [mask.view(-1) for mask in block.masks])
-            _amplify_(flat, old, weights, self._kappa_of(group), self._decay_of(group))
-
-    def _fused_adamw_blocks(self) -> list["_Block"] | None:
-        """What a step has to update, in blocks of about `CPU_BLOCK` elements.
-
-        Small parameters share a block, large ones are cut. None unless the base optimizer is a fused AdamW on a CPU
-        that has made its state already.
-        """
-        base = self.base_optimizer
-        if type(base) is not AdamW or base._optimizer_step_pre_hooks or base._optimizer_step_post_hooks:
-            return None
-        blocks, dtype = [], None
-        for group in self.param_groups:
-            if not group["fused"] or group["amsgrad"] or isinstance(group["lr"], Tensor):
-                return None
-            block, size = _Block(group), 0
-            for p in group["params"]:
-                grad = p.grad
-                if grad is None:
-                    continue
-                state, dtype = self.state.get(p), dtype or p.dtype
-                if not (state and p.is_cpu and p.dtype == dtype and p.is_contiguous() and grad.is_contiguous()):
-                    return None
-                mask = self._masks[p] if p in self._masks else torch.zeros_like(p, dtype=torch.uint8)
-                if p.numel() > CPU_BLOCK:
-                    blocks.extend(_Block.parts(group, p, grad, state, mask))
-                    continue
-                block.append(p, grad, state["exp_avg"], state["exp_avg_sq"], state["step"], mask)
-                size += p.numel()
-                if size >= CPU_BLOCK:
-                    blocks.append(block)
-                    block, size = _Block(group), 0
-            if size:
-                blocks.append(block)
-        return blocks
 
     def _kappa_of(self, group: dict[str, Any]) -> float:
         kappa = self.kappa * self.kappa_scale
@@ -506,43 +442,12 @@ def _require_decoupled_decay(optimizer: Optimizer) -> None:
             )
 
 
-class _Block:
-    """Parameters of one group, or a part of one, with all that belongs to their update by AdamW."""
-
-    __slots__ = ("exp_avg_sqs", "exp_avgs", "grads", "group", "masks", "params", "steps")
-
-    def __init__(self, group: dict[str, Any]):
-        self.group = group
-        self.params, self.grads, self.exp_avgs, self.exp_avg_sqs, self.steps, self.masks = [], [], [], [], [], []
-
-    def append(self, p: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: Tensor, mask: Tensor) -> None:
-        self.params.append(p)
-        self.grads.append(grad)
-        self.exp_avgs.append(exp_avg)
-        self.exp_avg_sqs.append(exp_avg_sq)
-        self.steps.append(step)
-        self.masks.append(mask)
-
-    @classmethod
-    def parts(
-        cls, group: dict[str, Any], p: Tensor, grad: Tensor, state: dict[str, Tensor], mask: Tensor
-    ) -> Iterator["_Block"]:
-        """A large parameter in blocks. The kernel counts a step with each, so all but the last count on a copy."""
-        tensors = (p, grad, state["exp_avg"], state["exp_avg_sq"], mask)
-        parts = list(zip(*(t.view(-1).split(CPU_BLOCK) for t in tensors), strict=True))
-        for i, (*update, part_mask) in enumerate(parts):
-            block = cls(group)
-            step = state["step"]
-            block.append(*update, step if i == len(parts) - 1 else step.clone(), part_mask)
-            yield block
-
-
 def _by_size(params: list[Tensor]) -> Iterator[list[Tensor]]:
     """The parameters in lists of about a block; one that is larger makes a list of its own."""
     chunk: list[Tensor] = []
     size = 0
     for p in params:
-        limit = CPU_BLOCK if p.device.type == "cpu" else GPU_BLOCK
+        limit = _cpu.STEP_BLOCK if p.is_cpu else GPU_BLOCK
         if chunk and (size + p.numel() > limit or p.device != chunk[0].device or p.dtype != chunk[0].dtype):
             yield chunk
             chunk, size = [], 0

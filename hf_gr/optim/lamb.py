@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.adam import adam
 
-from ._layerwise import Group, LayerwiseOptimizer, norm, norms, trust_factors, trust_ratio
+from . import _cpu
+from ._layerwise import Group, LayerwiseOptimizer, norms, trust_factors
 
 CITATION = """\
 @inproceedings{you2020large,
@@ -135,40 +135,4 @@ class LAMB(LayerwiseOptimizer):
         return directions
 
     def _step_each(self, layers: list[Tensor], others: list[Tensor], group: Group) -> None:
-        lr = float(group["lr"])
-        if others:
-            self._adam_(others, others, group, lr)
-        # One piece of memory for all: fresh memory would cost more than the arithmetic.
-        scratch = layers[0].new_empty(max(p.numel() for p in layers)) if layers else None
-        for p in layers:
-            if scratch.dtype != p.dtype:
-                scratch = p.new_empty(scratch.numel())
-            # From zero and with lr = 1, Adam goes to -u.
-            negative_u = scratch[: p.numel()].view(p.shape).zero_()
-            self._adam_([negative_u], [p], group, 1.0)
-            if group["weight_decay"]:
-                negative_u.add_(p, alpha=-group["weight_decay"])
-            ratio = trust_ratio(norm(p), norm(negative_u), group["norm_clamp"], None)
-            p.add_(negative_u, alpha=lr * (1.0 if ratio is None else ratio))
-
-    def _adam_(self, targets: list[Tensor], params: list[Tensor], group: Group, lr: float) -> None:
-        """Move `targets` by the step of Adam for `params`, in one pass."""
-        states = [self.state[p] for p in params]
-        # After 1e9 steps nothing is left to correct.
-        completed = [state["step"] - 1.0 if group["bias_correction"] else 1e9 for state in states]
-        adam(
-            targets,
-            [p.grad for p in params],
-            [state["exp_avg"] for state in states],
-            [state["exp_avg_sq"] for state in states],
-            [],
-            [torch.tensor(steps, device="cpu") for steps in completed],
-            fused=True,
-            amsgrad=False,
-            beta1=group["betas"][0],
-            beta2=group["betas"][1],
-            lr=lr,
-            weight_decay=0.0,
-            eps=group["eps"],
-            maximize=False,
-        )
+        _cpu.step_lamb(layers, others, self.state, group)

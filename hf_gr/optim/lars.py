@@ -5,9 +5,9 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor
-from torch.optim.sgd import sgd
 
-from ._layerwise import Group, LayerwiseOptimizer, norms, norms_with_decay, trust_factors, trust_ratio
+from . import _cpu
+from ._layerwise import Group, LayerwiseOptimizer, norms, trust_factors
 
 CITATION = """\
 @article{you2017large,
@@ -109,38 +109,7 @@ class LARS(LayerwiseOptimizer):
         return group["trust_coefficient"], 1.0
 
     def _step_each(self, layers: list[Tensor], others: list[Tensor], group: Group) -> None:
-        factor, otherwise = self._factors(group)
-        lr, weight_decay, clamp = float(group["lr"]), group["weight_decay"], group["norm_clamp"]
-        if others:
-            self._sgd(others, group, otherwise, 0.0, lr * group["bias_lr_scale"])
-        for p in layers:
-            w_norm, d_norm = norms_with_decay(p, p.grad, weight_decay)
-            ratio = trust_ratio(w_norm, d_norm, clamp, clamp)
-            self._sgd([p], group, otherwise if ratio is None else factor * ratio, weight_decay, lr)
-
-    def _sgd(self, params: list[Tensor], group: Group, q: float, weight_decay: float, lr: float) -> None:
-        """SGD with momentum along q (g + weight_decay w), in one pass."""
-        momentum, nesterov = group["momentum"], group["nesterov"]
-        grads = [p.grad for p in params]
-        # torch's Nesterov has the gradient without q in its step. And 1 - dampening, below, is q rounded at 1.
-        if nesterov or q < torch.finfo(torch.float64).eps / torch.finfo(params[0].dtype).eps:
-            directions = torch._foreach_add(grads, params, alpha=weight_decay)
-            torch._foreach_mul_(directions, q)
-            self._descend(params, directions, [self.state[p] for p in params], group, lr)
-            return
-        sgd(
-            params,
-            grads,
-            [self.state[p].get("momentum_buffer") for p in params],
-            fused=True,
-            weight_decay=weight_decay,
-            momentum=momentum,
-            lr=lr if momentum else lr * q,
-            # The new direction enters the buffer with the factor 1 - dampening.
-            dampening=1 - q if momentum else 0.0,
-            nesterov=False,
-            maximize=False,
-        )
+        _cpu.step_lars(layers, others, self.state, group, *self._factors(group))
 
     def _step_together(
         self, weights: list[Tensor], grads: list[Tensor], states: list[dict], group: Group, are_layers: bool

@@ -4,15 +4,16 @@ Exact, in one pass and little memory: `torch.kthvalue` needs them in one tensor,
 """
 
 import math
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import cast
 
-import numpy as np
 import torch
 from torch import Tensor
 
-#: Elements that NumPy is given at a time (a matrix of ViT-Ti, 192 x 768, in one piece), and a GPU.
-CPU_BLOCK, GPU_BLOCK = 9 * 2**14, 2**24
+from . import _cpu
+
+#: Elements of a GPU that are compared at a time.
+GPU_BLOCK = 2**24
 #: A tensor of up to so many elements is put together with others.
 SMALL = 2**12
 #: Size of the sample that narrows the search down.
@@ -21,7 +22,7 @@ SAMPLE = 3 * 2**15
 
 def in_blocks(*tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
     """The tensors, of one shape, cut into equal flat parts; whole if small, or if their layouts do not allow it."""
-    size = CPU_BLOCK if tensors[0].device.type == "cpu" else GPU_BLOCK
+    size = _cpu.SCAN_BLOCK if tensors[0].is_cpu else GPU_BLOCK
     if tensors[0].numel() <= size or not all(t.is_contiguous() for t in tensors):
         return [tensors]
     return zip(*(t.view(-1).split(size) for t in tensors), strict=True)
@@ -30,42 +31,23 @@ def in_blocks(*tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
 class Scan:
     """Compares and counts absolute values, block by block, in at least single precision.
 
-    On a CPU NumPy does it, which compares, counts and selects many elements at a time where torch takes one after the
-    other; and the memory of the results, which would cost more to get than to fill, is used again by the next call.
+    On a GPU a count is a 0-dimensional tensor, for which nobody has to wait; `to_ints` reads all of them at once.
     """
 
     def __init__(self, tensors: Iterable[Tensor]):
         self._dtype = torch.float32
         for t in tensors:
             self._dtype = torch.promote_types(self._dtype, t.dtype)
-        self._values = torch.empty(CPU_BLOCK, dtype=self._dtype)
-        self._flags = torch.empty(2, CPU_BLOCK, dtype=torch.bool)
+        self._fast = _cpu.Scan(self._dtype)
 
-    @staticmethod
-    def _fits(block: Tensor) -> bool:
-        return block.device.type == "cpu" and block.numel() <= CPU_BLOCK
-
-    def magnitudes(self, block: Tensor) -> Tensor:
-        """|block|, flat."""
-        block = block.reshape(-1)
-        if not self._fits(block):
-            return block.abs().to(self._dtype)
-        values = self._values[: block.numel()]
-        if block.dtype == torch.bfloat16:  # unknown to NumPy
-            return values.copy_(block).abs_()
-        np.abs(block.numpy(), out=values.numpy())
-        return values
+    def _magnitudes(self, block: Tensor) -> Tensor:
+        return block.reshape(-1).abs().to(self._dtype)
 
     def at_most(self, block: Tensor, bound: float) -> Tensor:
         """|block| <= bound, flat."""
-        return self._at_most(self.magnitudes(block), bound)
-
-    def _at_most(self, values: Tensor, bound: float) -> Tensor:
-        if not self._fits(values):
-            return values <= bound
-        flags = self._flags[0, : values.numel()]
-        np.less_equal(values.numpy(), bound, out=flags.numpy())
-        return flags
+        if _cpu.suits_numpy(block):
+            return self._fast.at_most(block, bound)
+        return self._magnitudes(block) <= bound
 
     def just_below(self, bound: float) -> float:
         """The next smaller number of the precision that is compared in."""
@@ -73,43 +55,33 @@ class Scan:
 
     def split(self, block: Tensor, low: float, high: float) -> tuple[int | Tensor, Tensor]:
         """How many absolute values are <= low, and those with low < value < high."""
-        values = self.magnitudes(block)
-        is_low = self._at_most(values, low)
-        if not self._fits(values):
-            return count_true(is_low), values[(values < high) & ~is_low]
-        is_between = self._flags[1, : values.numel()].numpy()
-        np.less(values.numpy(), high, out=is_between)
-        np.greater(is_between, is_low.numpy(), out=is_between)
-        return count_true(is_low), torch.from_numpy(values.numpy()[is_between])
+        if _cpu.suits_numpy(block):
+            return self._fast.split(block, low, high)
+        values = self._magnitudes(block)
+        is_low = values <= low
+        return count_true(is_low), values[(values < high) & ~is_low]
 
     def replace(self, mask: Tensor, new: Tensor) -> int | Tensor:
         """Write the flags `new`, flat, into `mask`. How many of those that are True were so before."""
-        if not (self._fits(mask) and mask.is_contiguous()):
-            new = new.view(mask.shape)
-            common = count_true(new & mask.view(torch.bool))
-            mask.copy_(new.view(torch.uint8))
-            return common
-        old, new, common = (
-            mask.view(-1).numpy().view(bool),
-            new.numpy().reshape(-1),
-            self._flags[1, : new.numel()].numpy(),
-        )
-        np.logical_and(old, new, out=common)
-        np.copyto(old, new)
-        return int(np.count_nonzero(common))
+        if _cpu.suits_numpy(mask) and mask.is_contiguous():
+            return self._fast.replace(mask, new)
+        new = new.view(mask.shape)
+        common = count_true(new & mask.view(torch.bool))
+        mask.copy_(new.view(torch.uint8))
+        return common
 
 
 def count_true(flags: Tensor) -> int | Tensor:
-    """How many are True; on a GPU as a 0-dimensional tensor, which nobody has to wait for."""
-    return int(np.count_nonzero(flags.numpy())) if flags.device.type == "cpu" else flags.sum()
+    """How many are True."""
+    return _cpu.count_true(flags) if flags.is_cpu else flags.sum()
 
 
-def to_ints(counts: list[int | Tensor]) -> list[int]:
+def to_ints(counts: Sequence[int | Tensor]) -> list[int]:
     """All of them in one go, instead of waiting for each."""
     device = next((count.device for count in counts if isinstance(count, Tensor)), None)
     if device is None:
-        return counts
-    return torch.stack([torch.as_tensor(count, device=device) for count in counts]).tolist()
+        return [int(count) for count in counts]
+    return cast(list[int], torch.stack([torch.as_tensor(count, device=device) for count in counts]).tolist())
 
 
 @torch.no_grad()
@@ -151,10 +123,8 @@ def kth_smallest(tensors: list[Tensor], k: int) -> float:
 
 def _kth(values: Tensor, k: int) -> float:
     """The k-th smallest; may reorder `values`."""
-    if values.device.type == "cpu" and values.dtype in (torch.float32, torch.float64):
-        array = values.numpy()
-        array.partition(k - 1)
-        return float(array[k - 1])
+    if values.is_cpu and values.dtype in (torch.float32, torch.float64):
+        return _cpu.kth(values, k)
     return values.kthvalue(k).values.item()
 
 
@@ -165,7 +135,7 @@ def merge_small(
 
     Yields values, mask and threshold; and, where the mask is a copy of several, flat views of them.
     """
-    small: dict[Any, list[int]] = {}
+    small: dict[tuple[torch.device, torch.dtype, float], list[int]] = {}
     for i, (size, mask) in enumerate(zip(sizes, masks, strict=True)):
         if size.numel() > SMALL or not (size.is_contiguous() and mask.is_contiguous()):
             yield size, mask, thresholds[i], []

@@ -15,7 +15,7 @@ from torch.optim import SGD, Adam, AdamW, RMSprop
 
 from helpers import ROOT
 from hf_gr import IRE
-from hf_gr.optim.ire import CPU_BLOCK
+from hf_gr.optim._cpu import STEP_BLOCK
 from hf_gr.optim.order_statistics import SAMPLE, kth_smallest
 
 README = ROOT / "README.md"
@@ -330,7 +330,7 @@ def test_the_way_of_a_gpu_gives_the_same(monkeypatch):
         )
 
     expected = chosen()
-    monkeypatch.setattr("hf_gr.optim.order_statistics.Scan._fits", lambda *_: False)
+    monkeypatch.setattr("hf_gr.optim._cpu.suits_numpy", lambda _: False)
     for module in ("hf_gr.optim.order_statistics", "hf_gr.optim.ire"):
         monkeypatch.setattr(f"{module}.count_true", lambda flags: flags.sum())
     masks, *numbers = chosen()
@@ -706,7 +706,7 @@ def test_less_than_half_flat_is_said(caplog):
 def test_the_blockwise_path_is_taken():
     """Otherwise the comparisons above would not have tested it."""
     params = parameters()
-    assert params[0].numel() > CPU_BLOCK
+    assert params[0].numel() > STEP_BLOCK
     ire = IRE(BASES["fused adamw"](params))
     trained(2, ire, params)
     called = []

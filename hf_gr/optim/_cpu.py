@@ -1,0 +1,301 @@
+"""Fast paths on the CPU. A reader may skip them: each computes what the plain version beside its call computes.
+
+NumPy compares, counts and selects many elements at a time where torch takes one after the other. torch's fused kernels
+update a parameter in one pass over memory, and small blocks stay in the processor's cache.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.optim import AdamW, Optimizer
+from torch.optim.adam import adam
+from torch.optim.adamw import adamw
+from torch.optim.sgd import sgd
+
+Group = dict[str, Any]
+State = Mapping[Tensor, dict[str, Any]]
+
+# ---- Order statistics: NumPy ----
+
+#: Elements that NumPy gets at a time; a matrix of ViT-Ti, 192 x 768, in one piece.
+SCAN_BLOCK = 9 * 2**14
+
+
+def suits_numpy(block: Tensor) -> bool:
+    return block.is_cpu and block.numel() <= SCAN_BLOCK
+
+
+class Scan:
+    """`order_statistics.Scan` for blocks that `suits_numpy`.
+
+    The memory of the results, which would cost more to get than to fill, is reused by the next call.
+    """
+
+    def __init__(self, dtype: torch.dtype):
+        self._values = torch.empty(SCAN_BLOCK, dtype=dtype)
+        self._flags = torch.empty(2, SCAN_BLOCK, dtype=torch.bool).numpy()
+
+    def magnitudes(self, block: Tensor) -> Tensor:
+        block = block.reshape(-1)
+        values = self._values[: block.numel()]
+        if block.dtype == torch.bfloat16:  # unknown to NumPy
+            return values.copy_(block).abs_()
+        np.abs(block.numpy(), out=values.numpy())
+        return values
+
+    def at_most(self, block: Tensor, bound: float) -> Tensor:
+        values = self.magnitudes(block).numpy()
+        return torch.from_numpy(np.less_equal(values, bound, out=self._flags[0, : values.size]))
+
+    def split(self, block: Tensor, low: float, high: float) -> tuple[int, Tensor]:
+        is_low = self.at_most(block, low).numpy()
+        values = self._values[: is_low.size].numpy()
+        is_between = np.less(values, high, out=self._flags[1, : values.size])
+        np.greater(is_between, is_low, out=is_between)
+        return int(np.count_nonzero(is_low)), torch.from_numpy(values[is_between])
+
+    def replace(self, mask: Tensor, new: Tensor) -> int:
+        old, flags = mask.view(-1).numpy().view(bool), new.numpy().reshape(-1)
+        common = np.logical_and(old, flags, out=self._flags[1, : flags.size])
+        np.copyto(old, flags)
+        return int(np.count_nonzero(common))
+
+
+def count_true(flags: Tensor) -> int:
+    return int(np.count_nonzero(flags.numpy()))
+
+
+def kth(values: Tensor, k: int) -> float:
+    """The k-th smallest; reorders `values`."""
+    array = values.numpy()
+    array.partition(k - 1)
+    return float(array[k - 1])
+
+
+# ---- IRE around AdamW: block by block ----
+
+#: Elements that are updated at a time, so that they stay in the processor's cache.
+STEP_BLOCK = 2**18
+
+#: The parameters of one group and what belongs to their update: (p, grad, exp_avg, exp_avg_sq, mask, step) of each.
+Block = list[tuple[Tensor, ...]]
+
+
+def suits_blockwise_adamw(optimizer: Optimizer) -> bool:
+    """Whether it is a fused AdamW on the CPU that nobody watches and that has made its state already."""
+    if type(optimizer) is not AdamW or optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
+        return False
+    if any(not g["fused"] or g["amsgrad"] or isinstance(g["lr"], Tensor) for g in optimizer.param_groups):
+        return False
+    params = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    if not all(optimizer.state.get(p) and p.is_cpu and p.dtype == params[0].dtype for p in params):
+        return False
+    return all(t.is_contiguous() for p in params for t in _updated_together(p, optimizer.state[p]))
+
+
+def _updated_together(p: Tensor, state: dict[str, Tensor]) -> tuple[Tensor, ...]:
+    return p, _grad(p), state["exp_avg"], state["exp_avg_sq"]
+
+
+def step_adamw_blockwise(
+    optimizer: Optimizer, masks: Mapping[Tensor, Tensor]
+) -> Iterator[tuple[Group, list[Tensor], list[Tensor], list[Tensor]]]:
+    """Take the step of an optimizer that `suits_blockwise_adamw`.
+
+    Yields, while a block is in the processor's cache, its group, its new parameters, the old ones and the masks as
+    numbers, all flat. The last two are overwritten by the next block.
+    """
+    blocks = [(group, block) for group in optimizer.param_groups for block in _blocks(group, optimizer.state, masks)]
+    if not blocks:
+        return
+    # One piece of scratch space for all blocks: fresh memory would cost more than the arithmetic.
+    largest = max(sum(len(p) for p, *_ in block) for _, block in blocks)
+    scratch = torch.empty(2, largest, dtype=blocks[0][1][0][0].dtype)
+    for group, block in blocks:
+        params, grads, exp_avgs, exp_avg_sqs, flags, steps = (list(tensors) for tensors in zip(*block, strict=True))
+        sizes = [len(p) for p in params]
+        old, numbers = (list(half[: sum(sizes)].split(sizes)) for half in scratch)
+        torch._foreach_copy_(old, params)
+        adamw(
+            params,
+            grads,
+            exp_avgs,
+            exp_avg_sqs,
+            [],
+            steps,
+            fused=True,
+            amsgrad=False,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=group["maximize"],
+        )
+        torch._foreach_copy_(numbers, flags)
+        yield group, params, old, numbers
+
+
+def _blocks(group: Group, state: State, masks: Mapping[Tensor, Tensor]) -> Iterator[Block]:
+    """Small parameters share a block, large ones are cut."""
+    block: Block = []
+    size = 0
+    for part in (part for p in group["params"] if p.grad is not None for part in _parts(p, state[p], masks.get(p))):
+        block.append(part)
+        size += len(part[0])
+        if size >= STEP_BLOCK:
+            yield block
+            block, size = [], 0
+    if block:
+        yield block
+
+
+def _parts(p: Tensor, state: dict[str, Tensor], mask: Tensor | None) -> Iterator[tuple[Tensor, ...]]:
+    mask = torch.zeros_like(p, dtype=torch.uint8) if mask is None else mask
+    tensors = (*_updated_together(p, state), mask)
+    *parts, last = zip(*(t.view(-1).split(STEP_BLOCK) for t in tensors), strict=True)
+    # The kernel counts a step with each part, so all but the last one count on a copy.
+    for part in parts:
+        yield (*part, state["step"].clone())
+    yield (*last, state["step"])
+
+
+# ---- LARS, TVLARS, LAMB: layer by layer ----
+
+
+def suits_fused_kernels(*tensors: Tensor) -> bool:
+    """Whether all are on the CPU, in single precision or all in double, and in the same order in memory."""
+    dtype = tensors[0].dtype
+    return dtype in (torch.float32, torch.float64) and all(
+        t.is_cpu and t.is_contiguous() and t.dtype == dtype for t in tensors
+    )
+
+
+def step_lars(
+    layers: list[Tensor], others: list[Tensor], state: State, group: Group, factor: float, otherwise: float
+) -> None:
+    lr, weight_decay, clamp = float(group["lr"]), group["weight_decay"], group["norm_clamp"]
+    if others:
+        _sgd(others, state, group, otherwise, 0.0, lr * group["bias_lr_scale"])
+    for p in layers:
+        w_norm, d_norm = _norms_with_decay(p, _grad(p), weight_decay)
+        ratio = _trust_ratio(w_norm, d_norm, clamp, clamp)
+        _sgd([p], state, group, otherwise if ratio is None else factor * ratio, weight_decay, lr)
+
+
+def _sgd(params: list[Tensor], state: State, group: Group, q: float, weight_decay: float, lr: float) -> None:
+    """SGD with momentum along q (g + weight_decay w), in one pass."""
+    momentum, nesterov = group["momentum"], group["nesterov"]
+    grads = [_grad(p) for p in params]
+    buffers = [state[p].get("momentum_buffer") for p in params]
+    # torch's Nesterov has the gradient without q in its step. And 1 - dampening, below, is q rounded at 1.
+    if nesterov or q < torch.finfo(torch.float64).eps / torch.finfo(params[0].dtype).eps:
+        directions = torch._foreach_add(grads, params, alpha=weight_decay)
+        torch._foreach_mul_(directions, q)
+        sgd(
+            params,
+            list(directions),
+            buffers,
+            foreach=True,
+            weight_decay=0.0,
+            momentum=momentum,
+            lr=lr,
+            dampening=0.0,
+            nesterov=nesterov,
+            maximize=False,
+        )
+        return
+    sgd(
+        params,
+        grads,
+        buffers,
+        fused=True,
+        weight_decay=weight_decay,
+        momentum=momentum,
+        lr=lr if momentum else lr * q,
+        # The new direction enters the buffer with the factor 1 - dampening.
+        dampening=1 - q if momentum else 0.0,
+        nesterov=False,
+        maximize=False,
+    )
+
+
+def step_lamb(layers: list[Tensor], others: list[Tensor], state: State, group: Group) -> None:
+    lr = float(group["lr"])
+    if others:
+        _adam(others, others, state, group, lr)
+    # One piece of memory for all: fresh memory would cost more than the arithmetic.
+    scratch = torch.empty(0)
+    for p in layers:
+        if scratch.numel() < p.numel() or scratch.dtype != p.dtype:
+            scratch = p.new_empty(max(layer.numel() for layer in layers))
+        # From zero and with lr = 1, Adam goes to -u.
+        negative_u = scratch[: p.numel()].view(p.shape).zero_()
+        _adam([negative_u], [p], state, group, 1.0)
+        if group["weight_decay"]:
+            negative_u.add_(p, alpha=-group["weight_decay"])
+        ratio = _trust_ratio(_norm(p), _norm(negative_u), group["norm_clamp"], None)
+        p.add_(negative_u, alpha=lr * (1.0 if ratio is None else ratio))
+
+
+def _adam(targets: list[Tensor], params: list[Tensor], state: State, group: Group, lr: float) -> None:
+    """Move `targets` by the step of Adam for `params`, in one pass."""
+    states = [state[p] for p in params]
+    # After 1e9 steps nothing is left to correct.
+    completed = [s["step"] - 1.0 if group["bias_correction"] else 1e9 for s in states]
+    adam(
+        targets,
+        [_grad(p) for p in params],
+        [s["exp_avg"] for s in states],
+        [s["exp_avg_sq"] for s in states],
+        [],
+        [torch.tensor(steps, device="cpu") for steps in completed],
+        fused=True,
+        amsgrad=False,
+        beta1=group["betas"][0],
+        beta2=group["betas"][1],
+        lr=lr,
+        weight_decay=0.0,
+        eps=group["eps"],
+        maximize=False,
+    )
+
+
+Clamp = tuple[float, float] | None
+
+
+def _trust_ratio(w_norm: float, u_norm: float, w_clamp: Clamp, u_clamp: Clamp) -> float | None:
+    """||w|| / ||u|| after clamping; None where one of them is 0, and 0 where one is not finite: such a layer stays."""
+    w_norm, u_norm = (
+        norm if clamp is None else min(max(norm, clamp[0]), clamp[1])
+        for norm, clamp in ((w_norm, w_clamp), (u_norm, u_clamp))
+    )
+    if not (math.isfinite(w_norm) and math.isfinite(u_norm)):
+        return 0.0
+    return w_norm / u_norm if w_norm > 0 and u_norm > 0 else None
+
+
+def _norm(t: Tensor) -> float:
+    t = t.view(-1)
+    return math.sqrt(torch.dot(t, t).item())  # faster than the norm
+
+
+def _norms_with_decay(w: Tensor, g: Tensor, weight_decay: float) -> tuple[float, float]:
+    """||w|| and ||g + weight_decay w||, the latter without the sum itself."""
+    if weight_decay == 0:
+        return _norm(w), _norm(g)
+    w, g = w.view(-1), g.view(-1)
+    ww, gg = torch.dot(w, w).item(), torch.dot(g, g).item()
+    square = gg + 2 * weight_decay * torch.dot(g, w).item() + weight_decay**2 * ww
+    if not square > 0.01 * (gg + weight_decay**2 * ww):  # what is left of such a difference is rounding
+        return math.sqrt(ww), _norm(torch.add(g, w, alpha=weight_decay))
+    return math.sqrt(ww), math.sqrt(square)
+
+
+def _grad(p: Tensor) -> Tensor:
+    assert p.grad is not None
+    return p.grad
