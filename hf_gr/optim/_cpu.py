@@ -16,6 +16,8 @@ from torch.optim.adam import adam
 from torch.optim.adamw import adamw
 from torch.optim.sgd import sgd
 
+from .gradient_regularization import grad_of
+
 Group = dict[str, Any]
 State = Mapping[Tensor, dict[str, Any]]
 
@@ -98,7 +100,7 @@ def suits_blockwise_adamw(optimizer: Optimizer) -> bool:
 
 
 def _updated_together(p: Tensor, state: dict[str, Tensor]) -> tuple[Tensor, ...]:
-    return p, _grad(p), state["exp_avg"], state["exp_avg_sq"]
+    return p, grad_of(p), state["exp_avg"], state["exp_avg_sq"]
 
 
 def step_adamw_blockwise(
@@ -113,13 +115,14 @@ def step_adamw_blockwise(
     if not blocks:
         return
     # One piece of scratch space for all blocks: fresh memory would cost more than the arithmetic.
-    largest = max(sum(len(p) for p, *_ in block) for _, block in blocks)
+    largest = max(sum(p.numel() for p, *_ in block) for _, block in blocks)
     scratch = torch.empty(2, largest, dtype=blocks[0][1][0][0].dtype)
     for group, block in blocks:
         params, grads, exp_avgs, exp_avg_sqs, flags, steps = (list(tensors) for tensors in zip(*block, strict=True))
-        sizes = [len(p) for p in params]
-        old, numbers = (list(half[: sum(sizes)].split(sizes)) for half in scratch)
-        torch._foreach_copy_(old, params)
+        flat = [p.view(-1) for p in params]
+        sizes = [len(p) for p in flat]
+        old, numbers = (list(torch.split(half[: sum(sizes)], sizes)) for half in scratch)
+        torch._foreach_copy_(old, flat)
         adamw(
             params,
             grads,
@@ -136,8 +139,8 @@ def step_adamw_blockwise(
             eps=group["eps"],
             maximize=group["maximize"],
         )
-        torch._foreach_copy_(numbers, flags)
-        yield group, params, old, numbers
+        torch._foreach_copy_(numbers, [mask.view(-1) for mask in flags])
+        yield group, flat, old, numbers
 
 
 def _blocks(group: Group, state: State, masks: Mapping[Tensor, Tensor]) -> Iterator[Block]:
@@ -146,7 +149,7 @@ def _blocks(group: Group, state: State, masks: Mapping[Tensor, Tensor]) -> Itera
     size = 0
     for part in (part for p in group["params"] if p.grad is not None for part in _parts(p, state[p], masks.get(p))):
         block.append(part)
-        size += len(part[0])
+        size += part[0].numel()
         if size >= STEP_BLOCK:
             yield block
             block, size = [], 0
@@ -156,12 +159,13 @@ def _blocks(group: Group, state: State, masks: Mapping[Tensor, Tensor]) -> Itera
 
 def _parts(p: Tensor, state: dict[str, Tensor], mask: Tensor | None) -> Iterator[tuple[Tensor, ...]]:
     mask = torch.zeros_like(p, dtype=torch.uint8) if mask is None else mask
-    tensors = (*_updated_together(p, state), mask)
-    *parts, last = zip(*(t.view(-1).split(STEP_BLOCK) for t in tensors), strict=True)
-    # The kernel counts a step with each part, so all but the last one count on a copy.
-    for part in parts:
-        yield (*part, state["step"].clone())
-    yield (*last, state["step"])
+    tensors: tuple[Tensor, ...] = (*_updated_together(p, state), mask)
+    if p.numel() > STEP_BLOCK:
+        # The kernel counts a step with each part, so all but the last one count on a copy.
+        *parts, tensors = zip(*(torch.split(t.view(-1), STEP_BLOCK) for t in tensors), strict=True)
+        for part in parts:
+            yield (*part, state["step"].clone())
+    yield (*tensors, state["step"])
 
 
 # ---- LARS, TVLARS, LAMB: layer by layer ----
@@ -182,7 +186,7 @@ def step_lars(
     if others:
         _sgd(others, state, group, otherwise, 0.0, lr * group["bias_lr_scale"])
     for p in layers:
-        w_norm, d_norm = _norms_with_decay(p, _grad(p), weight_decay)
+        w_norm, d_norm = _norms_with_decay(p, grad_of(p), weight_decay)
         ratio = _trust_ratio(w_norm, d_norm, clamp, clamp)
         _sgd([p], state, group, otherwise if ratio is None else factor * ratio, weight_decay, lr)
 
@@ -190,7 +194,7 @@ def step_lars(
 def _sgd(params: list[Tensor], state: State, group: Group, q: float, weight_decay: float, lr: float) -> None:
     """SGD with momentum along q (g + weight_decay w), in one pass."""
     momentum, nesterov = group["momentum"], group["nesterov"]
-    grads = [_grad(p) for p in params]
+    grads = [grad_of(p) for p in params]
     buffers = [state[p].get("momentum_buffer") for p in params]
     # torch's Nesterov has the gradient without q in its step. And 1 - dampening, below, is q rounded at 1.
     if nesterov or q < torch.finfo(torch.float64).eps / torch.finfo(params[0].dtype).eps:
@@ -249,7 +253,7 @@ def _adam(targets: list[Tensor], params: list[Tensor], state: State, group: Grou
     completed = [s["step"] - 1.0 if group["bias_correction"] else 1e9 for s in states]
     adam(
         targets,
-        [_grad(p) for p in params],
+        [grad_of(p) for p in params],
         [s["exp_avg"] for s in states],
         [s["exp_avg_sq"] for s in states],
         [],
@@ -294,8 +298,3 @@ def _norms_with_decay(w: Tensor, g: Tensor, weight_decay: float) -> tuple[float,
     if not square > 0.01 * (gg + weight_decay**2 * ww):  # what is left of such a difference is rounding
         return math.sqrt(ww), _norm(torch.add(g, w, alpha=weight_decay))
     return math.sqrt(ww), math.sqrt(square)
-
-
-def _grad(p: Tensor) -> Tensor:
-    assert p.grad is not None
-    return p.grad

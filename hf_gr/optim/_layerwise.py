@@ -16,15 +16,18 @@ State and arithmetic of parameters in half precision are float32; what is stored
 
 import math
 from collections.abc import Callable, Iterable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, overload
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from . import _cpu
+from .gradient_regularization import grad_of
 
 Group = dict[str, Any]
+State = dict[str, Any]
+Tensors = list[Tensor] | tuple[Tensor, ...]
 
 
 class LayerwiseOptimizer(Optimizer):
@@ -69,6 +72,12 @@ class LayerwiseOptimizer(Optimizer):
         if clamp is not None and not (len(clamp) == 2 and 0 <= clamp[0] < clamp[1]):
             raise ValueError(f"norm_clamp={clamp}: give None, or (low, high) with 0 <= low < high.")
 
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """One step. `closure`, if there is one, computes the loss and the gradients first; its loss is returned."""
@@ -78,7 +87,9 @@ class LayerwiseOptimizer(Optimizer):
                 loss = closure()
         for group in self.param_groups:
             self._begin(group)
-            layers, others, together = [], [], {}
+            layers: list[Tensor] = []
+            others: list[Tensor] = []
+            together: dict[tuple[Any, ...], list[Tensor]] = {}
             for p in group["params"]:
                 if p.grad is None:
                     continue
@@ -96,7 +107,7 @@ class LayerwiseOptimizer(Optimizer):
             self._step_each(layers, others, group)
             for (is_layer, *_), params in together.items():
                 dtype = precision(params[0])
-                weights, grads = [p.to(dtype) for p in params], [p.grad.to(dtype) for p in params]
+                weights, grads = [p.to(dtype) for p in params], [grad_of(p).to(dtype) for p in params]
                 self._step_together(weights, grads, [self.state[p] for p in params], group, is_layer)
                 if weights[0] is not params[0]:
                     torch._foreach_copy_(params, weights)
@@ -125,7 +136,7 @@ class LayerwiseOptimizer(Optimizer):
         raise NotImplementedError
 
     def _step_together(
-        self, weights: list[Tensor], grads: list[Tensor], states: list[dict], group: Group, are_layers: bool
+        self, weights: list[Tensor], grads: list[Tensor], states: list[State], group: Group, are_layers: bool
     ) -> None:
         """Parameters of one device and type, at one step; a plain step if they are not layers."""
         raise NotImplementedError
@@ -188,7 +199,7 @@ class LayerwiseOptimizer(Optimizer):
 
 
 def trust_factors(
-    w_norms: Tensor, u_norms: Tensor, w_clamp: tuple | None, u_clamp: tuple | None, factor: float, otherwise: float
+    w_norms: Tensor, u_norms: Tensor, w_clamp: _cpu.Clamp, u_clamp: _cpu.Clamp, factor: float, otherwise: float
 ) -> Tensor:
     """`factor` times the same ratios, for vectors of norms; `otherwise` where there is none."""
     w_norms = w_norms if w_clamp is None else w_norms.clamp(*w_clamp)
@@ -197,7 +208,7 @@ def trust_factors(
     return torch.where(w_norms.isfinite() & u_norms.isfinite(), ratios, 0.0)
 
 
-def norms(tensors: list[Tensor]) -> Tensor:
+def norms(tensors: Tensors) -> Tensor:
     """The norms as one vector."""
     return torch.stack(torch._foreach_norm(tensors))
 

@@ -27,7 +27,7 @@ class Ascent(NamedTuple):
 
 def sam(params: Sequence[Tensor], norm: float) -> tuple[Iterable[Tensor], float]:
     """d = g1 / ||g1||, the direction in which the loss climbs fastest."""
-    return (p.grad for p in params), norm + NORM_EPS
+    return (p.grad for p in params if p.grad is not None), norm + NORM_EPS
 
 
 SAM_CITATION = """\

@@ -46,7 +46,8 @@ def causal_lm_losses(logits: Tensor, labels: Tensor, generator: torch.Generator)
 
 def distribution_of(model: nn.Module) -> str | None:
     """What the logits of `model` mean: "classification", "causal_lm", or None where that is not known."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    unwrap = getattr(model, "get_base_model", None)  # of peft
+    inner = unwrap() if unwrap is not None else model
     name, config = type(inner).__name__, getattr(inner, "config", None)
     if name.endswith(("ForCausalLM", "LMHeadModel")) and not getattr(config, "is_encoder_decoder", False):
         return "causal_lm"

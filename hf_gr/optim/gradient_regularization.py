@@ -41,6 +41,12 @@ CITATION = """\
 HALF_PRECISION = (torch.float16, torch.bfloat16)
 
 
+def grad_of(p: Tensor) -> Tensor:
+    """`.grad` of a parameter that has one."""
+    assert p.grad is not None
+    return p.grad
+
+
 def gradient_norm(params: Iterable[Tensor]) -> float:
     """||g||_2 over the `.grad` of all `params`, taken as one vector; 0.0 if none of them has a gradient.
 
@@ -154,7 +160,7 @@ class Perturbation:
         self._step_per_grad = radius / length
         self._follows_gradient = True
         for p, direction in zip(self._params, directions, strict=True):
-            theta, grad = _local(p.detach()), _local(p.grad)
+            theta, grad = _local(p.detach()), _local(grad_of(p))
             self._theta.append(theta.clone())
             theta.add_(_local(direction), alpha=self._step_per_grad)
             self._follows_gradient &= direction is p.grad
@@ -204,5 +210,5 @@ class Perturbation:
         if not self._follows_gradient:
             return math.nan
         for p, theta in zip(self._params, self._theta, strict=True):
-            _local(p.detach()).sub_(theta).mul_(-ratio / self._step_per_grad).add_(_local(p.grad))
+            _local(p.detach()).sub_(theta).mul_(-ratio / self._step_per_grad).add_(_local(grad_of(p)))
         return _total_norm([p.detach() for p in self._params])

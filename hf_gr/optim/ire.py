@@ -28,7 +28,7 @@ the released code it never replaces the storage of a parameter, leaves `.grad` a
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -127,7 +127,7 @@ class IRE(Optimizer):
         kappa_schedule: str = "constant",
         seed: int = 0,
     ):
-        given = {"kappa": kappa, "gamma": gamma, "beta": beta}
+        given: dict[str, float | str] = {"kappa": kappa, "gamma": gamma, "beta": beta}
         given |= {"scope": scope, "mask": mask, "kappa_schedule": kappa_schedule}
         for name, value in given.items():
             check_value(name, value, SETTINGS[name])
@@ -191,6 +191,12 @@ class IRE(Optimizer):
         return self.__dict__.copy()
 
     # ---- The step ----
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """One step of the base optimizer, amplified. Returns what the base optimizer returns."""
@@ -289,7 +295,7 @@ class IRE(Optimizer):
             for block, part in in_blocks(values, mask):
                 common_counts.append(scan.replace(part, choose(block, threshold)))
             if parts:
-                torch._foreach_copy_(parts, mask.split([len(part) for part in parts]))
+                torch._foreach_copy_(parts, torch.split(mask, [len(part) for part in parts]))
         counts = to_ints([count_true(mask.view(torch.bool)) for mask in masks])
         self.flat_counts = dict(zip(params, counts, strict=True))
         common_count = sum(to_ints(common_counts))
@@ -340,11 +346,11 @@ class IRE(Optimizer):
 
         The hooks of the base optimizer run around its part, those of IRE around the whole.
         """
-        for hook in self._optimizer_state_dict_pre_hooks.values():
-            hook(self)
+        for before in self._optimizer_state_dict_pre_hooks.values():
+            before(self)
         state_dict = self._full_state_dict()
-        for hook in self._optimizer_state_dict_post_hooks.values():
-            state_dict = _unless_none(hook(self, state_dict), state_dict)
+        for after in self._optimizer_state_dict_post_hooks.values():
+            state_dict = _unless_none(after(self, state_dict), state_dict)
         return state_dict
 
     def _full_state_dict(self) -> dict[str, Any]:
@@ -370,11 +376,11 @@ class IRE(Optimizer):
             ValueError: the state is of another optimizer or of other parameters. Nothing is loaded then.
         """
         state_dict = state_dict.copy()
-        for hook in self._optimizer_load_state_dict_pre_hooks.values():
-            state_dict = _unless_none(hook(self, state_dict), state_dict)
+        for before in self._optimizer_load_state_dict_pre_hooks.values():
+            state_dict = _unless_none(before(self, state_dict), state_dict)
         self._load_full_state_dict(state_dict)
-        for hook in self._optimizer_load_state_dict_post_hooks.values():
-            hook(self)
+        for after in self._optimizer_load_state_dict_post_hooks.values():
+            after(self)
 
     def _load_full_state_dict(self, state_dict: dict[str, Any]) -> None:
         base = {key: value for key, value in state_dict.items() if key != "ire"}
@@ -402,15 +408,15 @@ class IRE(Optimizer):
             lacking = {key for group in self.param_groups for key in self.defaults.keys() - group.keys()}
         except KeyError as error:  # torch has looked for it
             lacking = {error.args[0]}
-        if lacking := sorted(lacking - {"differentiable"}):  # which torch adds to the defaults alone
+        if names := sorted(lacking - {"differentiable"}):  # which torch adds to the defaults alone
             self.base_optimizer.load_state_dict(before)
             raise ValueError(
                 f"The state to be loaded is not of {type(self.base_optimizer).__name__}: it has no "
-                f"{', '.join(lacking)}. Make the optimizer that it was saved from, or start without it."
+                f"{', '.join(names)}. Make the optimizer that it was saved from, or start without it."
             )
 
 
-def _unless_none(result: Any, otherwise: Any) -> Any:
+def _unless_none(result: dict[str, Any] | None, otherwise: dict[str, Any]) -> dict[str, Any]:
     return otherwise if result is None else result
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import _cpu
-from ._layerwise import Group, LayerwiseOptimizer, norms, trust_factors
+from ._layerwise import Group, LayerwiseOptimizer, State, Tensors, norms, trust_factors
 
 CITATION = """\
 @inproceedings{you2020large,
@@ -109,7 +109,7 @@ class LAMB(LayerwiseOptimizer):
         return math.sqrt(correction2) / correction1, group["eps"] * math.sqrt(correction2)
 
     def _step_together(
-        self, weights: list[Tensor], grads: list[Tensor], states: list[dict], group: Group, are_layers: bool
+        self, weights: list[Tensor], grads: list[Tensor], states: list[State], group: Group, are_layers: bool
     ) -> None:
         c, eps = self._corrections(group, states[0]["step"])
         directions = self._adam_directions(grads, states, group["betas"], eps)
@@ -120,9 +120,7 @@ class LAMB(LayerwiseOptimizer):
         torch._foreach_add_(weights, directions, alpha=-float(group["lr"]) * c)
 
     @staticmethod
-    def _adam_directions(
-        grads: list[Tensor], states: list[dict], betas: tuple[float, float], eps: float
-    ) -> list[Tensor]:
+    def _adam_directions(grads: list[Tensor], states: list[State], betas: tuple[float, float], eps: float) -> Tensors:
         """Update the moments; m / (sqrt(v) + eps) of each parameter."""
         exp_avgs, exp_avg_sqs = ([state[key] for state in states] for key in ("exp_avg", "exp_avg_sq"))
         torch._foreach_lerp_(exp_avgs, grads, 1 - betas[0])

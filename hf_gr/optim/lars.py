@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from . import _cpu
-from ._layerwise import Group, LayerwiseOptimizer, norms, trust_factors
+from ._layerwise import Group, LayerwiseOptimizer, State, Tensors, norms, trust_factors
 
 CITATION = """\
 @article{you2017large,
@@ -112,13 +112,13 @@ class LARS(LayerwiseOptimizer):
         _cpu.step_lars(layers, others, self.state, group, *self._factors(group))
 
     def _step_together(
-        self, weights: list[Tensor], grads: list[Tensor], states: list[dict], group: Group, are_layers: bool
+        self, weights: list[Tensor], grads: list[Tensor], states: list[State], group: Group, are_layers: bool
     ) -> None:
         lr, clamp = float(group["lr"]), group["norm_clamp"]
         factor, otherwise = self._factors(group)
         if not are_layers:
-            directions = grads if otherwise == 1 else torch._foreach_mul(grads, otherwise)
-            self._descend(weights, directions, states, group, lr * group["bias_lr_scale"])
+            scaled = grads if otherwise == 1 else torch._foreach_mul(grads, otherwise)
+            self._descend(weights, scaled, states, group, lr * group["bias_lr_scale"])
             return
         directions = torch._foreach_add(grads, weights, alpha=group["weight_decay"])
         factors = trust_factors(norms(weights), norms(directions), clamp, clamp, factor, otherwise)
@@ -126,7 +126,7 @@ class LARS(LayerwiseOptimizer):
         self._descend(weights, directions, states, group, lr)
 
     def _descend(
-        self, weights: list[Tensor], directions: list[Tensor], states: list[dict], group: Group, lr: float
+        self, weights: list[Tensor], directions: Tensors, states: list[State], group: Group, lr: float
     ) -> None:
         """SGD with momentum along `directions`."""
         momentum = group["momentum"]

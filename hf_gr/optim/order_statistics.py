@@ -25,7 +25,7 @@ def in_blocks(*tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
     size = _cpu.SCAN_BLOCK if tensors[0].is_cpu else GPU_BLOCK
     if tensors[0].numel() <= size or not all(t.is_contiguous() for t in tensors):
         return [tensors]
-    return zip(*(t.view(-1).split(size) for t in tensors), strict=True)
+    return zip(*(torch.split(t.view(-1), size) for t in tensors), strict=True)
 
 
 class Scan:
