@@ -29,7 +29,7 @@ from hf_gr import GRTrainer
 from hf_gr.checks import COUNT, NOT_NEGATIVE, POSITIVE, SHARE, Limit, check_ranges, flag
 from hf_gr.cli import script
 from hf_gr.cli.script import ScriptConfig
-from hf_gr.cli.trainers import FullEvaluation
+from hf_gr.cli.trainers import BatchNormReestimation, FullEvaluation
 from hf_gr.data.images import (
     add_augmentation,
     check_first_example,
@@ -142,9 +142,16 @@ class DataArguments(script.DataArguments):
     crop_padding: int = field(
         default=4, metadata={"help": "Shift training images by up to so many pixels, border reflected; 0 is off."}
     )
+    reestimate_batch_norm: int | None = field(
+        default=None,
+        metadata={
+            "help": "When training ends, compute BatchNorm's running statistics anew from this many training images, "
+            "without augmentation. After few steps they are those of earlier weights."
+        },
+    )
 
     def __post_init__(self):
-        counts = dict.fromkeys(("max_train_samples", "max_eval_samples"), COUNT)
+        counts = dict.fromkeys(("max_train_samples", "max_eval_samples", "reestimate_batch_norm"), COUNT)
         limits = {"image_max_value": POSITIVE, "crop_padding": NOT_NEGATIVE, "eval_fraction": Limit(0, 1, True, True)}
         check_ranges(self, counts | limits)
 
@@ -226,6 +233,9 @@ def create_trainer(model_args: ModelArguments, data_args: DataArguments, args: S
     add_augmentation(model, flip=data_args.random_flip, crop_padding=data_args.crop_padding)
     args.remove_unused_columns = False  # the image column is read when an example is asked for
     args.label_names = ["labels"]
+    callbacks = []
+    if (count := data_args.reestimate_batch_norm) is not None:
+        callbacks.append(BatchNormReestimation(train.select(range(min(count, len(train))))))
     return ImageTrainer(
         model=model,
         args=args,
@@ -234,6 +244,7 @@ def create_trainer(model_args: ModelArguments, data_args: DataArguments, args: S
         processing_class=image_processor,
         compute_metrics=classification_metrics,
         preprocess_logits_for_metrics=rank_classes,
+        callbacks=callbacks,
     )
 
 

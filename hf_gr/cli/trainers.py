@@ -1,12 +1,18 @@
-"""The trainers of the scripts: no example is dropped unseen; perplexity in the log, budgets in tokens."""
+"""The trainers of the scripts: no example is dropped unseen; perplexity in the log, budgets in tokens; BatchNorm."""
 
 import math
 
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim.swa_utils import update_bn
 from torch.utils.data import DataLoader
-from transformers import TrainingArguments
+from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import has_length
 
+from ..errors import extra
 from ..trainer import GRTrainer
+
+with extra("scripts"):
+    from datasets import Dataset
 
 
 class FullEvaluation(GRTrainer):
@@ -49,6 +55,28 @@ class CausalLMTrainer(FullEvaluation):
         """Put further results beside the last ones in the log, where the model card finds them."""
         index = max(i for i, entry in enumerate(self.state.log_history) if "eval_loss" in entry)
         self.state.log_history[index].update(metrics)
+
+
+class BatchNormReestimation(TrainerCallback):
+    """Computes BatchNorm's running statistics anew at the end of training, as means over batches of `images`.
+
+    After few steps they are those of earlier weights, and an accuracy measured with them says little.
+
+    Args:
+        images: rows with `pixel_values`. The augmentation of training images, a hook of the whole model, is left out.
+        batch_size: images in a batch.
+    """
+
+    def __init__(self, images: Dataset, batch_size: int = 512):
+        self.images, self.batch_size = images, batch_size
+
+    def on_train_begin(self, *_, model: PreTrainedModel, **kwargs) -> None:
+        if not any(isinstance(module, _BatchNorm) for module in model.modules()):
+            raise ValueError("reestimate_batch_norm: the model has no BatchNorm. Leave it out.")
+
+    def on_train_end(self, args: TrainingArguments, *_, model: PreTrainedModel, **kwargs) -> None:
+        batches = (batch["pixel_values"] for batch in self.images.iter(self.batch_size))
+        update_bn(batches, model.base_model, args.device)
 
 
 def perplexity(loss: float) -> float:

@@ -3,19 +3,22 @@
 import math
 
 import pytest
+import torch
 
 from helpers import toys
 from hf_gr import GRConfig, GRTrainer
-from hf_gr.cli.trainers import CausalLMTrainer, FullEvaluation, perplexity, steps_for_tokens
+from hf_gr.cli.trainers import BatchNormReestimation, CausalLMTrainer, FullEvaluation, perplexity, steps_for_tokens
+from hf_gr.data.images import add_augmentation
+from hf_gr.models.presets import create_resnet
 
 
 class Whole(FullEvaluation, GRTrainer):
     pass
 
 
-def trainer(cls, folder, count, **kwargs):
+def trainer(cls, folder, count, callbacks=None, **kwargs):
     args = GRConfig(**toys.arguments(folder, dataloader_drop_last=True, per_device_eval_batch_size=8, **kwargs))
-    return cls(toys.vit(), args, train_dataset=toys.images(count), eval_dataset=toys.images(11))
+    return cls(toys.vit(), args, train_dataset=toys.images(count), eval_dataset=toys.images(11), callbacks=callbacks)
 
 
 def test_evaluation_sees_the_last_batch(tmp_path):
@@ -33,6 +36,27 @@ def test_evaluation_sees_the_last_batch(tmp_path):
 def test_training_data_without_a_batch_is_refused(count, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         trainer(Whole, tmp_path, count, per_device_train_batch_size=4).train()
+
+
+class Images(list):
+    def iter(self, batch_size):
+        return ({"pixel_values": torch.stack(self[i : i + batch_size])} for i in range(0, len(self), batch_size))
+
+
+def test_batch_norm_is_reestimated_without_augmentation(tmp_path):
+    torch.manual_seed(0)
+    model = create_resnet("resnet-18", [str(i) for i in range(10)], "cifar")
+    add_augmentation(model, flip=True, crop_padding=2)
+    images = Images(example["pixel_values"] for example in toys.images(6))
+    args = GRConfig(**toys.arguments(tmp_path, max_steps=1, gr_lambda=0))
+    GRTrainer(model, args, train_dataset=toys.images(4), callbacks=[BatchNormReestimation(images, 2)]).train()
+    first = model.resnet.embedder.embedder
+    with torch.no_grad():
+        means = [first.convolution(torch.stack(images[i : i + 2])).mean((0, 2, 3)) for i in (0, 2, 4)]
+    torch.testing.assert_close(first.normalization.running_mean, torch.stack(means).mean(0))
+    assert first.normalization.momentum == 0.1 and all(p.requires_grad for p in model.parameters())
+    with pytest.raises(ValueError, match="reestimate_batch_norm: the model has no BatchNorm"):
+        trainer(GRTrainer, tmp_path, 8, callbacks=[BatchNormReestimation(images)]).train()
 
 
 def test_perplexity_does_not_overflow():
