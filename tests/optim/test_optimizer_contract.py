@@ -7,6 +7,7 @@ import helpers.optimizer_checks_interface
 import helpers.optimizer_checks_training  # noqa: F401
 from helpers.optimizer_contract import CHECKS
 from hf_gr import IRE, LAMB, LARS, TVLARS
+from hf_gr.optim import OPTIMIZERS
 
 
 def tvlars(params, lr=0.5, **settings):
@@ -38,6 +39,11 @@ OURS = {
     "IRE around SGD": around(lambda params, lr=0.01, **settings: torch.optim.SGD(params, lr, momentum=0.9, **settings)),
     "IRE around LAMB": around(lambda params, lr=0.01, **settings: LAMB(params, lr, **settings)),
 }
+
+
+def test_every_optimizer_of_the_table_is_among_them():
+    made = {type(make([torch.nn.Parameter(torch.ones(2, 2))])) for make in OURS.values()}
+    assert {*OPTIMIZERS.values(), IRE} <= made
 
 
 #: What does not hold, and why.
