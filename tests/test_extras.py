@@ -50,7 +50,7 @@ for entry in (
 
 
 def test_training_needs_no_extra_and_what_does_names_it():
-    command = [sys.executable, "-c", CORE_ALONE, str(SCRIPTS), *sorted(EXTRAS - {"peft"})]  # the card still needs it
+    command = [sys.executable, "-c", CORE_ALONE, str(SCRIPTS), *sorted(EXTRAS)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     named = [line.rpartition("pip install ")[2] for line in done.stdout.splitlines() if line.startswith("error:")]
