@@ -28,19 +28,17 @@ from transformers import TrainingArguments
 from hf_gr.cli import script
 from hf_gr.cli.output_folder import require_writable
 from hf_gr.errors import Failure
-from hf_gr.reporting.grid import Run, expand, run_grid, with_underscores
-from hf_gr.reporting.grid_file import Grid, load_grid
-from hf_gr.reporting.grid_report import (
+from hf_gr.reporting.comparison import (
     check_published,
     explanation,
     markdown_table,
-    plot_arms,
-    plot_heat_map,
-    plot_sensitivity,
     require_metric,
     table_like_the_papers,
     write_results,
 )
+from hf_gr.reporting.comparison_plots import plot_arms, plot_heat_map, plot_sensitivity
+from hf_gr.reporting.grid import Run, expand, run_grid, with_underscores
+from hf_gr.reporting.grid_file import Grid, load_grid
 from hf_gr.reporting.redaction import redact
 
 SCRIPTS = Path(__file__).parent

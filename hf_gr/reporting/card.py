@@ -18,7 +18,7 @@ from ..optim import IRE, OPTIMIZERS
 from ..optim.ascents import ASCENTS
 from ..optim.gr_warmup import GR_WARMUPS
 from ..optim.gradient_regularization import CITATION
-from .plots import plot_curves
+from .plots import PICTURE, plot_curves
 from .record import (
     FILE,
     History,
@@ -37,7 +37,6 @@ with extra("report"):
     import yaml
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-PICTURE = "curves.png"
 #: Where the Hub looks for results that go on the leaderboard of a dataset.
 EVAL_RESULTS = Path(".eval_results") / "hf_gr.yaml"
 #: What a leaderboard is of: the first of these that was measured.

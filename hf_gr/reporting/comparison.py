@@ -1,15 +1,22 @@
-"""Comparing two ways of training: how much sooner one of them reaches a loss, in steps, tokens, passes and seconds."""
+"""What a comparison of runs says, in numbers: of two groups how much sooner one of them reaches a loss, and of a grid a
+tidy table and a table for people, with the published numbers beside it. The pictures are in `comparison_plots.py`."""
 
+import csv
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from matplotlib.figure import Figure
 
-from .plots import BLUE, ORANGE
-from .record import History
+from ..errors import extra
+from .grid import Run
+from .grid_file import Grid
+from .record import History, read_history
+
+with extra("report"):
+    from scipy import stats
 
 #: What a run is measured in -> its key in the log.
 AXES = {
@@ -18,6 +25,13 @@ AXES = {
     "passes": "train_passes",
     "seconds": "train_seconds",
 }
+#: What the arms of a grid are compared at, besides at equal steps -> its key in the log.
+EQUAL_COSTS = {"passes": "train_passes", "seconds": "train_seconds"}
+#: What a run's row of the tidy table has besides its coordinates and the metrics of its last evaluation.
+COSTS = ("train_seconds", "train_passes", "train_tokens", "peak_memory_bytes")
+PUBLISHED_COLUMNS = ("model", "dataset", "optimizer", "method", "mean", "std")
+
+# ---- Two groups of runs ----
 
 
 def curve(history: History, axis: str, metric: str = "loss", window: int = 1) -> tuple[np.ndarray, np.ndarray]:
@@ -91,26 +105,233 @@ def _quotient(baseline: float, candidate: float) -> float:
     return baseline / candidate if candidate else math.inf
 
 
-def plot_comparison(
-    baseline: Sequence[History],
-    candidate: Sequence[History],
-    path: str | Path,
-    names: tuple[str, str] = ("baseline", "candidate"),
-    target: float | None = None,
-    metric: str = "loss",
-    window: int = 1,
-) -> None:
-    """The curves of all runs against each axis, with the target as a line, as one PNG."""
-    axes_found = list(speedups(baseline, candidate, target, metric, window))
-    target = common_target([*baseline, *candidate], metric, window) if target is None else target
-    figure = Figure(figsize=(4.5 * len(axes_found), 4), layout="constrained")
-    for axis, name in zip(figure.subplots(1, len(axes_found), squeeze=False)[0], axes_found, strict=True):
-        for runs, color, label in ((baseline, BLUE, names[0]), (candidate, ORANGE, names[1])):
-            for i, run in enumerate(runs):
-                axis.plot(*curve(run, name, metric, window), color=color, linewidth=1, label=None if i else label)
-        axis.axhline(target, color="gray", linestyle="--", linewidth=0.8)
-        axis.set(xlabel=name, ylabel=metric)
-        axis.grid(alpha=0.3)
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.legend(frameon=False)
-    figure.savefig(path, dpi=120)
+def read_curves(flag: str, folders: Sequence[str], metric: str, window: int) -> list[History]:
+    """The logs of the runs in `folders`. Raises `ValueError` if one has no curve to compare, or is there twice."""
+    paths = [Path(folder).resolve() for folder in folders]
+    if twice := sorted({str(path) for path in paths if paths.count(path) > 1}):
+        raise ValueError(f"{flag}: {', '.join(twice)} is there twice, and would count as two seeds. Give it once.")
+    return [_with_curve(flag, path, metric, window) for path in paths]
+
+
+def _with_curve(flag: str, folder: Path, metric: str, window: int) -> History:
+    history = read_history(folder)
+    try:
+        curve(history, "steps", metric, window)
+    except ValueError as error:
+        raise ValueError(f"{flag} {folder}: {error}") from error
+    return history
+
+
+# ---- A grid ----
+
+
+def require_metric(grid: Grid, run: Run) -> None:
+    """Raise `ValueError` if the results of a finished run do not have the grid's metric."""
+    results = run.results()
+    if grid.metric not in results:
+        found = ", ".join(sorted(key for key in results if key.startswith("eval_")))
+        raise ValueError(
+            f"metric={grid.metric!r}: {run.folder} does not have it. Change it in the grid to one of "
+            f"{found or 'none'}, and give the command again: finished runs are kept."
+        )
+
+
+def write_results(runs: Sequence[Run], path: Path) -> None:
+    """One row per finished run: coordinates, metrics, costs. A CSV."""
+    rows = []
+    for run in runs:
+        results = run.results()
+        kept = {key: value for key, value in results.items() if key.startswith("eval_") or key in COSTS}
+        rows.append({**run.point, **kept})
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, names)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def markdown_table(grid: Grid, runs: Sequence[Run], published: Path | None = None) -> str:
+    """Mean and standard deviation of each arm at each combination of the axes.
+
+    Beside them: the difference to the baseline over the seeds that both have, with the p-value of a paired t-test (two
+    seeds or more); the metric at equal passes and at equal seconds, which is that of the last evaluation within what
+    the cheapest arm took on average, on a schedule made for more; the costs; and the published numbers, marked as such.
+    What does not come from all seeds says from how many.
+    """
+    unit = " (%)" if grid.percent else ""
+    metric = grid.metric.removeprefix("eval_")
+    head = [*grid.axes, "", f"{metric}{unit}, mean ± std", "each seed", f"against {grid.baseline}", "p",
+            *(f"{metric}{unit} at equal {cost}" for cost in EQUAL_COSTS), *EQUAL_COSTS]  # fmt: skip
+    known = _published(grid, published)
+    if grid.published:
+        head.append("published, **not ours**")
+    lines = [_row(head), "|---" * len(head) + "|"]
+    for at, group in grouped(runs, grid.axes):
+        arms = {arm: list(members) for (arm,), members in grouped(group, ["arm"])}
+        limits = {key: min(_mean_cost(members, key) for members in arms.values()) for key in EQUAL_COSTS.values()}
+        for arm, members in arms.items():
+            cells = [*at, arm, *_cells(grid, members, arms.get(grid.baseline, []), limits)]
+            if grid.published:
+                cells.append(known(dict(zip(grid.axes, at, strict=True)), arm))
+            lines.append(_row(cells))
+    return "\n".join(lines) + "\n"
+
+
+def _row(cells: Iterable[Any]) -> str:
+    return f"| {' | '.join(str(cell).replace('|', chr(92) + '|') for cell in cells)} |"
+
+
+def table_like_the_papers(grid: Grid, runs: Sequence[Run], published: Path | None = None) -> str:
+    """The same numbers as a paper prints them: models (the first axis) and arms down, the other axes across."""
+    first, *others = grid.axes
+    known = _published(grid, published)
+    columns = [at for at, _ in grouped(runs, others)]
+    lines = [_row([first, "", *(", ".join(map(str, at)) for at in columns)]), "|---" * (2 + len(columns)) + "|"]
+    for (value, arm), group in grouped(runs, [first, "arm"]):
+        cells = dict(grouped(group, others))
+        row = []
+        for at in columns:
+            cell = _mean_and_std([metric_of(grid, run) for run in cells[at]], len(grid.seeds)) if at in cells else ""
+            beside = known({first: value, **dict(zip(others, at, strict=True))}, arm)
+            row.append(f"{cell}<br>published: {beside}" if beside else cell)
+        lines.append(_row([value, arm, *row]))
+    return "\n".join(lines) + "\n"
+
+
+def _cells(grid: Grid, members: Sequence[Run], baseline: Sequence[Run], limits: dict[str, float]) -> list[str]:
+    values = {run.point["seed"]: metric_of(grid, run) for run in members}
+    reference = {run.point["seed"]: metric_of(grid, run) for run in baseline}
+    shared = [] if members is baseline else sorted(set(values) & set(reference))
+    common = [seed for seed in shared if math.isfinite(values[seed] - reference[seed])]
+    differences = [values[seed] - reference[seed] for seed in common]
+    p = ""
+    if len(common) > 1:
+        same = max(differences) == min(differences)  # the test divides by their spread
+        p = "" if same else f"{stats.ttest_rel([values[s] for s in common], [reference[s] for s in common]).pvalue:.2g}"
+    seeds = len(grid.seeds)
+    return [
+        _mean_and_std(list(values.values()), seeds),
+        ", ".join(f"{value:.4g}" for value in values.values()),
+        f"{mean(differences):+.3g}{_share(differences, seeds)}" if differences else "",
+        p,
+        *(_mean_within(grid, members, key, limit) for key, limit in limits.items()),
+        *("" if math.isinf(cost := _mean_cost(members, key)) else f"{cost:,.0f}" for key in limits),
+    ]
+
+
+def _mean_cost(members: Sequence[Run], key: str) -> float:
+    """Infinite where the script does not count it."""
+    costs = [run.results().get(key) for run in members]
+    return math.inf if None in costs else mean(costs)
+
+
+def _mean_within(grid: Grid, members: Sequence[Run], key: str, limit: float) -> str:
+    """Of the last evaluation of each run that is within a cost, with a little leeway: logs are not written every
+    moment. Empty where no run has one; where only some have one it says so, as these may be the quickest."""
+    found = []
+    for run in members:
+        evaluations = [e for e in run.history() if grid.metric in e and key in e and e[key] <= 1.02 * limit]
+        found += [_as_float(e[grid.metric]) for e in evaluations[-1:]]
+    scale = 100 if grid.percent else 1
+    return f"{scale * mean(finite(found)):.4g}{_share(found, len(grid.seeds))}" if found else ""
+
+
+def grouped(runs: Iterable[Run], names: Iterable[str]) -> list[tuple[tuple[Any, ...], list[Run]]]:
+    """(coordinates, runs) for each combination of `names` that there is."""
+    groups: dict[tuple[Any, ...], list[Run]] = {}
+    names = list(names)
+    for run in runs:
+        groups.setdefault(tuple(run.point[name] for name in names), []).append(run)
+    return list(groups.items())
+
+
+def finite(values: Iterable[float]) -> list[float]:
+    return [value for value in values if math.isfinite(value)]
+
+
+def mean(values: Iterable[float]) -> float:
+    """NaN of no values."""
+    values = list(values)
+    return statistics.mean(values) if values else math.nan
+
+
+def _mean_and_std(values: Sequence[float], seeds: int) -> str:
+    known = finite(values)
+    spread = f" ± {statistics.stdev(known):.2g}" if len(known) > 1 else ""
+    return f"{mean(known):.4g}{spread}{_share(values, seeds)}"
+
+
+def _share(values: Sequence[float], seeds: int) -> str:
+    """How many seeds a number comes from, where that is not all of them."""
+    count = len(finite(values))
+    return "" if count == seeds else f" ({count} of {seeds} seeds)"
+
+
+def explanation(grid: Grid) -> str:
+    """What the columns of `markdown_table` are, for people."""
+    lines = [
+        f"Mean and standard deviation over the seeds, p of a paired t-test against {grid.baseline}. At equal passes "
+        "and seconds: the last evaluation within what the cheapest arm took on average, of runs whose schedule was "
+        "made for more. Passes: forward and backward passes over the batch of a step, until the end. (2 of 3 seeds): "
+        "the others have not finished, are not finite (nan, inf), or have no evaluation within that cost."
+    ]
+    if grid.published:
+        lines.append("Published numbers are the paper's, for the model, data and optimizer in brackets.")
+    return " ".join(lines) + "\n"
+
+
+def _published(grid: Grid, path: Path | None) -> Callable[[dict[str, Any], str], str]:
+    """(values of the axes, arm) -> the paper's number, as text; empty where there is none."""
+    if path is None or grid.published is None:
+        return lambda at, arm: ""
+    known = {
+        (row["model"], row["dataset"], row["optimizer"], row["method"]): (
+            row["mean"]
+            + (f" ± {row['std']}" if row["std"] else "")
+            + f" ({row['model']}, {row['dataset']}, {row['optimizer']})"
+        )
+        for row in _read_published(path)
+    }
+    return lambda at, arm: known.get(_published_key(grid, at, arm), "")
+
+
+def check_published(grid: Grid, path: Path) -> None:
+    """Raise `ValueError` if the file of published numbers, or a name that the grid looks up in it, is not there."""
+    rows = _read_published(path)
+    for key, columns in (("arms", ("method",)), ("names", ("model", "dataset", "optimizer"))):
+        there = {row[column] for row in rows for column in columns}
+        if missing := sorted(set(grid.published[key].values()) - there):
+            raise ValueError(
+                f"published.{key}: {', '.join(missing)} is not in the column {' or '.join(columns)} of {path}. "
+                f"Write it as it is there: {', '.join(sorted(there))}."
+            )
+
+
+def _read_published(path: Path) -> list[dict[str, str]]:
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            reader = csv.DictReader(file)
+            rows = list(reader)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"published.file={path}: it cannot be read ({error}). Give a CSV beside the grid.") from error
+    if missing := sorted(set(PUBLISHED_COLUMNS) - set(reader.fieldnames or [])):
+        raise ValueError(f"published.file={path}: it has no column {', '.join(missing)}. Add it.")
+    if not all(row[column] is not None for row in rows for column in PUBLISHED_COLUMNS):
+        raise ValueError(f"published.file={path}: a row has fewer values than there are columns. Complete it.")
+    return rows
+
+
+def _published_key(grid: Grid, at: dict[str, Any], arm: str) -> tuple[str, str, str, str]:
+    names = grid.published["names"]
+    what = {**(grid.published_like or {}), **at}
+    model, dataset, optimizer = (names.get(str(what.get(key)), "") for key in ("model", "dataset_name", "optim"))
+    return model, dataset, optimizer, grid.published["arms"].get(arm, "")
+
+
+def metric_of(grid: Grid, run: Run) -> float:
+    return _as_float(run.results()[grid.metric]) * (100 if grid.percent else 1)
+
+
+def _as_float(value: float | None) -> float:
+    """JSON has no NaN; some write null for it."""
+    return math.nan if value is None else float(value)

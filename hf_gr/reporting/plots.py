@@ -1,14 +1,10 @@
-"""Pictures of a run, drawn from its `log_history` alone.
-
-python -m hf_gr.reporting.plots FOLDER    # draws curves.png of a finished run, or of its last checkpoint, anew
-"""
+"""Pictures of a run, drawn from its `log_history` alone."""
 
 import math
 import os
 from pathlib import Path
 
-from ..errors import ArgumentParser, extra, run
-from .record import read_history
+from ..errors import extra
 
 with extra("report"):
     from matplotlib import colormaps
@@ -18,6 +14,7 @@ with extra("report"):
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
+PICTURE = "curves.png"
 # Colour-blind safe (Okabe and Ito, 2008).
 BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
 COLORS = (BLUE, ORANGE, GREEN, PURPLE, "#E69F00", "#56B4E9", "#000000")
@@ -157,27 +154,3 @@ def require_picture(flag: str, path: Path) -> None:
         raise ValueError(f"{flag}={path}: its ending is of no kind of picture. Use .png, or one of {', '.join(kinds)}.")
     if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
         raise ValueError(f"{flag}={path}: it cannot be written. Choose a file in a folder that exists and is yours.")
-
-
-def _last_state(folder: Path) -> Path:
-    """`folder`, or its last checkpoint if the run has not finished."""
-    found = [path for path in folder.glob("checkpoint-*") if path.name[11:].isdigit()]
-    folders = [folder, *sorted(found, key=lambda path: -int(path.name[11:]))]
-    return next((path for path in folders if (path / "trainer_state.json").is_file()), folder)
-
-
-def main(argv: list[str] | None = None) -> None:
-    parser = ArgumentParser(prog="python -m hf_gr.reporting.plots", description="Draw the curves of a run anew.")
-    parser.add_argument("folder", type=Path, help="the output folder of a run, or one of its checkpoints")
-    parser.add_argument("--picture", type=Path, help="default: curves.png in the folder")
-    options = parser.parse_args(argv)
-    history = read_history(_last_state(options.folder))
-    if not history:
-        raise ValueError(f"folder={options.folder}: the run has logged nothing to draw. Give one that has.")
-    picture = options.picture or options.folder / "curves.png"
-    require_picture("picture", picture)
-    plot_curves(history, picture)
-
-
-if __name__ == "__main__":
-    run(main)

@@ -1,4 +1,4 @@
-"""What compare.py, compare_runs.py and hf_gr.reporting.plots refuse: one line that names it, exit code 2."""
+"""What compare.py and the command hf-gr refuse: one line that names it, exit code 2."""
 
 import json
 import sys
@@ -8,7 +8,8 @@ import pytest
 import yaml
 
 from helpers.scripts import check, load_script
-from hf_gr.reporting import plots
+from hf_gr.cli import command
+from hf_gr.reporting.record import Record, Segment, write_record
 
 ARMS = {"off": {"gr_lambda": 0}, "on": {"gr_lambda": 0.1}}
 HISTORY = [{"step": s, "loss": 3 - s / 10, "eval_loss": 3.0 - s / 10} for s in range(1, 6)]
@@ -36,6 +37,9 @@ def place(tmp_path_factory) -> Path:
     for name in ("cut", "checkpoints/checkpoint-3"):
         (folder / name / "trainer_state.json").write_text(json.dumps(states["run"])[:50])
     (folder / "file").write_text("x")
+    write_record(Record(segments=[Segment()]), folder / "recorded")
+    write_record(Record(segments=[Segment()]), folder / "unreadable")
+    (folder / "unreadable" / "run.json").write_text("{")
     (folder / "grid.yaml").write_text(yaml.safe_dump({"script": "train_vit.py", "arms": ARMS, "baseline": "off"}))
     return folder
 
@@ -114,7 +118,7 @@ def test_command_lines_of_compare(argv, words, place):
         ({"script": None}, ["script=None", "must be text"]),
         ({"script": ...}, ["missing key script", "Add it"]),
         ({"script": "train_vit"}, ["script='train_vit'", "there is no file"]),
-        ({"script": "compare_runs.py"}, ["script='compare_runs.py'", "Choose one of train_vit.py"]),
+        ({"script": "evaluate_llama.py"}, ["script='evaluate_llama.py'", "Choose one of train_vit.py"]),
         ({"arms": ["off", "on"]}, ["arms=['off', 'on']", "must be names with values"]),
         ({"arms": None}, ["arms=None", "must be names with values"]),
         ({"arms": {}}, ["arms={}", "at least one arm"]),
@@ -186,7 +190,7 @@ def test_scales_of_a_grid(scale, tmp_path):
     check(load_script("compare").main, argv, "grid.yaml", key)
 
 
-# ---- compare_runs.py ----
+# ---- hf-gr compare ----
 
 
 def runs(*argv: str, baseline: str = "run", candidate: str = "run") -> list[str]:
@@ -228,11 +232,11 @@ def runs(*argv: str, baseline: str = "run", candidate: str = "run") -> list[str]
         (runs("--candidate", "{}/run"), ["candidate", "twice", "Give it once"]),
     ],
 )  # fmt: skip
-def test_compare_runs(argv, words, place):
-    check(load_script("compare_runs").main, fill(argv, place), *words)
+def test_comparisons(argv, words, place):
+    check(command.main, ["compare", *fill(argv, place)], *words)
 
 
-# ---- python -m hf_gr.reporting.plots ----
+# ---- hf-gr plots, hf-gr card, and what is neither ----
 
 
 @pytest.mark.parametrize(
@@ -255,12 +259,30 @@ def test_compare_runs(argv, words, place):
     ],
 )
 def test_plots(argv, words, place):
-    check(plots.main, fill(argv, place), *words)
+    check(command.main, ["plots", *fill(argv, place)], *words)
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["card"], ["folder"]),
+        (["card", "{}/none"], ["none", "there is no run.json", "Give the output folder"]),
+        (["card", "{}/run"], ["run", "there is no run.json", "Give the output folder"]),
+        (["card", "{}/recorded"], ["recorded", "no trainer_state.json", "Give the output folder"]),
+        (["card", "{}/unreadable"], ["run.json", "cannot be read", "Delete it"]),
+        (["card", "{}/run", "{}/nan"], ["nan", "belongs to no flag"]),
+        (["card", "{}/run", "--license", "mit"], ["--license", "there is no such flag"]),
+        (["cards", "{}/run"], ["'cards'", "no such command", "card, plots, compare"]),
+        (["--picture", "{}/x.png"], ["'--picture'", "no such command", "card, plots, compare"]),
+    ],
+)
+def test_cards_and_commands(argv, words, place):
+    check(command.main, fill(argv, place), *words)
 
 
 @pytest.mark.parametrize("name", ["nan", "null"])
 def test_a_diverged_run_is_drawn(name, place, tmp_path):
-    plots.main([str(place / name), "--picture", str(tmp_path / "x.png")])
+    command.main(["plots", str(place / name), "--picture", str(tmp_path / "x.png")])
     assert (tmp_path / "x.png").exists()
 
 

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from helpers import SCRIPTS
 from helpers.scripts import launch
+from hf_gr.cli import command
 from hf_gr.reporting.card import ENVIRONMENT, python_string
 from hf_gr.reporting.record import read_record
 
@@ -301,7 +302,7 @@ def test_the_harness_is_given_the_folder(adapters, pretrained, monkeypatch, tmp_
 
 def test_comparison_of_runs(pretrained, capsys, tmp_path):
     folder = str(pretrained[0])
-    load("compare_runs")(["--baseline", folder, "--candidate", folder, "--picture", str(tmp_path / "c.png")])
+    command.main(["compare", "--baseline", folder, "--candidate", folder, "--picture", str(tmp_path / "c.png")])
     lines = capsys.readouterr().out.splitlines()
     assert {line.split("|")[1].strip() for line in lines if line.startswith("| ") and "1.00" in line} == {
         "steps",
@@ -336,7 +337,6 @@ def test_comparison_of_runs(pretrained, capsys, tmp_path):
         ("finetune_llama_lora", ["--adapter_name_or_path", "OTHER"], "does not fit"),
         ("finetune_llama_lora", ["--model_name_or_path", "MISMATCH"], "They do not belong together"),
         ("evaluate_llama", ["--lm_eval_tasks", "arc_easy"], "the lm-evaluation-harness is not installed"),
-        ("compare_runs", ["--baseline", "/no/such", "--candidate", "/no/such"], "there is no trainer_state.json"),
     ],
 )
 def test_mistakes_are_named(script, arguments, message, data, pretrained, adapters, tmp_path):

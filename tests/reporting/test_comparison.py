@@ -4,7 +4,8 @@ import math
 
 import pytest
 
-from hf_gr.reporting.comparison import common_target, curve, first_reached, plot_comparison, speedups
+from hf_gr.reporting.comparison import common_target, curve, first_reached, speedups
+from hf_gr.reporting.comparison_plots import plot_comparison
 
 
 def run(scale: float, seconds: float) -> list[dict]:

@@ -19,19 +19,16 @@ from PIL import Image
 from helpers import SCRIPTS
 from helpers.scripts import load_script
 from hf_gr.errors import Failure
-from hf_gr.reporting.grid import Run, expand, run_grid
-from hf_gr.reporting.grid_file import Grid, load_grid
-from hf_gr.reporting.grid_report import (
-    _plot_metric,
+from hf_gr.reporting.comparison import (
     _published_key,
     check_published,
     markdown_table,
-    plot_arms,
-    plot_heat_map,
-    plot_sensitivity,
     table_like_the_papers,
     write_results,
 )
+from hf_gr.reporting.comparison_plots import _plot_metric, plot_arms, plot_heat_map, plot_sensitivity
+from hf_gr.reporting.grid import Run, expand, run_grid
+from hf_gr.reporting.grid_file import Grid, load_grid
 
 ARMS = {"off": {"gr_lambda": 0}, "on": {"gr_lambda": 0.1}}
 

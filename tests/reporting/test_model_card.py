@@ -25,10 +25,9 @@ from transformers import (
 
 from helpers import ROOT, toys
 from hf_gr import GRConfig, GRTrainer
-from hf_gr.cli import script
+from hf_gr.cli import command, script
 from hf_gr.data.text import train_tokenizer
 from hf_gr.reporting.card import ENVIRONMENT, PIPELINE_TAGS
-from hf_gr.reporting.plots import main as plots_main
 from hf_gr.reporting.plots import plot_curves
 
 
@@ -483,15 +482,15 @@ def test_picture(run, tmp_path):
 def test_the_picture_is_drawn_from_the_state_alone(run, tmp_path):
     trainer, _, folder = run
     trainer.state.save_to_json(str(tmp_path / "trainer_state.json"))
-    plots_main([str(tmp_path)])
+    command.main(["plots", str(tmp_path)])
     with PILImage.open(tmp_path / "curves.png") as again, PILImage.open(folder / "curves.png") as first:
         assert again.tobytes() == first.tobytes()
     (tmp_path / "checkpoint-12").mkdir()
     (tmp_path / "trainer_state.json").rename(tmp_path / "checkpoint-12" / "trainer_state.json")
-    plots_main([str(tmp_path), "--picture", str(tmp_path / "again.png")])
+    command.main(["plots", str(tmp_path), "--picture", str(tmp_path / "again.png")])
     assert (tmp_path / "again.png").read_bytes() == (tmp_path / "curves.png").read_bytes()
     with pytest.raises(ValueError, match=r"there is no trainer_state\.json"):
-        plots_main([str(tmp_path / "checkpoint-1")])
+        command.main(["plots", str(tmp_path / "checkpoint-1")])
 
 
 def test_an_evaluation_in_the_middle_is_not_passed_off_as_the_last(tmp_path):

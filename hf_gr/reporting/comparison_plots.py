@@ -1,0 +1,217 @@
+"""Comparisons of runs as pictures."""
+
+import math
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import extra
+from .comparison import common_target, curve, finite, first_reached, grouped, mean, metric_of, speedups
+from .grid import Run
+from .grid_file import Grid
+from .plots import BLUE, COLORS, ORANGE, make_logarithmic
+from .record import History
+
+with extra("report"):
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+#: Pixels that matplotlib can draw, a little below 2 ** 16.
+LARGEST_PICTURE = 65_000
+
+
+def plot_comparison(
+    baseline: Sequence[History],
+    candidate: Sequence[History],
+    path: str | Path,
+    names: tuple[str, str] = ("baseline", "candidate"),
+    target: float | None = None,
+    metric: str = "loss",
+    window: int = 1,
+) -> None:
+    """The curves of all runs against each axis, with the target as a line, as one PNG."""
+    axes_found = list(speedups(baseline, candidate, target, metric, window))
+    target = common_target([*baseline, *candidate], metric, window) if target is None else target
+    figure = Figure(figsize=(4.5 * len(axes_found), 4), layout="constrained")
+    for axis, name in zip(figure.subplots(1, len(axes_found), squeeze=False)[0], axes_found, strict=True):
+        for runs, color, label in ((baseline, BLUE, names[0]), (candidate, ORANGE, names[1])):
+            for i, run in enumerate(runs):
+                axis.plot(*curve(run, name, metric, window), color=color, linewidth=1, label=None if i else label)
+        axis.axhline(target, color="gray", linestyle="--", linewidth=0.8)
+        axis.set(xlabel=name, ylabel=metric)
+        axis.grid(alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.legend(frameon=False)
+    figure.savefig(path, dpi=120)
+
+
+def plot_arms(grid: Grid, runs: Sequence[Run], path: Path) -> None:
+    """A row of panels for each combination of the axes, with the mean of each arm over its seeds: the metric against
+    steps and against seconds, with its range; ||g1||, with GR and without; and the warmups, where there are any.
+
+    A dotted line is what the baseline ends with, and beside it stands how much sooner the quickest other arm is there.
+    """
+    groups = grouped(runs, grid.axes)
+    has_gr = any("gr_lambda" in entry for run in runs for entry in run.history())
+    columns = 4 if has_gr else 3
+    figure = Figure(figsize=(4.6 * columns, 4.2 * len(groups)), layout="constrained")
+    panels = figure.subplots(len(groups), columns, squeeze=False)
+    for row, (at, members) in zip(panels, groups, strict=True):
+        arms = {arm: [run.history() for run in of_arm] for (arm,), of_arm in grouped(members, ["arm"])}
+        colors = dict(zip(arms, COLORS * (1 + len(arms) // len(COLORS)), strict=False))
+        _plot_metric(row[0], grid, arms, colors, "step", "optimizer step")
+        _plot_metric(row[1], grid, arms, colors, "train_seconds", "seconds of training")
+        _plot_norms(row[2], arms, colors)
+        if has_gr:
+            _plot_warmups(row[3], arms, colors)
+        for axis in row:
+            axis.grid(alpha=0.3)
+            axis.spines[["top", "right"]].set_visible(False)
+        row[0].legend(frameon=False)
+        row[0].set_title(
+            ", ".join(f"{n} = {v}" for n, v in zip(grid.axes, at, strict=True)), loc="left", fontsize="medium"
+        )
+    figure.savefig(path, dpi=min(120, LARGEST_PICTURE / figure.get_figheight()))
+
+
+Histories = dict[str, list[History]]
+
+
+def _plot_metric(axis: Axes, grid: Grid, arms: Histories, colors: dict[str, str], against: str, xlabel: str) -> None:
+    scale = 100 if grid.percent else 1
+    curves = {}
+    for arm, histories in arms.items():
+        x, y = _curves(histories, grid.metric, against)
+        if len(x):
+            y = scale * y
+            curves[arm] = x, y.mean(axis=0)
+            axis.plot(*curves[arm], color=colors[arm], label=arm, linewidth=1.2)
+            axis.fill_between(x, y.min(axis=0), y.max(axis=0), color=colors[arm], alpha=0.08)
+    # The end of the curves is what matters, and is the smallest part of a linear axis.
+    axis.set(xlabel=xlabel, ylabel=_label(grid))
+    make_logarithmic(axis)
+    if grid.baseline in curves:
+        _plot_speedup(axis, curves, colors, grid.baseline)
+
+
+def _plot_speedup(
+    axis: Axes, curves: dict[str, tuple[np.ndarray, np.ndarray]], colors: dict[str, str], baseline: str
+) -> None:
+    target = float(curves[baseline][1][-1])
+    if not math.isfinite(target):
+        axis.set_title(f"{baseline} ends with {target}", loc="right", fontsize="small", color="gray")
+        return
+    axis.axhline(target, color="gray", linestyle=":", linewidth=0.8)
+    reached = {arm: first_reached(x, y, target) for arm, (x, y) in curves.items()}
+    own = reached.pop(baseline)
+    best = min(reached, key=reached.__getitem__, default=None)
+    if best is None:
+        return
+    if np.isinf(reached[best]):
+        text = f"none reaches the end of {baseline}"
+    else:
+        text = f"{best}: {own / reached[best]:.2f} x the speed of {baseline}"
+        axis.plot([reached[best], own], [target, target], color=colors[best], linewidth=2.5, alpha=0.6)
+    axis.set_title(text, loc="right", fontsize="small", color=colors[best] if np.isfinite(reached[best]) else "gray")
+
+
+def _plot_norms(axis: Axes, arms: Histories, colors: dict[str, str]) -> None:
+    for arm, histories in arms.items():
+        # Without GR there is one gradient, and it is called otherwise.
+        key = "gr_grad_norm" if any("gr_grad_norm" in entry for entry in histories[0]) else "grad_norm"
+        x, y = _curves(histories, key, "step")
+        if len(x):
+            axis.plot(x, y.mean(axis=0), color=colors[arm], label=arm, linewidth=1.2)
+    axis.set(xlabel="optimizer step", ylabel=r"$\|g_1\|$")
+    make_logarithmic(axis)
+
+
+def _plot_warmups(axis: Axes, arms: Histories, colors: dict[str, str]) -> None:
+    end, width = 0.0, 1.5 + len(arms)
+    for arm, histories in arms.items():
+        width -= 1  # so that curves that coincide can all be seen
+        for key, style in (("gr_lambda", "-"), ("gr_r", ":")):
+            x, y = _curves(histories, key, "step")
+            if len(x):
+                y = y.mean(axis=0)
+                axis.plot(x, y, style, color=colors[arm], drawstyle="steps-pre", linewidth=width)
+                changes = np.flatnonzero(np.diff(y))
+                end = max(end, x[changes[-1] + 1] if len(changes) else 0)
+    axis.set(xlabel="optimizer step", ylabel=r"$\lambda_t$ (lines), $r_t$ (dots)")
+    axis.set_ylim(bottom=0)
+    if 0 < 3 * end < axis.get_xlim()[1]:
+        axis.set_xlim(0, 3 * end)  # nothing happens after that
+
+
+def _curves(histories: Sequence[Sequence[dict[str, float]]], key: str, against: str) -> tuple[np.ndarray, np.ndarray]:
+    """x, averaged over the runs, and y of each run; the entries that all runs have."""
+    xs, ys = [], []
+    for history in histories:
+        points = [(entry[against], entry[key]) for entry in history if key in entry and against in entry]
+        xs.append([x for x, _ in points])
+        ys.append([y for _, y in points])
+    count = min(map(len, xs))
+    return np.mean([x[:count] for x in xs], axis=0), np.array([y[:count] for y in ys], dtype=float)
+
+
+def plot_sensitivity(grid: Grid, runs: Sequence[Run], path: Path) -> None:
+    """The metric against the one axis, with its standard deviation over seeds: how much the choice matters."""
+    (name,) = grid.axes
+    values = grid.axes[name]
+    numbers = [_as_number(value) for value in values]
+    positions = list(range(len(values))) if None in numbers else numbers
+    figure = Figure(figsize=(6, 4.2), layout="constrained")
+    axis = figure.subplots()
+    for ((arm,), members), color in zip(grouped(runs, ["arm"]), COLORS * 3, strict=False):
+        cells = {value: finite(metric_of(grid, run) for run in cell) for (value,), cell in grouped(members, [name])}
+        there = [i for i, value in enumerate(values) if value in cells]
+        means = [mean(cells[values[i]]) for i in there]
+        spread = [statistics.stdev(cells[values[i]]) if len(cells[values[i]]) > 1 else 0 for i in there]
+        axis.errorbar(
+            [positions[i] for i in there], means, spread, color=color, label=arm, marker="o", capsize=3, linewidth=1.2
+        )
+    axis.set(xlabel=name, ylabel=_label(grid))
+    if None not in numbers and min(numbers) > 0 and max(numbers) >= 10 * min(numbers):
+        axis.set_xscale("log")
+        axis.minorticks_off()
+    axis.set_xticks(positions, [str(value) for value in values])
+    axis.grid(alpha=0.3)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False)
+    figure.savefig(path, dpi=120)
+
+
+def _as_number(value: Any) -> float | None:
+    try:
+        number = float(value)
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None
+
+
+def plot_heat_map(grid: Grid, runs: Sequence[Run], path: Path) -> None:
+    """The metric over two axes, averaged over seeds: one panel per arm."""
+    first, second = grid.axes
+    groups = grouped(runs, ["arm"])
+    figure = Figure(figsize=(5 * len(groups), 4), layout="constrained")
+    for axis, ((arm,), members) in zip(figure.subplots(1, len(groups), squeeze=False)[0], groups, strict=True):
+        values = np.full((len(grid.axes[first]), len(grid.axes[second])), np.nan)
+        for (a, b), cell in grouped(members, [first, second]):
+            where = grid.axes[first].index(a), grid.axes[second].index(b)
+            values[where] = mean(finite(metric_of(grid, run) for run in cell))
+        image = axis.imshow(values, cmap="viridis")
+        for (row, column), value in np.ndenumerate(values):
+            color = "black" if image.norm(value) > 0.6 else "white"
+            axis.text(column, row, "" if np.isnan(value) else f"{value:.4g}", ha="center", va="center", color=color)
+        axis.set(title=arm, xlabel=second, ylabel=first)
+        axis.set_xticks(range(values.shape[1]), [str(value) for value in grid.axes[second]])
+        axis.set_yticks(range(values.shape[0]), [str(value) for value in grid.axes[first]])
+        figure.colorbar(image, ax=axis, label=_label(grid))
+    figure.savefig(path, dpi=120)
+
+
+def _label(grid: Grid) -> str:
+    return grid.metric.removeprefix("eval_") + (" (%)" if grid.percent else "")
