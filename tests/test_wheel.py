@@ -1,0 +1,23 @@
+"""What is installed from a wheel, and not from a checkout."""
+
+import shutil
+import subprocess
+import sys
+from zipfile import ZipFile
+
+import pytest
+
+from helpers import ROOT
+
+
+@pytest.mark.slow  # pip fetches what builds it
+def test_the_wheel_has_the_whole_package(tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(ROOT / "hf_gr", source / "hf_gr", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    files = {path.relative_to(source).as_posix() for path in (source / "hf_gr").rglob("*") if path.is_file()}
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", tmp_path, source]
+    subprocess.run(command, check=True)
+    with ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
+        assert {name for name in wheel.namelist() if name.startswith("hf_gr/")} == files
