@@ -94,13 +94,16 @@ def suits_blockwise_adamw(optimizer: Optimizer) -> bool:
     if any(not g["fused"] or g["amsgrad"] or isinstance(g["lr"], Tensor) for g in optimizer.param_groups):
         return False
     params = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    if not all(optimizer.state.get(p) and p.is_cpu and p.dtype == params[0].dtype for p in params):
-        return False
-    return all(t.is_contiguous() for p in params for t in _updated_together(p, optimizer.state[p]))
-
-
-def _updated_together(p: Tensor, state: dict[str, Tensor]) -> tuple[Tensor, ...]:
-    return p, grad_of(p), state["exp_avg"], state["exp_avg_sq"]
+    return all(
+        (state := optimizer.state.get(p))
+        and p.is_cpu
+        and p.dtype == params[0].dtype
+        and p.is_contiguous()
+        and p.grad.is_contiguous()
+        and state["exp_avg"].is_contiguous()
+        and state["exp_avg_sq"].is_contiguous()
+        for p in params
+    )
 
 
 def step_adamw_blockwise(
@@ -159,7 +162,7 @@ def _blocks(group: Group, state: State, masks: Mapping[Tensor, Tensor]) -> Itera
 
 def _parts(p: Tensor, state: dict[str, Tensor], mask: Tensor | None) -> Iterator[tuple[Tensor, ...]]:
     mask = torch.zeros_like(p, dtype=torch.uint8) if mask is None else mask
-    tensors: tuple[Tensor, ...] = (*_updated_together(p, state), mask)
+    tensors: tuple[Tensor, ...] = (p, grad_of(p), state["exp_avg"], state["exp_avg_sq"], mask)
     if p.numel() > STEP_BLOCK:
         # The kernel counts a step with each part, so all but the last one count on a copy.
         *parts, tensors = zip(*(torch.split(t.view(-1), STEP_BLOCK) for t in tensors), strict=True)

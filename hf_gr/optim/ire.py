@@ -32,11 +32,12 @@ from typing import Any, overload
 
 import torch
 from torch import Tensor
-from torch.optim import ASGD, LBFGS, Optimizer
+from torch.optim import Optimizer
 
 from ..checks import Limit, check_value
 from . import _cpu
-from .order_statistics import Scan, count_true, in_blocks, kth_smallest, merge_small, to_ints
+from ._ire_bases import require_amplifiable, require_decoupled_decay, require_own_weights
+from .order_statistics import Scan, kth_smallest, replace_masks
 
 logger = logging.getLogger(__name__)
 
@@ -131,14 +132,16 @@ class IRE(Optimizer):
         given |= {"scope": scope, "mask": mask, "kappa_schedule": kappa_schedule}
         for name, value in given.items():
             check_value(name, value, SETTINGS[name])
-        _require_own_weights(base_optimizer)
+        if isinstance(base_optimizer, IRE):
+            raise ValueError("IRE around IRE amplifies twice. Give the base optimizer, and one kappa.")
+        require_own_weights(base_optimizer)
         self._excluded = set(exclude)
         for group in base_optimizer.param_groups:
-            self._check_group(group)
+            require_amplifiable(group, self._excluded)
         if gamma < 0.5 and mask == "flat":
             logger.warning(f"IRE with gamma={gamma}: the paper calls more than half of the coordinates flat.")
         if not amplify_weight_decay:
-            _require_decoupled_decay(base_optimizer)
+            require_decoupled_decay(base_optimizer)
         super().__init__(base_optimizer.param_groups, base_optimizer.defaults)  # for the hooks
         self.base_optimizer = base_optimizer
         self._share()
@@ -160,29 +163,13 @@ class IRE(Optimizer):
         self.state = self.base_optimizer.state
         self.defaults = self.base_optimizer.defaults
 
-    def _check_group(self, group: dict[str, Any]) -> None:
-        """Raise `ValueError` for a parameter that cannot be amplified, or for a setting that is not a number."""
-        for p in group["params"]:
-            if hasattr(p, "device_mesh"):
-                raise ValueError(
-                    "IRE compares all coordinates, and cannot do so where they are sharded (DTensor). Use DDP."
-                )
-            if p.requires_grad and p not in self._excluded and p.dtype in (torch.float16, torch.bfloat16):
-                raise ValueError(
-                    f"IRE around {p.dtype} parameters: what it adds to a step is lost in their rounding. Keep the "
-                    "weights in float32 and use autocast, or leave these parameters out by exclude."
-                )
-        for key in ("lr", "weight_decay"):
-            if math.isnan(group.get(key, 0.0)):
-                raise ValueError(f"{key}={group[key]}: the base optimizer of IRE needs a number.")
-
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         if "base_optimizer" not in vars(self):  # torch's __init__ comes by with groups that the base has already
             super().add_param_group(param_group)
             return
         self.base_optimizer.add_param_group(param_group)
         try:
-            self._check_group(self.param_groups[-1])
+            require_amplifiable(self.param_groups[-1], self._excluded)
         except ValueError:
             del self.param_groups[-1]
             raise
@@ -285,20 +272,14 @@ class IRE(Optimizer):
                 return False
         self.updates += 1
         sizes, thresholds = self._estimate(params) if self.needs_estimate else (params, [math.nan] * len(params))
-        choose = self._chooser(scan := Scan(params))
-        is_first, old_count, common_counts = not self._masks, sum(self.flat_counts.values()), []
+        is_first, old_count = not self._masks, sum(self.flat_counts.values())
         for p in params:
             if p not in self._masks:
                 self._masks[p] = torch.zeros_like(p, dtype=torch.uint8)
+        scan = Scan(params)
         masks = [self._masks[p] for p in params]
-        for values, mask, threshold, parts in merge_small(sizes, masks, thresholds):
-            for block, part in in_blocks(values, mask):
-                common_counts.append(scan.replace(part, choose(block, threshold)))
-            if parts:
-                torch._foreach_copy_(parts, torch.split(mask, [len(part) for part in parts]))
-        counts = to_ints([count_true(mask.view(torch.bool)) for mask in masks])
+        counts, common_count = replace_masks(scan, masks, sizes, thresholds, self._chooser(scan))
         self.flat_counts = dict(zip(params, counts, strict=True))
-        common_count = sum(to_ints(common_counts))
         union = old_count + sum(counts) - common_count
         self.mask_overlap = None if is_first or not union else common_count / union
         return True
@@ -418,34 +399,6 @@ class IRE(Optimizer):
 
 def _unless_none(result: dict[str, Any] | None, otherwise: dict[str, Any]) -> dict[str, Any]:
     return otherwise if result is None else result
-
-
-def _require_own_weights(optimizer: Optimizer) -> None:
-    """Raise `ValueError` for an optimizer whose step is not a displacement of the parameters that it was given."""
-    name = type(optimizer).__name__
-    if isinstance(optimizer, IRE):
-        raise ValueError("IRE around IRE amplifies twice. Give the base optimizer, and one kappa.")
-    if not isinstance(optimizer, Optimizer):
-        raise ValueError(f"IRE around {name}, which is no torch.optim.Optimizer: give the optimizer inside it.")
-    if isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
-        inside = type(inner).__name__
-        raise ValueError(f"IRE around {name}, which wraps {inside}: put IRE around {inside}, and {name} around IRE.")
-    if isinstance(optimizer, LBFGS):
-        raise ValueError("IRE around LBFGS: it chooses its step by the loss along it. Use a first-order optimizer.")
-    if isinstance(optimizer, ASGD) or (callable(getattr(optimizer, "train", None)) and hasattr(optimizer, "eval")):
-        raise ValueError(
-            f"IRE around {name}: it keeps an average of the weights, which would not be amplified. Use an optimizer "
-            "without train() and eval(), such as AdamW or SGD."
-        )
-
-
-def _require_decoupled_decay(optimizer: Optimizer) -> None:
-    for group in optimizer.param_groups:
-        if group.get("weight_decay", 0) and not group.get("decoupled_weight_decay", False):
-            raise ValueError(
-                f"amplify_weight_decay=False: the weight decay of {type(optimizer).__name__} is part of its gradient "
-                "and cannot be told from the rest of the step. Use an optimizer with decoupled decay, such as AdamW."
-            )
 
 
 def _by_size(params: list[Tensor]) -> Iterator[list[Tensor]]:

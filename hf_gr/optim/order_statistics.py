@@ -4,7 +4,7 @@ Exact, in one pass and little memory: `torch.kthvalue` needs them in one tensor,
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import cast
 
 import torch
@@ -144,6 +144,26 @@ def merge_small(
     for (_, _, threshold), indices in small.items():
         parts = [masks[i].view(-1) for i in indices]
         yield torch.cat([sizes[i].view(-1) for i in indices]), torch.cat(parts), threshold, parts
+
+
+def replace_masks(
+    scan: Scan,
+    masks: list[Tensor],
+    values: list[Tensor],
+    thresholds: list[float],
+    choose: Callable[[Tensor, float], Tensor],
+) -> tuple[list[int], int]:
+    """Write `choose(values, threshold)`, blockwise, into the masks.
+
+    Returns how many elements of each mask are True now, and how many of all were so before as well.
+    """
+    common_counts = []
+    for value, mask, threshold, parts in merge_small(values, masks, thresholds):
+        for block, part in in_blocks(value, mask):
+            common_counts.append(scan.replace(part, choose(block, threshold)))
+        if parts:
+            torch._foreach_copy_(parts, torch.split(mask, [len(part) for part in parts]))
+    return to_ints([count_true(mask.view(torch.bool)) for mask in masks]), sum(to_ints(common_counts))
 
 
 def _bounds(tensors: list[Tensor], quantile: float, total: int) -> tuple[float, float]:
