@@ -1,8 +1,7 @@
-"""Resuming loses nothing: a checkpoint is read whole, into every weight, or not at all.
+"""Checkpoints are loaded in full, into every weight, or not at all.
 
-`Trainer` loads a checkpoint with `load_state_dict(strict=False)` and only warns about names that do not match. Model
-classes whose weights are stored under other names than they have in memory (ViT, Swin) then go on with the weights
-they were initialized with.
+`Trainer` loads a checkpoint with `load_state_dict(strict=False)` and only warns about names that do not match. Models
+whose weights are saved under different names than they have in memory (ViT, Swin) then keep their initial weights.
 """
 
 import copy
@@ -25,33 +24,33 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 if TYPE_CHECKING:
     from peft import PeftModel
 
-logger = logging.getLogger(__name__)  # accelerate's speaks only once there is an accelerator
-#: What the weights and the state of the optimizer may be called: whole, or in parts (FSDP).
+logger = logging.getLogger(__name__)  # accelerate's logger requires an accelerator
+#: File names of the weights and of the optimizer state, whole or sharded (FSDP).
 WEIGHTS = (
     "model.safetensors",
     "model.safetensors.index.json",
     "adapter_model.safetensors",
     "adapter_model.bin",
-    "*/adapter_model.safetensors",  # an adapter with a name of its own
+    "*/adapter_model.safetensors",  # a named adapter
     "*/adapter_model.bin",
     "pytorch_model*.bin",
     "pytorch_model_fsdp_*/.metadata",
 )
 OPTIMIZERS = ("optimizer.pt", "optimizer.bin", "optimizer_*/.metadata")
 RANDOM_STATES = ("rng_state.pth", "rng_state_*.pth")
-#: What asks for the last complete checkpoint of the output folder. With the first of them there may be none.
+#: Values that request the last complete checkpoint of the output folder. Only with "last" may there be none.
 LAST = ("last", "True", "true", True)
-#: Where `set_later_checkpoints_aside` puts them. What begins with an underscore is not uploaded.
+#: Where `set_later_checkpoints_aside` moves them. Names that begin with an underscore are not uploaded.
 SUPERSEDED = "_superseded"
-#: Left by transformers while it writes a checkpoint on SIGTERM (`enable_jit_checkpoint`).
+#: Present while transformers writes a checkpoint on SIGTERM (`enable_jit_checkpoint`).
 INCOMPLETE = "checkpoint-is-incomplete.txt"
 
 
 def check_checkpoint(folder: str) -> None:
-    """Raise `ValueError` if a file of the checkpoint is missing or cut short, before anything of it is loaded."""
+    """Raise `ValueError`, before anything is loaded, if a file of the checkpoint is missing or truncated."""
     path = Path(folder)
-    others = _names([p for p in checkpoints(path.parent) if p != path]) or "none"
-    advice = f"Resume from another checkpoint (beside it: {others}), or start without resume_from_checkpoint."
+    siblings = _names([p for p in checkpoints(path.parent) if p != path]) or "none"
+    advice = f"Resume from another checkpoint (beside it: {siblings}), or start without resume_from_checkpoint."
     if problem := _why_incomplete(path):
         raise ValueError(f"resume_from_checkpoint={folder}: {problem}. {advice}")
 
@@ -69,10 +68,9 @@ def _step(checkpoint: Path) -> int:
 
 
 def last_complete_checkpoint(output_dir: str) -> str | None:
-    """The last checkpoint in `output_dir` of which nothing is missing or cut short; None if there is none.
+    """The last complete checkpoint in `output_dir`, written by any number of processes; None if there is none.
 
-    A later one that a killed run left half written is named in a warning. The number of processes that wrote it does
-    not matter.
+    Later ones that a killed run left incomplete are named in warnings.
     """
     for path in reversed(checkpoints(output_dir)):
         problem = _why_incomplete(path)
@@ -83,23 +81,22 @@ def last_complete_checkpoint(output_dir: str) -> str | None:
 
 
 def warn_of_other_processes(folder: str, world_size: int) -> None:
-    """Warn if a checkpoint does not have the random state of each of `world_size` processes, and of no others."""
+    """Warn unless a checkpoint has the random states of exactly `world_size` processes."""
     saved = {p.name for names in RANDOM_STATES for p in Path(folder).glob(names)}
     expected = {f"rng_state_{rank}.pth" for rank in range(world_size)} if world_size > 1 else {"rng_state.pth"}
     if saved != expected:
         logger.warning(
             f"{folder} was written by a run of {len(saved)} process{'es' if len(saved) > 1 else ''}, this one has "
-            f"{world_size}: weights, optimizer, schedule and step are resumed; the random states and the order of the "
-            "examples are others, so the run is not bitwise the one that was interrupted."
+            f"{world_size}: weights, optimizer, schedule and step are restored, but random states and the order of the "
+            "examples differ, so the run is not bitwise the one that was interrupted."
         )
 
 
 def set_later_checkpoints_aside(output_dir: str, folder: str) -> None:
-    """Move the checkpoints in `output_dir` beyond that in `folder`, from which a run resumes, out of its way.
+    """Move the checkpoints in `output_dir` that are later than `folder`, from which a run resumes, out of its way.
 
-    They belong to a future that this run does not have. Left among its own, `save_total_limit` would delete them, or
-    the new ones in their stead, and the next resume would continue them. One that was never finished is left to be
-    overwritten.
+    They are not part of the resumed run. If they stayed, `save_total_limit` would delete them, or new checkpoints in
+    their place, and the next resume would continue from them. Unfinished ones stay and are overwritten.
     """
     step = max(0, _step(Path(folder).resolve()))
     later = [p for p in checkpoints(output_dir) if _step(p) > step and (p / "trainer_state.json").exists()]
@@ -116,11 +113,11 @@ def set_later_checkpoints_aside(output_dir: str, folder: str) -> None:
 
 
 def warn_of_earlier_run(output_dir: str) -> None:
-    """Warn if a run that starts from the beginning finds checkpoints where it writes its own."""
+    """Warn if a new run finds checkpoints in the folder to which it will write its own."""
     if found := checkpoints(output_dir):
         logger.warning(
             f"output_dir={output_dir}: the checkpoints of an earlier run, {_names(found)}, are where this run writes "
-            "its own. save_total_limit deletes both alike, and resume_from_checkpoint=True takes the last of all. "
+            "its own. save_total_limit deletes both alike, and resume_from_checkpoint=True uses the last of all. "
             "Choose another folder, or delete them."
         )
 
@@ -130,11 +127,10 @@ def _names(paths: list[Path]) -> str:
 
 
 def _why_incomplete(path: Path) -> str | None:
-    """What is missing or unreadable in a checkpoint; None if it is whole, whatever number of processes wrote it."""
+    """What is missing or unreadable in a checkpoint; None if it is complete, however many processes wrote it."""
     if not path.is_dir():
         return "there is no such folder"
-    # In the order in which they are written: the weights come first, the state last, when every process has written its
-    # random state.
+    # In the order they are written: weights first, trainer state last, after all processes wrote their random states.
     for names in (WEIGHTS, OPTIMIZERS, ("scheduler.pt",), RANDOM_STATES, ("trainer_state.json",)):
         if not any(True for name in names for _ in path.glob(name)):
             return (
@@ -144,8 +140,8 @@ def _why_incomplete(path: Path) -> str | None:
     for file in sorted(p for p in path.rglob("*") if p.is_file()):
         if problem := _what_is_wrong_with(file):
             return (
-                f"{file.relative_to(path)} cannot be read ({problem}); the run was probably stopped while the "
-                "checkpoint was written"
+                f"{file.relative_to(path)} cannot be read ({problem}); the run was probably stopped while writing the "
+                "checkpoint"
             )
     return None
 
@@ -154,7 +150,7 @@ def _what_is_wrong_with(file: Path) -> str | None:
     """Why a file of a checkpoint is unreadable, from its headers alone; None if it looks whole."""
     try:
         if file.name == INCOMPLETE:
-            return "it is there as long as a checkpoint is being written"
+            return "it marks a checkpoint that is still being written"
         if file.suffix == ".safetensors":
             with safe_open(file, framework="pt"):
                 pass
@@ -169,29 +165,28 @@ def _what_is_wrong_with(file: Path) -> str | None:
 
 @contextmanager
 def explain_failed_save(folder: str) -> Iterator[None]:
-    """Turn what goes wrong in writing a checkpoint, a full disk above all, into an error that says what is left."""
+    """Turn a failure to write a checkpoint, usually a full disk, into an error that names the checkpoints left."""
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
         if _why_incomplete(Path(folder)) is None:
-            raise  # the checkpoint is there: something after it has failed
-        others = _names([p for p in checkpoints(Path(folder).parent) if p.name != Path(folder).name])
+            raise  # the checkpoint is complete: something later failed
+        siblings = _names([p for p in checkpoints(Path(folder).parent) if p.name != Path(folder).name])
         raise OSError(
             f"{folder} could not be written: {error}. It is incomplete and will not be resumed from; "
-            f"{'untouched: ' + others if others else 'there is no earlier checkpoint'}. Make room (or set "
+            f"{'untouched: ' + siblings if siblings else 'there is no earlier checkpoint'}. Make room (or set "
             "save_total_limit) and resume from the last complete one: resume_from_checkpoint=True in Python, "
             "--resume_from_checkpoint last for a script."
         ) from error
 
 
 def load_weights(model: nn.Module, folder: str) -> bool:
-    """Load the weights in `folder` into `model`, renamed as `from_pretrained` renames them; of a `PeftModel` every
-    adapter.
+    """Load the weights in `folder` into `model`, renamed as by `from_pretrained`; for a `PeftModel`, every adapter.
 
-    Returns False, having done nothing, for a model that is neither that nor a plain `PreTrainedModel`: the caller's own
-    way of loading applies. Raises `ValueError` if a weight is missing in the checkpoint or unknown to the model.
+    Returns False, having loaded nothing, if the model is neither a `PeftModel` nor a plain `PreTrainedModel`; the
+    caller then loads it. Raises `ValueError` if a weight is missing from the checkpoint or unknown to the model.
     """
-    peft = sys.modules.get("peft")  # without it no model is one of its
+    peft = sys.modules.get("peft")  # unless it is imported, no model is a PeftModel
     if peft is not None and isinstance(model, peft.PeftModel):
         _load_adapters(model, Path(folder))
         return True
@@ -211,8 +206,8 @@ def load_weights(model: nn.Module, folder: str) -> bool:
 
 
 def _load_adapters(model: "PeftModel", folder: Path) -> None:
-    """Each from where peft saves it: "default" in `folder` itself, others in folders of their names. What is trained
-    stays what it is; `Trainer` would train the first active one alone."""
+    """Load each adapter from where peft saves it: "default" from `folder` itself, others from subfolders named after
+    them. All stay trainable; `Trainer` would train only the first active one."""
     from peft import get_peft_model_state_dict, load_peft_weights
 
     places = {name: folder if name == "default" else folder / name for name in model.peft_config}
@@ -221,8 +216,8 @@ def _load_adapters(model: "PeftModel", folder: Path) -> None:
         expected |= {f"{name}: {key}" for key in get_peft_model_state_dict(model, adapter_name=name)}
         if _holds_adapter(place):
             saved |= {f"{name}: {key}" for key in load_peft_weights(str(place), device="cpu")}
-    strangers = {p.name for p in folder.iterdir() if _holds_adapter(p)} - set(places)
-    require_same_names(str(folder), expected - saved, saved - expected | strangers)
+    unknown_adapters = {p.name for p in folder.iterdir() if _holds_adapter(p)} - set(places)
+    require_same_names(str(folder), expected - saved, saved - expected | unknown_adapters)
     for name, place in places.items():
         model.load_adapter(str(place), name, is_trainable=True)
 
@@ -232,7 +227,7 @@ def _holds_adapter(folder: Path) -> bool:
 
 
 def require_same_names(folder: str, missing: Iterable[str], unexpected: Iterable[str]) -> None:
-    """Raise `ValueError` if there is a missing or an unexpected name."""
+    """Raise `ValueError` if any name is missing or unexpected."""
     missing, unexpected = sorted(missing), sorted(unexpected)
     if missing or unexpected:
         raise ValueError(

@@ -1,7 +1,6 @@
 """What gradient regularization and IRE refuse to run with, and what to use instead.
 
-A combination is refused where the update would silently be another one than the paper's, or where nobody has tested
-that it is the same.
+A combination is refused if the update would silently differ from the paper's, or if nobody has tested that it does not.
 """
 
 from collections.abc import Collection
@@ -16,8 +15,8 @@ from ..optim import OPTIMIZERS
 from ..optim.gradient_regularization import HALF_PRECISION
 from .part import Host
 
-#: Trainers whose `training_step` generates, or takes other inputs, each time that it is called: a second pass would
-#: be of other data. Matched against the names of a trainer's classes, as TRL need not be installed.
+#: Trainers whose `training_step` generates or draws new inputs on every call, so a second pass would see different
+#: data. Matched by class name, as TRL need not be installed.
 GENERATING_TRAINERS = frozenset(
     {
         "A2POTrainer",
@@ -38,7 +37,7 @@ GENERATING_TRAINERS = frozenset(
         "XPOTrainer",
     }
 )
-#: Trainers whose batches have no labels that the model could draw others for.
+#: Trainers whose batches have no labels for which others could be sampled.
 PREFERENCE_TRAINERS = frozenset(
     {"BCOTrainer", "CPOTrainer", "DPOTrainer", "KTOTrainer", "ORPOTrainer", "RewardTrainer", "TPOTrainer"}
 )
@@ -49,9 +48,9 @@ METHODS = {
 
 
 def refuse_unsupported(trainer: Host, flag: str) -> None:
-    """Raise `ValueError` if `trainer` is set up in a way under which a method is not known to be right.
+    """Raise `ValueError` if `trainer` is configured in a way that the method of `flag` does not support.
 
-    `flag` names the method: it is the one that turns it off at 0.
+    `flag` is the one that turns the method off at 0.
     """
     reasons = (
         _data(trainer),
@@ -67,12 +66,12 @@ def refuse_unsupported(trainer: Host, flag: str) -> None:
 
 
 def refuse_unsupported_optimizer(trainer: Host) -> None:
-    """Raise `ValueError` if the optimizer of `trainer` cannot step under its way of sharding."""
+    """Raise `ValueError` if the trainer's optimizer does not support the way the model is sharded."""
     name = trainer.args.optim
     if name in OPTIMIZERS and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
         raise ValueError(
-            f"optim={name} cannot be used with FSDP or DeepSpeed: it takes the norm of whole layers, of which each "
-            "process has a part. Use DDP, or another optimizer."
+            f"optim={name} cannot be used with FSDP or DeepSpeed: it needs the norms of whole layers, and each process "
+            "holds only a part of them. Use DDP, or another optimizer."
         )
 
 
@@ -84,8 +83,8 @@ def class_among(trainer: Host, names: Collection[str]) -> str | None:
 def _data(trainer: Host) -> str | None:
     if name := class_among(trainer, GENERATING_TRAINERS):
         return (
-            f"{name}: it makes the data of a step inside the step, with the weights as they are then, and would make "
-            "other data for each pass. Use a trainer on a fixed dataset, such as SFTTrainer or DPOTrainer"
+            f"{name}: it generates the data of a step inside the step, from the current weights, so each pass would "
+            "see different data. Use a trainer on a fixed dataset, such as SFTTrainer or DPOTrainer"
         )
     return None
 
@@ -94,9 +93,9 @@ def _parallelism(trainer: Host) -> str | None:
     accelerator = trainer.accelerator
     if trainer.is_deepspeed_enabled:
         return (
-            "DeepSpeed, whatever the ZeRO stage: accelerate lets it step inside the backward pass, which would be the "
-            "second one, at the perturbed weights; stages 1 to 3 also keep the gradients out of `.grad`. Use DDP, or "
-            "FSDP2 (fsdp_version: 2) for a model that does not fit"
+            "DeepSpeed, at any ZeRO stage: in accelerate it steps inside the backward pass, which would be the second "
+            "one, at the perturbed weights; stages 1 to 3 also keep the gradients out of `.grad`. Use DDP, or FSDP2 "
+            "(fsdp_version: 2) for a model that does not fit"
         )
     if accelerator.distributed_type in (DistributedType.MEGATRON_LM, DistributedType.XLA):
         return f"{accelerator.distributed_type}: not tested. Use DDP"
@@ -114,24 +113,24 @@ def _parallelism(trainer: Host) -> str | None:
 
 
 def _sharding(trainer: Host, flag: str) -> str | None:
-    # The attribute is younger than the oldest transformers that we support.
+    # Older supported versions of transformers lack the attribute.
     if getattr(trainer, "is_distributed_loading_by_transformers", False):
         return "a model that was sharded when it was loaded: not tested. Use DDP or FSDP2"
     accelerator = trainer.accelerator
     if accelerator.distributed_type != DistributedType.FSDP:
         if trainer.is_fsdp_enabled or trainer.args.fsdp or parse_flag_from_env("ACCELERATE_USE_FSDP"):
             return (
-                "FSDP here: accelerate shards on accelerators alone, and would train without it and without a word "
+                "FSDP here: accelerate shards on accelerators alone, and would silently train without sharding "
                 f"({accelerator.distributed_type}). Leave FSDP out"
             )
         return None
     if flag == "ire_kappa":
-        return "FSDP: it compares all coordinates, of which each process has a part. Use DDP"
+        return "FSDP: it compares all coordinates, and each process holds only a part of them. Use DDP"
     plugin = accelerator.state.fsdp_plugin
     if plugin.fsdp_version != 2:
         return "FSDP version 1: not tested. Set fsdp_version: 2"
     if isinstance(plugin.cpu_offload, CPUOffloadPolicy):
-        return "the CPU offload of FSDP: not tested. Leave it out"
+        return "FSDP's CPU offload: not tested. Leave it out"
     scope = trainer.gr_args.gr_scope
     if scope != "global":
         return f"gr_scope={scope!r} and FSDP: a process has no gradient of its own to follow. Set gr_scope=global"
@@ -142,7 +141,7 @@ def _optimizer(trainer: Host, flag: str) -> str | None:
     optim = trainer.args.optim
     name = getattr(optim, "value", optim)
     if flag == "ire_kappa" and name.startswith("schedule_free"):
-        return f"optim={name}: it keeps an average of the weights that IRE does not know of. Use another optimizer"
+        return f"optim={name}: it keeps an average of the weights that IRE does not update. Use another optimizer"
     if name in ("lomo", "adalomo") or name.endswith("_layerwise"):
         return f"optim={name}: it updates the weights during the backward pass. Use another optimizer"
     return None
@@ -150,18 +149,18 @@ def _optimizer(trainer: Host, flag: str) -> str | None:
 
 def _weights(trainer: Host, flag: str) -> str | None:
     model, args = trainer.model, trainer.args
-    halves = [(name, p) for name, p in model.named_parameters() if p.requires_grad and p.dtype in HALF_PRECISION]
-    if halves:
-        name, p = halves[0]
-        what = f"trainable weights in {str(p.dtype).removeprefix('torch.')} ({name})"
+    in_half = [(name, p) for name, p in model.named_parameters() if p.requires_grad and p.dtype in HALF_PRECISION]
+    if in_half:
+        name, p = in_half[0]
+        weights = f"trainable weights in {str(p.dtype).removeprefix('torch.')} ({name})"
         remedy = "Load the model with dtype=torch.float32 and use --bf16 or --fp16, which keep the weights in float32"
         if flag != "gr_lambda" or not trainer.gr_args.gr_half_precision_weights:
             override = ", or set gr_half_precision_weights" if flag == "gr_lambda" else ""
-            return f"{what}: steps this small are lost in their rounding. {remedy}{override}"
+            return f"{weights}: steps this small are lost to rounding. {remedy}{override}"
         if args.bf16 or args.fp16 or args.world_size > 1 or trainer.is_fsdp_enabled:
             return (
-                f"{what} under gr_half_precision_weights with --bf16, --fp16 or several processes: the second pass "
-                f"could not be in float32. {remedy}"
+                f"{weights} under gr_half_precision_weights with --bf16, --fp16 or several processes: the second pass "
+                f"could not run in float32. {remedy}"
             )
     for name, module in model.named_modules():
         if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse and module.weight.requires_grad:

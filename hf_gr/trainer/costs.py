@@ -1,5 +1,4 @@
-"""What a run has cost, for a fair comparison of two: seconds, passes, tokens and memory, estimates and second passes
-included."""
+"""What a run costs, for fair comparisons: seconds, passes (second passes and estimates included), tokens, memory."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -15,9 +14,9 @@ from .recording import Recorder
 
 
 class Costs(Part):
-    """Counts what a run does, and logs it; the record keeps it.
+    """Counts and logs the costs of a run; the record stores them.
 
-    A run that is resumed goes on counting from what its checkpoint has.
+    A resumed run continues from the counts in its checkpoint.
     """
 
     def __init__(self, trainer: Host, recorder: Recorder):
@@ -29,7 +28,7 @@ class Costs(Part):
         self._trainer.add_callback(self._recorder)
 
     def counted(self, one_pass: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        """`one_pass`, a forward and backward pass over a micro-batch, which counts as its share of the step's batch."""
+        """`one_pass`, a forward and backward pass over a micro-batch, counted as its share of the step's batch."""
 
         def counted_pass(*args: Any) -> Tensor:
             loss = one_pass(*args)
@@ -41,15 +40,15 @@ class Costs(Part):
     # ---- Evaluations ----
 
     def count_examples(self, inputs: dict[str, Any]) -> None:
-        """Of a step of an evaluation, without those that only fill up the last batch."""
+        """Count the examples of one evaluation step, without those that only pad the last batch."""
         state = self._trainer.accelerator.gradient_state
         rows = (find_batch_size(inputs) or 0) * self._trainer.args.world_size
-        is_filled_up = state.end_of_dataloader and 0 < state.remainder < rows
-        self._evaluated_examples += state.remainder if is_filled_up else rows
+        is_padded = state.end_of_dataloader and 0 < state.remainder < rows
+        self._evaluated_examples += state.remainder if is_padded else rows
 
     @contextmanager
-    def of_an_evaluation(self) -> Iterator[None]:
-        """Within, a dataset is evaluated on: the clock stands still, and its examples are counted."""
+    def during_evaluation(self) -> Iterator[None]:
+        """Stop the clock and count the evaluated examples from 0."""
         self._evaluated_examples = 0
         with self._recorder.clock_stopped():
             yield
@@ -61,26 +60,26 @@ class Costs(Part):
 
     @contextmanager
     def entry(self, logs: dict[str, float]) -> Iterator[dict[str, float]]:
-        """What is to be logged for `logs`: those of an evaluation have the costs beside them, and the examples. Its
-        metrics, which a hyperparameter search optimizes, have not."""
+        """The log entry for `logs`. That of an evaluation also has the costs and the number of examples; the metrics
+        themselves, which a hyperparameter search optimizes, do not."""
         if not any(key.startswith("eval_") for key in logs):
             yield logs
             return
-        # `logs` are the metrics that `evaluate` returns, and get from `Trainer` what they always get.
-        own = self.so_far()
+        # `logs` is the dict that `evaluate` returns: it still gets what `Trainer` adds to it.
+        costs = self.so_far()
         if self._evaluated_examples:
-            own["evaluated_examples"] = self._evaluated_examples
+            costs["evaluated_examples"] = self._evaluated_examples
         self._evaluated_examples = 0
-        entry = {**logs, **own}
+        entry = {**logs, **costs}
         yield entry
-        logs.update({key: value for key, value in entry.items() if key not in own})
+        logs.update({key: value for key, value in entry.items() if key not in costs})
 
     def so_far(self) -> dict[str, float]:
-        """Seconds of training, evaluations not counted, and passes over the batch of a step."""
+        """Seconds of training, excluding evaluation, and passes over the batch of a step."""
         return {"train_seconds": self._recorder.seconds, "train_passes": self._recorder.passes}
 
     def total(self) -> dict[str, float]:
-        """Seconds, passes, the peak of memory in bytes, and tokens if they were counted."""
+        """Seconds, passes, peak memory in bytes, and tokens if they were counted."""
         trainer = self._trainer
         costs = {**self.so_far(), "peak_memory_bytes": peak_memory(trainer.args.device)}
         if trainer.args.include_num_input_tokens_seen != "no":
@@ -89,7 +88,7 @@ class Costs(Part):
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes: of the allocator on a GPU, of the whole process on a CPU."""
+    """In bytes: of the allocator on a GPU, of the whole process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if sys.platform == "win32":

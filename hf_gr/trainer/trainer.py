@@ -208,7 +208,7 @@ class GRMixin(Host):
             return super()._evaluate(*args, **kwargs)
 
     def evaluation_loop(self, *args, **kwargs) -> EvalLoopOutput:
-        with self._costs.of_an_evaluation():
+        with self._costs.during_evaluation():
             return super().evaluation_loop(*args, **kwargs)
 
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args, **kwargs) -> tuple:

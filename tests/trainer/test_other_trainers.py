@@ -314,7 +314,7 @@ def test_refuses_trainers_that_generate_by_name(tmp_path):
     for name in GENERATING_TRAINERS:
         # Their own subclasses, too.
         other = type("Mine", (GRMixin, type("Theirs", (type(name, (Trainer,), {}),), {})), {})
-        message = f"cannot be used with {name}: it makes the data of a step inside the step"
+        message = f"cannot be used with {name}: it generates the data of a step inside the step"
         refused_and_allowed(
             lambda other=other, **flags: other(model=model, args=GRConfig(**toys.arguments(tmp_path, **flags))), message
         )

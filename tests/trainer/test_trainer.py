@@ -820,14 +820,14 @@ def fsdp_on_a_cpu(trainer):
 @pytest.mark.parametrize(
     ("pretend", "flags", "message"),
     [
-        (deepspeed, {}, "DeepSpeed, whatever the ZeRO stage: .* Use DDP, or FSDP2 .*or set gr_lambda=0"),
+        (deepspeed, {}, "DeepSpeed, at any ZeRO stage: .* Use DDP, or FSDP2 .*or set gr_lambda=0"),
         (deepspeed, {"optim": "lars"}, "optim=lars cannot be used with FSDP or DeepSpeed"),
         (distributed(DistributedType.MEGATRON_LM), {}, "MEGATRON_LM: not tested. Use DDP"),
         (distributed(DistributedType.XLA), {}, "XLA: not tested. Use DDP"),
         (fsdp(), {"gr_scope": "local"}, "gr_scope='local' and FSDP: a process has no gradient .* Set gr_scope=global"),
         (fsdp(), {"gr_scope": "micro"}, "gr_scope='micro' and FSDP"),
         (fsdp(version=1), {}, "FSDP version 1: not tested. Set fsdp_version: 2"),
-        (fsdp(cpu_offload=CPUOffloadPolicy()), {}, "the CPU offload of FSDP: not tested"),
+        (fsdp(cpu_offload=CPUOffloadPolicy()), {}, "FSDP's CPU offload: not tested"),
         (fsdp(), {"gr_lambda": 0, "ire_kappa": 1.0}, "IRE cannot be used with FSDP: it compares all coordinates"),
         (fsdp(), {"optim": "tvlars", "lr_scheduler_type": "constant"}, "optim=tvlars cannot be used with FSDP"),
         (fsdp_on_a_cpu, {}, "FSDP here: accelerate shards on accelerators alone"),
