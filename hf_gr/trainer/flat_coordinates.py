@@ -1,8 +1,8 @@
-"""IRE inside `Trainer`: the optimizer is wrapped as it is made, and the flat coordinates are chosen before a step.
+"""IRE inside `Trainer`: the optimizer is wrapped when it is created, and flat coordinates are chosen before a step.
 
-The estimate runs as soon as the micro-batches of a step are there, before the first of them is trained on: the weights
-are not perturbed then, there are no gradients yet, and the loop has not yet suspended the synchronization of the
-processes, without which each would choose coordinates of its own.
+The estimate runs once the micro-batches of a step are loaded, before the first one is trained on: the weights are not
+perturbed then, there are no gradients yet, and the loop has not yet suspended gradient synchronization, without which
+each process would choose different coordinates.
 """
 
 import math
@@ -44,10 +44,10 @@ LOSSES: dict[str | None, Callable[[Tensor, Tensor, torch.Generator], Tensor]] = 
 
 
 class FlatCoordinates(Part):
-    """IRE around whatever optimizer a trainer makes or is given.
+    """IRE around the optimizer that a trainer creates or is given.
 
     Attributes:
-        optimizer: the `IRE`; None before it is made, or without IRE.
+        optimizer: the `IRE`; None before it is created, or without IRE.
     """
 
     def __init__(self, trainer: Host, recorder: Recorder):
@@ -72,34 +72,33 @@ class FlatCoordinates(Part):
             return
         if name := class_among(trainer, PREFERENCE_TRAINERS):
             raise ValueError(
-                f"ire_kappa={kappa}: IRE draws labels for the step's batch, and a batch of {name} has "
-                "none. Override ire_sampled_losses of the trainer, or set ire_kappa=0."
+                f"ire_kappa={kappa}: IRE draws labels for the step's batch, and a batch of {name} has none. Override "
+                "the trainer's ire_sampled_losses, or set ire_kappa=0."
             )
         if distribution_of(trainer.model) is None:
             raise ValueError(
-                f"ire_kappa={kappa}: IRE draws labels from the distribution that the model predicts, "
-                f"and that of {type(trainer.model).__name__} is not known here; known are causal language models, and "
-                "classifiers of images and sequences with one label. Override ire_sampled_losses of the trainer, or "
-                "set ire_kappa=0."
+                f"ire_kappa={kappa}: IRE draws labels from the distribution that the model predicts, and supports "
+                "causal language models and single-label classifiers of images and sequences, not "
+                f"{type(trainer.model).__name__}. Override the trainer's ire_sampled_losses, or set ire_kappa=0."
             )
 
     # ---- Schedule ----
 
     def start_step(self, num_training_steps: int) -> int:
-        """How many steps of a run of `num_training_steps` precede the first one of IRE."""
+        """The number of steps before IRE starts, in a run of `num_training_steps`."""
         return self._flags.get_ire_start_step(
             self._trainer.args.get_warmup_steps(num_training_steps), num_training_steps
         )
 
     def wrap(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-        """`optimizer` in `IRE`, if IRE is on; an `IRE` that was given to the trainer is used as it is."""
+        """`optimizer` wrapped in `IRE`, if IRE is on; an `IRE` that was given to the trainer is used as it is."""
         self._flags.check_ire_arguments()
-        # A second call of train() finds the first one's.
+        # A second call of train() finds the optimizer of the first.
         inner = optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
         if isinstance(inner, IRE):
-            self._take(inner)
+            self._use_given(inner)
         else:
-            self.warn_of_idle_flags("ire_")
+            self.warn_of_unused_flags("ire_")
             self.optimizer = None
             if self._flags.ire_kappa != 0:
                 self.optimizer = optimizer = self._wrapped(inner)
@@ -110,7 +109,7 @@ class FlatCoordinates(Part):
             self._kinds = layer_kinds(self._trainer.model)
         return optimizer
 
-    def _take(self, ire: IRE) -> None:
+    def _use_given(self, ire: IRE) -> None:
         flags = self._flags
         self._is_given = self._is_given or ire is not self.optimizer
         if flags.ire_kappa != ire.kappa and not (self._is_given and flags.ire_kappa == 0):
@@ -118,8 +117,8 @@ class FlatCoordinates(Part):
                 f"ire_kappa={flags.ire_kappa}, but the optimizer of this trainer is already IRE with "
                 f"kappa={ire.kappa}. Leave one of them out."
             )
-        if ire is not self.optimizer and (idle := flags.ire_flags_of_the_optimizer()):
-            logger.warning(f"{', '.join(idle)}: no effect, the IRE that was given to the trainer has its own.")
+        if ire is not self.optimizer and (unused := flags.ire_flags_of_the_optimizer()):
+            logger.warning(f"{', '.join(unused)}: no effect, the IRE given to the trainer has its own settings.")
         self.optimizer = ire
 
     def _wrapped(self, optimizer: torch.optim.Optimizer) -> IRE:
@@ -132,7 +131,7 @@ class FlatCoordinates(Part):
                 raise ValueError(f"ire_exclude: no trainable parameter has {word!r} in its name, e.g. {named[0][0]!r}.")
             excluded += found
         if len(set(excluded)) == len(named):
-            raise ValueError(f"ire_exclude={flags.ire_exclude}: nothing is left to amplify. Exclude less.")
+            raise ValueError(f"ire_exclude={flags.ire_exclude}: nothing is left to amplify. Exclude fewer parameters.")
         return IRE(optimizer, **flags.ire_settings() | {"exclude": excluded}, seed=self._trainer.args.seed)
 
     def plan(self, num_training_steps: int) -> None:
@@ -145,14 +144,14 @@ class FlatCoordinates(Part):
             if flags.ire_start_step is not None:
                 raise ValueError(f"ire_start_step={flags.ire_start_step}: IRE {message}. Start it earlier.")
             logger.warning(f"IRE {message}, and never acts: it waits for the learning-rate warmup. Set ire_start_step.")
-        self._name_idle_settings(ire)
+        self._warn_of_unused_settings(ire)
         logger.info(
             f"  IRE: kappa = {ire.kappa}, gamma = {ire.gamma}, mask '{ire.mask}' "
             f"every {flags.ire_interval} steps from step {start} of {num_training_steps}"
         )
 
-    def _name_idle_settings(self, ire: IRE) -> None:
-        """Warn of settings of the optimizer that, as the run is, change nothing."""
+    def _warn_of_unused_settings(self, ire: IRE) -> None:
+        """Warn of optimizer settings that have no effect in this run."""
         if not ire.amplify_weight_decay and not any(g.get("weight_decay") for g in ire.param_groups):
             logger.warning("ire_amplify_weight_decay=False has no effect with weight_decay=0.")
         schedule = getattr(self._trainer.args.lr_scheduler_type, "value", self._trainer.args.lr_scheduler_type)
@@ -165,7 +164,7 @@ class FlatCoordinates(Part):
     # ---- Before a step: the mask ----
 
     def choose(self, batch_samples: list[dict[str, Any]]) -> None:
-        """With the micro-batches of the next step at hand, choose the coordinates to amplify, if it is due."""
+        """Given the micro-batches of the next step, choose the coordinates to amplify, if a choice is due."""
         self._has_probed = False
         self._losses.clear()
         ire = self.optimizer
@@ -174,7 +173,7 @@ class FlatCoordinates(Part):
         state = self._trainer.state
         since_start = state.global_step - self.start_step(state.max_steps)
         ire.active = since_start >= 0
-        # A mask that is missing, after an overflow or in a run that had no IRE so far, is not waited for.
+        # A missing mask, after an overflow or in a resumed run without IRE so far, is chosen without waiting.
         if ire.active and (since_start % self._flags.ire_interval == 0 or not ire.has_mask):
             self._update_mask(ire, batch_samples)
 
@@ -183,35 +182,35 @@ class FlatCoordinates(Part):
             ire.update_mask()
             self._recorder.segment.ire_choices += 1
             return
-        # There are gradients only where a data set of unknown length has left an incomplete step behind.
+        # There are gradients only if a dataset of unknown length left an incomplete step behind.
         with gradients_set_aside([*self._trainer.model.parameters(), *trainable_parameters(ire)]):
             if not self._probe(ire, batch_samples):
                 return
             if ire.update_mask():
                 self._recorder.segment.ire_choices += 1
             else:
-                waits = "keeps its last choice of" if ire.has_mask else "keeps waiting for its first choice of"
+                reaction = "keeps its last choice of" if ire.has_mask else "keeps waiting for its first choice of"
                 logger.warning(
                     f"Step {self._trainer.state.global_step}: the gradient of the sampled labels is not finite. IRE "
-                    f"{waits} coordinates."
+                    f"{reaction} coordinates."
                 )
 
     def _probe(self, ire: IRE, batch_samples: list[dict[str, Any]]) -> bool:
         """Leave in `.grad` the gradient of sampled labels, averaged over the micro-batches and processes.
 
-        False if there is no label to sample.
+        Returns False if there is no label to sample.
         """
         trainer, model, accelerator = self._trainer, self._trainer.model_wrapped, self._trainer.accelerator
         parts = self._select(batch_samples)
-        # Any scale would give the same order. This one, the same for all parts and processes, makes it a mean, as the
-        # loss in training is: a gradient scaler is tuned to that.
+        # Any scale common to all parts and processes gives the same order. This one makes the loss a mean, like the
+        # training loss, to which a gradient scaler is tuned.
         count = sum(_label_count(part) for part in parts)
         total = accelerator.reduce(torch.tensor(float(count), device=trainer.args.device), "sum").item()
         if total == 0:
             return False
         scale = accelerator.num_processes / total
         seed = np.random.SeedSequence([trainer.args.seed, trainer.state.global_step, accelerator.process_index])
-        # A Python int, as NumPy 1 shifts no uint64 by one.
+        # A Python int, as NumPy 1 cannot shift a uint64 by one.
         generator = torch.Generator(trainer.args.device).manual_seed(int(seed.generate_state(1, np.uint64)[0]) >> 1)
         rng_state = RNGState.capture(trainer.args.device)
         try:
@@ -234,7 +233,7 @@ class FlatCoordinates(Part):
         return True
 
     def _select(self, batch_samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """The first `ire_probe_fraction` of the step's examples, rounded up, in as few micro-batches as hold them."""
+        """The first `ire_probe_fraction` of the step's examples, rounded up, in as few micro-batches as possible."""
         if self._flags.ire_probe_fraction == 1:
             return batch_samples
         sizes = [find_batch_size(inputs) or 1 for inputs in batch_samples]
@@ -250,7 +249,7 @@ class FlatCoordinates(Part):
     # ---- After a step: the guard ----
 
     def observe(self, loss: Tensor) -> None:
-        """The loss of a micro-batch; that of each whole step is watched."""
+        """Record the loss of a micro-batch; after the last one of a step, check the step's loss for divergence."""
         ire = self.optimizer
         if ire is None:
             return
@@ -262,13 +261,13 @@ class FlatCoordinates(Part):
             self._recorder.segment.ire_steps += self._kappa != 0
 
     def _watch(self, ire: IRE, loss: Tensor) -> None:
-        # The same number on all processes, so that they all do the same.
+        # Averaged, so that all processes decide alike.
         mean = self._trainer.accelerator.reduce(loss.float(), "mean").item()
         assert self._divergence is not None
         if self._divergence.observe(mean, self._flags.ire_guard, cooldown=self._flags.ire_interval):
             logger.warning(
                 f"Step {self._trainer.state.global_step}: the loss, {mean:.4g}, has diverged since IRE started. kappa "
-                f"is halved to {ire.kappa * ire.kappa_scale:g}. Set ire_guard=0 to leave it alone."
+                f"is halved to {ire.kappa * ire.kappa_scale:g}. Set ire_guard=0 to prevent this."
             )
 
     def logs(self, logs: dict[str, float]) -> dict[str, float]:
@@ -292,14 +291,14 @@ class FlatCoordinates(Part):
 
     @property
     def probed_fraction(self) -> float:
-        """Of the step's examples, those that the estimate of this step was made of."""
+        """The share of the step's examples that its estimate was computed from; 0 without an estimate."""
         return self._flags.ire_probe_fraction if self._has_probed else 0.0
 
 
 def sampled_losses(trainer: Host, model: nn.Module, inputs: dict[str, Any], generator: torch.Generator) -> Tensor:
-    """-log p(y | x), differentiable, for labels y drawn from what `model` predicts; one entry per label.
+    """-log p(y | x), differentiable, for labels y drawn from the prediction of `model`; one entry per label.
 
-    Override it for a model with another kind of output, and draw with `generator` alone:
+    Override this for a model with another kind of output, and draw only from `generator`:
 
     ```python
     def ire_sampled_losses(self, model, inputs, generator):  # a regression with Gaussian noise of unit variance
@@ -313,7 +312,7 @@ def sampled_losses(trainer: Host, model: nn.Module, inputs: dict[str, Any], gene
         kind = "no labels" if labels is None else f"labels of {labels.dtype}"
         raise ValueError(
             f"ire_kappa={trainer.ire.optimizer.kappa}: the batch has {kind}, and IRE must know which positions count, "
-            "each with one class. Override ire_sampled_losses of the trainer, or set ire_kappa=0."
+            "each with one class. Override the trainer's ire_sampled_losses, or set ire_kappa=0."
         )
     outputs = model(**{key: value for key, value in inputs.items() if key != "labels"})
     logits = outputs["logits"] if isinstance(outputs, dict) else outputs[0]
@@ -328,4 +327,4 @@ def _label_count(inputs: dict[str, Any]) -> int:
     labels = inputs.get("labels")
     if not isinstance(labels, Tensor):
         return find_batch_size(inputs) or 1
-    return int(((labels[:, 1:] if labels.dim() > 1 else labels) != IGNORED).sum())  # nothing predicts a first token
+    return int(((labels[:, 1:] if labels.dim() > 1 else labels) != IGNORED).sum())  # a first token is not predicted

@@ -1,7 +1,7 @@
-"""What keeps a run that goes wrong from doing harm.
+"""Guards against runs that go wrong.
 
-A step whose gradient is not finite changes nothing, and a run of them ends with an error that says where; weights that
-are not finite get into no checkpoint. Where training diverges under IRE, kappa is halved.
+A step with a non-finite gradient changes nothing, and several in a row raise an error that names them; non-finite
+weights are never saved in a checkpoint. If training diverges under IRE, kappa is halved.
 """
 
 import math
@@ -22,29 +22,28 @@ from .recording import Recorder
 logger = get_logger(__name__)
 #: Consecutive non-finite steps after which training stops.
 PATIENCE = 3
-#: Weight of the newest loss in the running mean, which looks back about 50 steps.
+#: Weight of the newest loss in the running mean, which spans about 50 steps.
 WEIGHT = 0.02
 
 
 class NonFiniteGuard(Part, TrainerCallback):
-    """Skips the steps of a run with GR or IRE whose gradient is infinite or NaN, and stops after `PATIENCE` in a row
+    """In a run with GR or IRE, skips steps whose gradient is infinite or NaN, and stops after `PATIENCE` in a row
     unless `gr_on_nonfinite="skip"`.
 
-    What it looks at is the gradient of all processes, as the optimizer would get it: they decide alike. With a gradient
-    scaler (fp16), which skips such steps itself and may well do so until its scale fits, those count that it skips at a
-    scale below 1.
+    It checks the reduced gradient that the optimizer would use, so all processes decide alike. A gradient scaler (fp16)
+    skips such steps itself, and often does until its scale fits: only those it skips at a scale below 1 count.
 
     Attributes:
-        norm_before_clipping: of the gradient of this step, as far as it is known. Where it overflows, clipping makes
-            the gradient 0, which looks finite.
-        skipped_steps: how many it skipped.
+        norm_before_clipping: the gradient norm of this step, if known. If it overflows, clipping makes the gradient 0,
+            which looks finite.
+        skipped_steps: the number of skipped steps.
     """
 
     def __init__(self, trainer: Host, recorder: Recorder):
         super().__init__(trainer)
         self._recorder = recorder
         self._in_a_row = 0
-        self._finite_after = 0  # the last step after which the weights were looked at, and finite
+        self._finite_after = 0  # the last step after which the weights were checked and finite
         self.norm_before_clipping: torch.Tensor | float | None = None
         self.skipped_steps = 0
 
@@ -71,7 +70,7 @@ class NonFiniteGuard(Part, TrainerCallback):
         if math.isfinite(gradient_norm(params)) and (before is None or math.isfinite(as_float(before))):
             self._in_a_row = 0
             return
-        for p in params:  # optimizers leave out what has no gradient
+        for p in params:  # optimizers skip parameters without a gradient
             p.grad = None
         self._recorder.segment.skipped_steps += 1
         self._skip(state.global_step + 1)
@@ -97,15 +96,15 @@ class NonFiniteGuard(Part, TrainerCallback):
             raise FloatingPointError(
                 f"The gradients of steps {first} to {step} are not finite. The model has the weights of step "
                 f"{first - 1}, and checkpoints up to that step are good. Look at the examples of these steps, lower "
-                "learning_rate or gr_r, or prefer --bf16 to --fp16; with gr_on_nonfinite=skip such steps are left out "
-                "for as long as they come."
+                "learning_rate or gr_r, or prefer --bf16 to --fp16; with gr_on_nonfinite=skip any number of such steps "
+                "is skipped."
             )
         logger.warning(f"Step {step}: the gradient is not finite. The step is skipped, the weights stay as they are.")
 
     def require_finite_weights(self, done: int | None = None) -> None:
         """Raise `FloatingPointError` on all processes if a trainable weight is not finite after `done` steps.
 
-        Without GR and IRE, where `Trainer` goes on, it is a warning.
+        Without GR and IRE it only warns, as `Trainer` would continue.
         """
         trainer = self._trainer
         if trainer.is_deepspeed_enabled:
@@ -121,13 +120,13 @@ class NonFiniteGuard(Part, TrainerCallback):
                 "checkpoints up to that step are good. Lower learning_rate, weight_decay or ire_kappa."
             )
         else:
-            message = f"The weights are not finite before step {done + 1}. Start from other ones."
+            message = f"The weights are not finite before step {done + 1}. Start from other weights."
         if self._is_active():
             raise FloatingPointError(message)
         logger.warning(message)
 
     def require_trained(self) -> None:
-        """At the end of a run: raise `FloatingPointError` unless the weights are finite and a step has moved them."""
+        """At the end of a run, raise `FloatingPointError` unless the weights are finite and some step changed them."""
         self.require_finite_weights()
         steps = self._trainer.state.global_step
         if self._flags.gr_on_nonfinite == "stop" and 0 < steps == self.skipped_steps:
@@ -139,11 +138,11 @@ class NonFiniteGuard(Part, TrainerCallback):
 
 @dataclass
 class _Losses:
-    """What is remembered of the losses so far; saved in checkpoints under these names."""
+    """A summary of the losses so far, saved in checkpoints under these names."""
 
     mean: float = 0.0
     count: int = 0
-    mean_at_start: float | None = None  # with which IRE started
+    mean_at_start: float | None = None  # the mean when IRE started
     wait: int = 0  # steps until kappa may be halved again
 
     def is_high(self, loss: float, factor: float) -> bool:
@@ -165,8 +164,8 @@ class _Losses:
 class DivergenceGuard:
     """Watches the training loss and halves the `kappa_scale` of an `IRE` when training diverges.
 
-    Its state is saved and loaded with the optimizer's, as "losses" in the part "ire", so that a resumed run decides as
-    an uninterrupted one does.
+    Its state is saved and loaded with the optimizer's, as `state_dict["ire"]["losses"]`, so that a resumed run decides
+    as an uninterrupted one would.
 
     Args:
         ire: the optimizer; the guard registers hooks on its `state_dict` and `load_state_dict`.
@@ -181,8 +180,8 @@ class DivergenceGuard:
     def observe(self, loss: float, factor: float = 3.0, cooldown: int = 10) -> bool:
         """Record the loss of a step, and halve kappa if training diverges.
 
-        It diverges if the loss is not finite, or if it exceeds both `factor` times its running mean and the mean with
-        which IRE started. After a halving the next `cooldown` steps cannot cause another.
+        It diverges if the loss is not finite, or exceeds both `factor` times its running mean and the mean at which
+        IRE started. After a halving, the next `cooldown` steps cannot cause another.
 
         Returns True if kappa was halved.
         """

@@ -1,7 +1,7 @@
-"""The norms of each layer's weights and gradient along a run, as a table and a picture.
+"""The weight and gradient norms of each layer over a run, as a table and a plot.
 
-The paper of TVLARS argues with them: LWN = ||w||, LGN = ||g|| and LNR = ||w|| / ||g||, the trust ratio of LARS without
-its constants.
+The TVLARS paper bases its argument on them: LWN = ||w||, LGN = ||g|| and LNR = ||w|| / ||g||, the trust ratio of LARS
+without its constants.
 """
 
 import os
@@ -25,23 +25,23 @@ MAX_ROWS = 100_000
 
 
 class LayerStatisticsCallback(TrainerCallback):
-    """Writes `layer_statistics.parquet`, with the columns step, layer, kind and value, and a picture of it.
+    """Writes `layer_statistics.parquet`, with the columns step, layer, kind and value, and a plot of it.
 
-    A layer is a trainable parameter of at least two dimensions, by its name; a kind one of `KINDS`. The gradient is the
-    one that the optimizer is given, after clipping; step 1 is the first one. The file is written with every checkpoint
-    and at the end, and a resumed run goes on with it.
+    A layer is the name of a trainable parameter with at least two dimensions, a kind one of `KINDS`. The gradient is
+    the one the optimizer uses, after clipping; steps count from 1. The file is written with every checkpoint and at the
+    end, and a resumed run continues it.
 
     Args:
-        every: optimizer steps from one entry to the next.
-        max_rows: bound of the table. Where it is reached, every other entry is dropped and `every` doubled; two entries
-            are always kept.
+        every: optimizer steps between entries.
+        max_rows: bound on the table. Beyond it, every other entry is dropped and `every` doubled; two entries are
+            always kept.
     """
 
     picture = PICTURE
 
     def __init__(self, every: int, max_rows: int = MAX_ROWS):
         self.every, self.max_rows = every, max_rows
-        #: Whether the picture is of the last training.
+        #: Whether the plot shows the last training.
         self.has_drawn = False
         self._layers: list[str] = []
         self._entries: dict[int, tuple[list[float], list[float]]] = {}  # step -> ||w||, ||g|| of the layers
@@ -58,14 +58,14 @@ class LayerStatisticsCallback(TrainerCallback):
             self._continue(path, state.global_step)
 
     def _continue(self, path: Path, until: int) -> None:
-        """Take over what an interrupted run has written up to the step that is resumed from."""
+        """Load the entries of an interrupted run, up to the step from which it resumes."""
         columns = pq.read_table(path).to_pydict()
         values = dict(
             zip(zip(columns["step"], columns["layer"], columns["kind"], strict=True), columns["value"], strict=True)
         )
         steps = sorted({step for step in columns["step"] if step <= until})
         if set(columns["layer"]) != set(self._layers):
-            return  # of another model
+            return  # written for another model
         for step in steps:
             norms, gradient_norms = ([values[step, layer, kind] for layer in self._layers] for kind in KINDS[:2])
             self._entries[step] = (norms, gradient_norms)
@@ -84,7 +84,7 @@ class LayerStatisticsCallback(TrainerCallback):
         if state.global_step % self.every or not state.is_world_process_zero:
             return
         scaler = getattr(optimizer, "scaler", None)
-        # Clipping has undone the scale of fp16; without it the optimizer will.
+        # Clipping has already unscaled fp16 gradients; without clipping, the optimizer does so later.
         scale = scaler.get_scale() if scaler is not None and not args.max_grad_norm else 1.0
         params = dict(model.named_parameters())
         norms = [torch.linalg.vector_norm(params[name]) for name in self._layers]
@@ -92,7 +92,7 @@ class LayerStatisticsCallback(TrainerCallback):
             torch.zeros_like(norm) if params[name].grad is None else torch.linalg.vector_norm(params[name].grad)
             for name, norm in zip(self._layers, norms, strict=True)
         ]
-        # Brought over together: one wait for the device, not one for each.
+        # Transferred together: one device sync instead of one per norm.
         values = torch.stack([norm.to(norms[0].device) for norm in norms]).tolist() if norms else []
         self._entries[state.global_step + 1] = (
             values[: len(self._layers)],
@@ -115,7 +115,7 @@ class LayerStatisticsCallback(TrainerCallback):
         if state.is_world_process_zero and self._entries:
             path = Path(str(args.output_dir)) / TABLE
             path.parent.mkdir(parents=True, exist_ok=True)
-            # A run that is stopped while it writes leaves the earlier table whole.
+            # A run stopped while writing leaves the earlier table intact.
             pq.write_table(pa.table(self.table()), path.with_suffix(".tmp"))
             os.replace(path.with_suffix(".tmp"), path)
 

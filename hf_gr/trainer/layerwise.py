@@ -1,6 +1,6 @@
-"""The optimizers of hf_gr inside `Trainer`: by name, with a learning rate for the batch, and with the schedule phi.
+"""The optimizers of hf_gr inside `Trainer`: by name, with the learning rate scaled to the batch, and the schedule phi.
 
-What depends on the run, its number of steps and its total batch, is filled in here.
+Settings that depend on the run, its number of steps and its total batch, are filled in here.
 """
 
 from collections.abc import Callable
@@ -31,18 +31,18 @@ logger = get_logger(__name__)
 
 
 def innermost(optimizer: Any) -> Any:
-    """The optimizer itself, out of what accelerate and IRE have wrapped around it; None before it is made."""
+    """The optimizer itself, without the wrappers of accelerate and IRE; None before it is created."""
     optimizer = getattr(optimizer, "optimizer", optimizer)
     return optimizer.base_optimizer if isinstance(optimizer, IRE) else optimizer
 
 
 def trainable_parameters(optimizer: Optimizer) -> list[Tensor]:
-    """What `optimizer` trains, in the order of its groups: of a loss with weights of its own those, too."""
+    """The parameters `optimizer` trains, in the order of its groups, including those of a loss that has any."""
     return [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
 
 
 class OnClassOrInstance:
-    """A method that can be called on either: `Trainer` has a static one, and subclasses make it an instance's."""
+    """A method that can be called on either: it is static in `Trainer`, and an instance method in some subclasses."""
 
     def __init__(self, function: Callable[..., Any]):
         self._function = function
@@ -52,7 +52,7 @@ class OnClassOrInstance:
 
 
 def in_steps(tv_lambda: float, delay_steps: float, num_training_steps: int) -> tuple[float, float]:
-    """tv_lambda and delay_steps in steps. A delay below 1 is a fraction of the run, and tv_lambda then per run."""
+    """tv_lambda and delay_steps, in steps. A delay below 1 is a fraction of the run, and tv_lambda is then per run."""
     if 0 < delay_steps < 1:
         return tv_lambda / num_training_steps, delay_steps * num_training_steps
     return tv_lambda, delay_steps
@@ -62,13 +62,13 @@ class Layerwise(Part):
     """LARS, TVLARS and LAMB by name, the learning rate scaled with the batch, and phi as a schedule.
 
     Attributes:
-        lr_factor: what the learning rate was multiplied by.
+        lr_factor: the factor by which the learning rate was multiplied.
     """
 
     def __init__(self, trainer: Host):
         super().__init__(trainer)
         self.lr_factor = 1.0
-        self._made: Any = None
+        self._created: Any = None
         self._tvlars: TVLARS | None = None
         self._tvlars_settings: list[dict[str, Any]] = []
 
@@ -83,18 +83,18 @@ class Layerwise(Part):
         """`optimizer` with its learning rate times `lr_scaling`'s factor.
 
         Args:
-            is_new: whether the trainer has just made it. One that was given to it is left alone.
+            is_new: whether the trainer has just created it. One that was given to the trainer is left alone.
         """
         inner, flags = innermost(optimizer), self._flags
         if is_new:
-            self._made, self.lr_factor = inner, 1.0
+            self._created, self.lr_factor = inner, 1.0
         if flags.decay_norms_and_biases and inner.param_groups[0].get("exclude_1d"):
             raise ValueError(
-                f"decay_norms_and_biases=True has no effect on {type(inner).__name__}, which excludes norms and biases "
-                "by itself. Set optim_args=exclude_1d=False as well, or leave the flag out."
+                f"decay_norms_and_biases=True has no effect on {type(inner).__name__}, which itself excludes norms and "
+                "biases. Set optim_args=exclude_1d=False as well, or leave the flag out."
             )
-        if inner is not self._made:
-            self._refuse_flags_of_its_own()
+        if inner is not self._created:
+            self._refuse_flags_for_given_optimizer()
             return optimizer
         factor = flags.lr_factor(self._batch)
         _scale_learning_rate(inner, factor / self.lr_factor)
@@ -103,7 +103,7 @@ class Layerwise(Part):
             logger.info(f"  Learning rate: {inner.defaults['lr']:g}, scaled by {self.describe_lr_scaling()}")
         return optimizer
 
-    def _refuse_flags_of_its_own(self) -> None:
+    def _refuse_flags_for_given_optimizer(self) -> None:
         if self._flags.decay_norms_and_biases:
             raise ValueError(
                 "decay_norms_and_biases=True has no effect on an optimizer that was given to the trainer ready-made. "
@@ -120,8 +120,8 @@ class Layerwise(Part):
         return self._trainer.get_total_train_batch_size(self._trainer.args)
 
     def decays_everything(self) -> bool:
-        """Whether weight decay is for norms and biases, too."""
-        self.warn_of_idle_flags("decay_")
+        """Whether weight decay applies to norms and biases too."""
+        self.warn_of_unused_flags("decay_")
         return self._flags.decay_norms_and_biases
 
     def describe_lr_scaling(self) -> str:
@@ -131,7 +131,7 @@ class Layerwise(Part):
     # ---- phi ----
 
     def schedule(self, num_training_steps: int, optimizer: Optimizer) -> LRScheduler | None:
-        """Tell TVLARS what it must know of the run. The schedule `time_varying`, if it is that of the run."""
+        """Fill in the settings of TVLARS that depend on the run. Returns the schedule `time_varying`, if it is used."""
         args, inner = self._trainer.args, innermost(optimizer)
         self._tvlars = inner if inner is self._tvlars else None
         is_time_varying = args.lr_scheduler_type == TIME_VARYING and self._trainer.lr_scheduler is None
@@ -149,7 +149,7 @@ class Layerwise(Part):
                 f"warmup_steps={args.warmup_steps}: the learning rate has no warmup with "
                 f"lr_scheduler_type={TIME_VARYING!r}."
             )
-        # The first step is taken at epoch 0 of a scheduler, and is step 1 of phi.
+        # Epoch 0 of a scheduler is step 1 of phi.
         return LambdaLR(optimizer, partial(_phi_of_epoch, **self._time_varying(num_training_steps)))
 
     def _time_varying(self, num_training_steps: int) -> dict[str, Any]:
@@ -157,7 +157,7 @@ class Layerwise(Part):
         given = self._trainer.args.lr_scheduler_kwargs or {}
         if unknown := set(given) - {"tv_lambda", "delay_steps", "alpha", "gamma_min"}:
             raise ValueError(
-                f"lr_scheduler_kwargs: {', '.join(sorted(unknown))} is unknown to {TIME_VARYING!r}, which takes "
+                f"lr_scheduler_kwargs: {', '.join(sorted(unknown))} is unknown to {TIME_VARYING!r}, which supports "
                 "tv_lambda, delay_steps, alpha, gamma_min."
             )
         settings: dict[str, Any] = {
@@ -174,11 +174,11 @@ class Layerwise(Part):
         return settings
 
     def _default_gamma_min(self) -> float:
-        """0.001 batch / 256 as a factor of the unscaled learning rate, which `lr_scaling` may have scaled already."""
+        """0.001 batch / 256, relative to the unscaled learning rate, which `lr_scaling` may already have scaled."""
         return 1e-3 * self._batch / BASE_BATCH_SIZE / self.lr_factor
 
     def _set_tvlars(self, optimizer: TVLARS, num_training_steps: int) -> None:
-        """Put into the optimizer what it cannot know, and start its schedule with the run."""
+        """Fill in the optimizer's settings that depend on the run, and restart its schedule."""
         if optimizer is not self._tvlars:
             self._tvlars = optimizer
             keys = ("tv_lambda", "delay_steps", "gamma_min", "step")
@@ -210,7 +210,7 @@ class Layerwise(Part):
 def get_optimizer_cls_and_kwargs(
     resolve: Callable[..., tuple[Any, dict[str, Any]]], args: TrainingArguments, model: nn.Module | None
 ) -> tuple[Any, dict[str, Any]]:
-    """What `resolve`, the trainer's own method, says, with our names."""
+    """As `resolve`, the trainer's own method, plus the optimizers of hf_gr."""
     if args.optim not in OPTIMIZERS:
         return resolve(args, model)
     return OPTIMIZERS[args.optim], settings_by_flags(args) | parameters_by_trainer(resolve, args, model)

@@ -1,4 +1,4 @@
-"""What the parts of a trainer have in common. Each is one method, with its own state, called from the hooks."""
+"""The base class of a trainer's parts: each is one method, with its own state, called from the trainer's hooks."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -15,9 +15,9 @@ logger = get_logger(__name__)
 if TYPE_CHECKING:
 
     class Host(Trainer):
-        """What a part sees of `GRMixin` beside what every trainer has."""
+        """What `GRMixin` offers its parts, in addition to `Trainer`."""
 
-        # As they are once the trainer is built; transformers declares that each may be missing.
+        # transformers declares these optional; once the trainer is built, they are set.
         args: Any
         model: Any
         optimizer: Any
@@ -50,7 +50,7 @@ class Part:
     """One method inside a trainer.
 
     Args:
-        trainer: the trainer, which is still to be built: until `check` only its identity is known.
+        trainer: the trainer, not built yet: its attributes may be used only from `check` on.
     """
 
     def __init__(self, trainer: "Host"):
@@ -61,16 +61,16 @@ class Part:
         return self._trainer.gr_args
 
     def check(self) -> None:
-        """The trainer is built. Raises `ValueError` if the method is not known to be right in it."""
+        """Called once the trainer is built. Raises `ValueError` if the method does not support it."""
 
     def plan(self, num_training_steps: int) -> None:
-        """The number of steps is known. Raises `ValueError` for settings that make no sense in such a run."""
+        """Called once the number of steps is known. Raises `ValueError` for settings that make no sense with it."""
 
-    def warn_of_idle_flags(self, prefix: str) -> None:
-        """Name the flags with this prefix that were set and that, as others are set, change nothing."""
+    def warn_of_unused_flags(self, prefix: str) -> None:
+        """Warn of flags with this prefix that were set but have no effect, given the others."""
         for message in self._flags.flags_without_effect(prefix):
             logger.warning(message)
 
     def logs(self, logs: dict[str, float]) -> dict[str, float]:
-        """What to log beside the training loss, as it was at that step."""
+        """The values to log with the training loss, as of that step."""
         return {}

@@ -77,7 +77,7 @@ class TwoPass(Part):
         warmup_steps = self.warmup_steps(num_training_steps)
         if gr.gr_warmup != "none":
             self._check_warmup_steps(warmup_steps, num_training_steps)
-        self.warn_of_idle_flags("gr_")
+        self.warn_of_unused_flags("gr_")
         shards = args.world_size * (args.gradient_accumulation_steps if gr.gr_scope == "micro" else 1)
         if gr.gr_scope != "global" and shards == 1:
             logger.warning(f"gr_scope='{gr.gr_scope}' is the same as 'global' here: there is nothing to divide.")
