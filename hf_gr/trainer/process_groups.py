@@ -1,10 +1,10 @@
-"""The end of a process that has trained with others over gloo.
+"""A clean exit for processes that trained together over gloo.
 
-A thread of gloo may still be letting go of the tensors of the last reduction while the interpreter is being taken down.
-For that it needs the interpreter's lock, does not get it, and the process aborts after all its work is done: "terminate
-called without an active exception", exit code -6 (https://github.com/pytorch/pytorch/issues/190489). The threads end
-with their group, and the group lives for as long as anything refers to it, above all the `DistributedDataParallel` that
-a trainer holds; so `destroy_process_group` alone does not end them.
+A gloo thread may still be releasing the tensors of the last reduction while the interpreter shuts down. It needs the
+GIL for that, cannot get it, and the process aborts after all its work is done: "terminate called without an active
+exception", exit code -6 (https://github.com/pytorch/pytorch/issues/190489). The threads end with their process group,
+which lives as long as anything refers to it, above all the trainer's `DistributedDataParallel`; so
+`destroy_process_group` alone does not end them.
 """
 
 import atexit
@@ -21,15 +21,15 @@ _trainers: weakref.WeakSet[Trainer] = weakref.WeakSet()
 
 
 def end_cleanly(trainer: Trainer) -> None:
-    """See to it that the process groups of `trainer` end before the interpreter does, and their threads with them."""
+    """Make sure that the process groups of `trainer`, and their threads, end before the interpreter does."""
     _trainers.add(trainer)
 
 
 @atexit.register
 def _end_process_groups() -> None:
-    """Nothing is reduced after this; what a script registers after importing hf_gr runs before it."""
+    """Nothing can be reduced after this. Exit handlers registered after importing hf_gr run before it."""
     if getattr(sys, "last_value", None) is not None or not dist.is_available():
-        return  # after an exception the others may be waiting for this process, and the end of a group for them
+        return  # after an exception the other processes may be waiting for this one, and destroying a group for them
     for trainer in list(_trainers):
         if trainer.model_wrapped is not trainer.model:
             trainer.model_wrapped = cast(nn.Module, trainer.model)

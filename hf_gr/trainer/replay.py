@@ -1,4 +1,4 @@
-"""What it takes to run a micro-batch a second time and get the same randomness and the same model state."""
+"""Tools to run a micro-batch a second time, with the same randomness and the same model state."""
 
 import copy
 import random
@@ -39,10 +39,10 @@ class RNGState:
 
 
 class InputCheck:
-    """Whether what a trainer's `_prepare_inputs` gives in the second pass is what it gave in the first.
+    """Checks that a trainer's `_prepare_inputs` returns in the second pass what it returned in the first.
 
-    One that generates, draws or takes from a buffer there does not, and g2 would be of other data than g1. Looks at one
-    window only: a comparison makes an accelerator wait.
+    If it generates, draws or reads from a buffer it does not, and g1 and g2 would be of different data. Only one window
+    is checked, as each comparison makes an accelerator wait.
     """
 
     def __init__(self, trainer: Host):
@@ -52,28 +52,28 @@ class InputCheck:
 
     @contextmanager
     def during(self, is_second: bool) -> Iterator[None]:
-        """Within, one of the passes. Raises `ValueError` if it gets other inputs than the first."""
+        """Watch one of the passes. Raises `ValueError` if the second gets different inputs than the first."""
         if self.is_done:
             yield
             return
-        trainer, prepare = self._trainer, self._trainer._prepare_inputs  # whichever class's it is
+        trainer, prepare = self._trainer, self._trainer._prepare_inputs
 
         def watched(inputs: Any) -> Any:
             prepared = prepare(inputs)
-            self._look(list(_tensors(prepared)), is_second)
+            self._compare(list(_tensors(prepared)), is_second)
             return prepared
 
-        vars(trainer)["_prepare_inputs"] = watched  # in front of the class's
+        vars(trainer)["_prepare_inputs"] = watched  # shadows the method of the class
         try:
             yield
         finally:
             del vars(trainer)["_prepare_inputs"]
 
     def forget(self) -> None:
-        """The window is over, whether it had a second pass or not."""
+        """End the window, whether or not it had a second pass."""
         self._first.clear()
 
-    def _look(self, tensors: list[Tensor], is_second: bool) -> None:
+    def _compare(self, tensors: list[Tensor], is_second: bool) -> None:
         if not is_second:
             self._first.append(tensors)
             return
@@ -81,8 +81,8 @@ class InputCheck:
         if len(tensors) != len(expected) or not all(map(_equal, tensors, expected)):
             raise ValueError(
                 f"gr_lambda={self._trainer.gr_args.gr_degree}: {type(self._trainer).__name__} prepares other inputs "
-                "when a step runs a second time, and GR would take the second gradient of other data than the first. "
-                "Let _prepare_inputs give the same for the same batch (gr_second_pass says when), or set gr_lambda=0."
+                "when a step runs a second time, so the two gradients of GR would be of different data. Make "
+                "_prepare_inputs return the same for the same batch (see gr_second_pass), or set gr_lambda=0."
             )
 
 
@@ -98,14 +98,14 @@ def _tensors(nested: Any) -> Iterator[Tensor]:
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:
-    if a is b or a.data_ptr() == b.data_ptr():  # what `compute_loss` has changed in place is the same in both passes
+    if a is b or a.data_ptr() == b.data_ptr():  # then a change in place by `compute_loss` is in both
         return a.shape == b.shape
     return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a.nan_to_num(), b.nan_to_num())
 
 
 @contextmanager
 def attributes_set_aside(owner: Any, names: Iterable[str]) -> Iterator[None]:
-    """Within, `owner` has copies of these of its attributes; afterwards the originals, as they were."""
+    """Within the context, `owner` has copies of the named attributes; afterwards, the unchanged originals."""
     kept = {name: vars(owner)[name] for name in names if name in vars(owner)}
     vars(owner).update({name: _copied(value) for name, value in kept.items()})
     try:
@@ -115,7 +115,7 @@ def attributes_set_aside(owner: Any, names: Iterable[str]) -> Iterator[None]:
 
 
 def _copied(value: Any) -> Any:
-    """A copy down to the numbers in it. `copy.deepcopy` would take a call for each of thousands of them."""
+    """A copy that shares only its numbers. `copy.deepcopy` would make a call for each of thousands of them."""
     if isinstance(value, dict):
         copied = copy.copy(value)  # a defaultdict stays one
         copied.update({key: _copied(item) for key, item in value.items()})
@@ -127,7 +127,7 @@ def _copied(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """One call of `Trainer.training_step`: its arguments, and the state of the run that it depends on."""
+    """One call of `Trainer.training_step`: its arguments, and the run's state on which it depends."""
 
     inputs: dict[str, Any]
     num_items_in_batch: Tensor | int | None
@@ -137,11 +137,11 @@ class MicroBatch:
 
 @contextmanager
 def preserve_buffers(model: nn.Module) -> Iterator[None]:
-    """Undo, at the end, what the body writes to the buffers: the running statistics and counters of normalization
-    layers and their like, which the first pass has updated and the second must not.
+    """Undo, at the end, what the body writes to buffers: the running statistics and counters of normalization layers
+    and the like, which the first pass has updated and the second must not.
 
-    Integer buffers of more than one element are left out. They are constants, among them the packed weights of
-    quantized models, which nobody wants to have twice.
+    Integer buffers of more than one element are skipped: they are constants, such as the packed weights of quantized
+    models, which are too large to copy.
     """
     saved = [(b, b.detach().clone()) for b in model.buffers() if b.is_floating_point() or b.numel() == 1]
     try:

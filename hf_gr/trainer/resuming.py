@@ -1,7 +1,7 @@
-"""A run that resumes is the run that wrote the checkpoint: by the same method, on the same data.
+"""A resumed run must continue the run that wrote the checkpoint: the same method, on the same data.
 
-What else differs is named, with the value that is in force: the learning rate and all that the optimizer keeps with its
-state come from the checkpoint, everything else from the arguments.
+Other differences are reported, with the value in force: the learning rate and everything else that the optimizer
+stores with its state come from the checkpoint, the rest from the arguments.
 """
 
 import json
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 logger = get_logger(__name__)
 
-#: Flags that make the groups of the optimizer, which a checkpoint brings along.
+#: Flags that set the optimizer's parameter groups, which a checkpoint restores.
 OF_THE_OPTIMIZER = {
     "learning_rate",
     "weight_decay",
@@ -41,19 +41,19 @@ OF_THE_OPTIMIZER = {
     "lr_scaling",
     "decay_norms_and_biases",
 }
-#: Groups of torch's optimizers may have these or not, as the version has it.
+#: Keys of parameter groups that not all versions of torch have.
 IMPLEMENTATION = {"foreach", "fused", "capturable", "differentiable", "maximize", "decoupled_weight_decay", "amsgrad"}
 
 
-def prepare_to_resume(trainer: Host, asked: str | bool | None) -> str | None:
-    """The checkpoint that a run is to resume from, checked; with `True` the last complete one in `output_dir`. None for
-    a new run. Later checkpoints are moved out of the run's way.
+def prepare_to_resume(trainer: Host, requested: str | bool | None) -> str | None:
+    """The checkpoint to resume from, checked; with `True`, the last complete one in `output_dir`. None for a new run.
+    Later checkpoints are moved out of the run's way.
 
     Raises:
-        ValueError: there is none, it is cut short, or another run has written it.
+        ValueError: there is none, it is truncated, or a different run wrote it.
     """
     args = trainer.args
-    if asked is True:
+    if requested is True:
         checkpoint = last_complete_checkpoint(args.output_dir)
         if checkpoint is None:
             raise ValueError(
@@ -61,12 +61,12 @@ def prepare_to_resume(trainer: Host, asked: str | bool | None) -> str | None:
                 "it, or give the folder of one."
             )
     else:
-        checkpoint = asked or None
+        checkpoint = requested or None
         if checkpoint and not trainer.is_deepspeed_enabled:
             check_checkpoint(checkpoint)
     if checkpoint:
         refuse_other_run(trainer, checkpoint)
-    trainer.accelerator.wait_for_everyone()  # to read what is there, before the main process moves any of it
+    trainer.accelerator.wait_for_everyone()  # all read the folder before the main process moves anything in it
     if args.should_save:
         _clear_the_way(trainer, checkpoint)
     return checkpoint
@@ -84,15 +84,15 @@ def _clear_the_way(trainer: Host, checkpoint: str | None) -> None:
 
 
 def refuse_other_run(trainer: Host, checkpoint: str) -> None:
-    """Raise `ValueError` if the record of a checkpoint has another method, or other data, than `trainer`."""
+    """Raise `ValueError` if the record of a checkpoint has a different method, or different data, than `trainer`."""
     record = read_record(checkpoint)
     if record is None:
         return
     both = {"method": (record.method, method_of(trainer)), "data": (record.data, data_of(trainer))}
     for kind, (old, new) in both.items():
-        known = [key for key in old if None not in (old[key], new.get(key)) and key != "is_local"]
-        if other := [key for key in known if old[key] != new[key]]:
-            there, here = (", ".join(f"{key}={side[key]}" for key in other) for side in (old, new))
+        in_both = [key for key in old if None not in (old[key], new.get(key)) and key != "is_local"]
+        if changed := [key for key in in_both if old[key] != new[key]]:
+            there, here = (", ".join(f"{key}={side[key]}" for key in changed) for side in (old, new))
             raise ValueError(
                 f"resume_from_checkpoint={checkpoint}: the run that wrote it has {there}, this one {here}. Resume with "
                 f"the same {kind}, or start a new run in another folder. To change it on purpose, remove {FILE} there."
@@ -100,7 +100,7 @@ def refuse_other_run(trainer: Host, checkpoint: str) -> None:
 
 
 class ResumeCheck(TrainerCallback):
-    """Names, once a checkpoint is loaded, the arguments that are not those of the run that wrote it."""
+    """Reports, once a checkpoint is loaded, the arguments that differ from those of the run that wrote it."""
 
     def __init__(self, trainer: Host):
         self._trainer = trainer
@@ -114,12 +114,12 @@ class ResumeCheck(TrainerCallback):
                 logger.warning(f"Differs from the run that wrote {recorder.resumed_from}: {'; '.join(lines)}.")
 
     def _overruled(self, new: dict[str, Any]) -> list[str]:
-        """What was asked for, and what the optimizer has brought along instead."""
+        """The arguments that the restored optimizer overrides, and its values."""
         args = self._trainer.args
-        asked = {name: getattr(args, name) for name in ("learning_rate", "weight_decay") if name in new}
+        requested = {name: getattr(args, name) for name in ("learning_rate", "weight_decay") if name in new}
         return [
             f"{name}={value} has no effect, the checkpoint's {new[name]:g} is in force"
-            for name, value in asked.items()
+            for name, value in requested.items()
             if abs(new[name] - value) > 1e-9 * abs(value)
         ]
 
@@ -136,9 +136,9 @@ def _in_force(changes: dict[str, tuple[Any, Any]]) -> list[str]:
 
 @contextmanager
 def same_optimizer_required(optimizer: Any) -> Iterator[None]:
-    """Within, loading the state of another class of optimizer raises `ValueError`: torch's fail in the first step."""
+    """Raise `ValueError` if the state of another class of optimizer is loaded; torch fails only in the first step."""
     inner = innermost(optimizer)
-    if not hasattr(inner, "register_load_state_dict_pre_hook"):  # it is not torch's
+    if not hasattr(inner, "register_load_state_dict_pre_hook"):  # not a torch optimizer
         yield
         return
     hook = inner.register_load_state_dict_pre_hook(_check_groups)
@@ -149,10 +149,10 @@ def same_optimizer_required(optimizer: Any) -> Iterator[None]:
 
 
 def _check_groups(optimizer: "Optimizer", state_dict: dict[str, Any]) -> None:
-    saved, own = (set(groups[0]) - IMPLEMENTATION for groups in (state_dict["param_groups"], optimizer.param_groups))
-    missing, unknown = sorted(own - saved - {"initial_lr"}), sorted(saved - own - {"initial_lr"})
+    saved, needed = (set(groups[0]) - IMPLEMENTATION for groups in (state_dict["param_groups"], optimizer.param_groups))
+    missing, unknown = sorted(needed - saved - {"initial_lr"}), sorted(saved - needed - {"initial_lr"})
     if missing and unknown:
         raise ValueError(
-            f"The state of the optimizer in the checkpoint is not of {type(optimizer).__name__}: it has no "
-            f"{', '.join(missing)}, but {', '.join(unknown)}. Resume with the optimizer that wrote it (optim)."
+            f"The optimizer state in the checkpoint is not that of {type(optimizer).__name__}: it lacks "
+            f"{', '.join(missing)} and has {', '.join(unknown)}. Resume with the optimizer that wrote it (optim)."
         )

@@ -1,9 +1,9 @@
-"""Uploads during training (`push_to_hub`): each from a snapshot of what it uploads.
+"""Uploads during training (`push_to_hub`), each from a snapshot of its files.
 
-`Trainer` uploads the output folder in the background while training goes on writing into it. A file that changes
-between its hash and its transfer (the log of TensorBoard, or the weights with `hub_always_push`) or that is gone by
-then (a checkpoint, with `save_total_limit`) fails the whole upload; and one that had to wait its turn uploads the
-weights of a later step under the message of an earlier one.
+`Trainer` uploads the output folder in the background while training keeps writing to it. A file that changes between
+hashing and transfer (TensorBoard's log, or the weights with `hub_always_push`) or is gone by then (a checkpoint, with
+`save_total_limit`) fails the whole upload; and a queued upload sends the weights of a later step under the message of
+an earlier one.
 """
 
 import logging
@@ -24,23 +24,23 @@ from .part import Host, Part
 
 logger = logging.getLogger(__name__)
 
-#: What of a checkpoint is the model; the rest is there to resume from.
+#: The files of a checkpoint that belong to the model; the rest is for resuming.
 MODEL_FILES = ("config.json", "generation_config.json", "model*.safetensors*", "pytorch_model*.bin*", "adapter_*")
-#: What of the output folder is not uploaded.
+#: Entries of the output folder that are not uploaded.
 LEFT_OUT = ("_*", f"{PREFIX_CHECKPOINT_DIR}-*")
 SNAPSHOT = "_upload-"
 
 
 class Uploads(Part):
-    """The uploads of `hub_strategy`. Training never waits for them, and what is uploaded is what was there when the
-    checkpoint was written. The snapshot takes no room for weights: its files are hard links to the checkpoint's."""
+    """The uploads of `hub_strategy`. Training never waits for them, and they contain the files as they were when the
+    checkpoint was written. Weights take no extra space: in a snapshot, they are hard links to the checkpoint's."""
 
     def __init__(self, trainer: Host):
         super().__init__(trainer)
         self._api = HfApi()
 
     def push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """What `Trainer` does in `_push_from_checkpoint`, except that nothing is copied into the output folder."""
+        """As `Trainer._push_from_checkpoint`, except that nothing is copied into the output folder."""
         args = self._trainer.args
         is_pushing = self._trainer.push_in_progress is not None and not self._trainer.push_in_progress.is_done()
         if (
@@ -71,7 +71,7 @@ class Uploads(Part):
         return Path(tempfile.mkdtemp(prefix=SNAPSHOT, dir=self._trainer.args.output_dir))
 
     def _model_snapshot(self, checkpoint: Path) -> Path:
-        """The output folder, with the model of `checkpoint`."""
+        """A copy of the output folder, with the model of `checkpoint`."""
         snapshot = self._new_snapshot()
         for path in Path(self._trainer.args.output_dir).iterdir():
             if _is_one_of(path, LEFT_OUT + MODEL_FILES):
@@ -89,7 +89,7 @@ class Uploads(Part):
         return snapshot
 
     def _upload_in_background(self, snapshot: Path, message: str, path_in_repo: str | None = None) -> Future:
-        """Upload `snapshot`, after what is being uploaded, and delete it."""
+        """Upload `snapshot` after the uploads already queued, and delete it."""
         repo_id = self._trainer.hub_model_id
         assert repo_id is not None
 
@@ -104,7 +104,7 @@ class Uploads(Part):
                     revision=self._trainer.args.hub_revision,
                 )
             except Exception as error:
-                logger.warning(f"An upload during training failed ({message}: {error}). The last one has everything.")
+                logger.warning(f"An upload during training failed ({message}: {error}). The last one is complete.")
                 raise
             finally:
                 shutil.rmtree(snapshot, ignore_errors=True)
@@ -117,7 +117,7 @@ def _is_one_of(path: Path, patterns: tuple[str, ...]) -> bool:
 
 
 def link_or_copy(source: str | Path, target: str | Path) -> None:
-    """For files that are never written again. Not every file system has hard links."""
+    """For files that are never written again. Not every file system supports hard links."""
     try:
         os.link(source, target)
     except OSError:

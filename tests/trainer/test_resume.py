@@ -313,5 +313,5 @@ def test_the_state_of_another_optimizer_is_refused_without_a_record(optim, llama
     """As of a checkpoint of `Trainer`. It was a `KeyError` in the first step."""
     shutil.copytree(llama_checkpoint / "checkpoint-4", tmp_path / "checkpoint-4")
     (tmp_path / "checkpoint-4" / "run.json").unlink()
-    with pytest.raises(ValueError, match=r"state of the optimizer in the checkpoint is not of \w+: it has no .*"):
+    with pytest.raises(ValueError, match=r"optimizer state in the checkpoint is not that of \w+: it lacks .*"):
         resumed_llama(tmp_path, optim=optim)
