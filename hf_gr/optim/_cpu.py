@@ -1,4 +1,4 @@
-"""Fast paths on the CPU. A reader may skip them: each computes what the plain version beside its call computes.
+"""Fast paths on the CPU. A reader may skip them: each computes what the plain version at its call site computes.
 
 NumPy compares, counts and selects many elements at a time where torch takes one after the other. torch's fused kernels
 update a parameter in one pass over memory, and small blocks stay in the processor's cache.
@@ -88,7 +88,7 @@ Block = list[tuple[Tensor, ...]]
 
 
 def suits_blockwise_adamw(optimizer: Optimizer) -> bool:
-    """Whether it is a fused AdamW on the CPU that nobody watches and that has made its state already."""
+    """Whether it is a fused AdamW on the CPU, without hooks on its step, that has already created its state."""
     if type(optimizer) is not AdamW or optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
         return False
     if any(not g["fused"] or g["amsgrad"] or isinstance(g["lr"], Tensor) for g in optimizer.param_groups):

@@ -7,11 +7,11 @@ All three move a layer w along a direction u by a length that follows the size o
     TVLARS   "Revisiting LARS for Large Batch Training Generalization of Neural Networks", Do et al., arXiv:2309.14053
     LAMB     "Large Batch Optimization for Deep Learning: Training BERT in 76 Minutes", You et al., arXiv:1904.00962
 
-A layer is a parameter with at least two dimensions. Norms and biases, which have one, are told by that and by nothing
-else: they take the optimizer's plain step, without ratio and without weight decay, unless `exclude_1d` is False. (Some
-implementations take a weight decay of zero for the sign of a bias, and are plain SGD wherever there is no decay.)
+A layer is a parameter with at least two dimensions. Norms and biases have one and are recognized by nothing else: they
+take the optimizer's plain step, without trust ratio or weight decay, unless `exclude_1d` is False. (Some
+implementations recognize a bias by its weight decay of zero, and are plain SGD wherever there is no decay.)
 
-State and arithmetic of parameters in half precision are float32; what is stored in the parameter is rounded.
+Half-precision parameters have their state and arithmetic in float32; only the stored parameter is rounded.
 """
 
 import math
@@ -128,7 +128,7 @@ class LayerwiseOptimizer(Optimizer):
         return [value for value in state.values() if isinstance(value, Tensor)]
 
     def _moments(self, group: Group) -> tuple[str, ...]:
-        """The names of the tensors that are kept of each parameter."""
+        """The names of the state tensors of each parameter."""
         raise NotImplementedError
 
     def _step_each(self, layers: list[Tensor], others: list[Tensor], group: Group) -> None:
@@ -201,7 +201,10 @@ class LayerwiseOptimizer(Optimizer):
 def trust_factors(
     w_norms: Tensor, u_norms: Tensor, w_clamp: _cpu.Clamp, u_clamp: _cpu.Clamp, factor: float, otherwise: float
 ) -> Tensor:
-    """`factor` times the same ratios, for vectors of norms; `otherwise` where there is none."""
+    """`factor` ||w|| / ||u|| after clamping, for vectors of norms.
+
+    `otherwise` where one of the norms is 0; 0 where one is not finite: such a layer stays.
+    """
     w_norms = w_norms if w_clamp is None else w_norms.clamp(*w_clamp)
     u_norms = u_norms if u_clamp is None else u_norms.clamp(*u_clamp)
     ratios = torch.where((w_norms > 0) & (u_norms > 0), factor * (w_norms / u_norms), otherwise)
@@ -214,5 +217,5 @@ def norms(tensors: Tensors) -> Tensor:
 
 
 def precision(p: Tensor) -> torch.dtype:
-    """In which a parameter is updated."""
+    """The type in which a parameter is updated."""
     return torch.promote_types(p.dtype, torch.float32)

@@ -43,7 +43,7 @@ logger = logging.getLogger(__name__)
 
 #: Which coordinates are amplified. The last three are controls, with which to check that the choice matters.
 MASKS = ("flat", "inverted", "random", "uniform")
-#: Those that are chosen by a gradient.
+#: Masks that are chosen by a gradient.
 ESTIMATED_MASKS = ("flat", "inverted")
 #: The range, or the choices, of each setting of `IRE` that is a number or a name.
 SETTINGS = {
@@ -67,15 +67,15 @@ Li, Zhiyu and E, Weinan and Wu, Lei},
   url       = {https://arxiv.org/abs/2405.20763}
 }"""
 
-#: Elements of a GPU that are updated at a time.
+#: Elements updated at a time on a GPU.
 GPU_BLOCK = 2**24
 
 
 class IRE(Optimizer):
     """Wrap a built optimizer so that it takes (1 + kappa) times its step on the flat coordinates.
 
-    `param_groups`, `state` and `defaults` are the base optimizer's own objects, so that learning-rate schedulers and
-    whatever else edits them reach it. The masks, 1 byte per trainable parameter, are kept apart, under "ire" in
+    `param_groups`, `state` and `defaults` are the base optimizer's own objects, so that edits by learning-rate
+    schedulers and other code take effect. The masks, 1 byte per trainable parameter, are kept apart, under "ire" in
     `state_dict()`. Until the first `update_mask()` a step is that of the base optimizer.
 
     Args:
@@ -87,25 +87,25 @@ class IRE(Optimizer):
         gamma: fraction of the coordinates called flat, in (0, 1]; the paper has (0.5, 1).
         scope: "global" takes the floor(gamma N) smallest values of all N coordinates together (the paper), "per_tensor"
             the floor(gamma n) smallest of each tensor.
-        exclude: parameters never to be amplified. They do not count in N.
+        exclude: parameters that are never amplified. They do not count toward N.
         amplify_weight_decay: False leaves decoupled weight decay as it is. Refused where decay is part of the gradient.
-        beta: of the moving average h <- beta h + (1 - beta) g^2 over the mask updates, with bias correction; in [0, 1).
-            0, as published, keeps no average and no buffer.
+        beta: decay of the moving average h <- beta h + (1 - beta) g^2 over the mask updates, with bias correction; in
+            [0, 1). 0, as published, keeps no average and no buffer.
         mask: one of `MASKS`. "inverted" is what "flat" is not, "random" has each coordinate with probability gamma and
             "uniform" has all: (1 + kappa) times the base optimizer's step.
         kappa_schedule: "constant", or "lr" for kappa_t = kappa lr_t / initial_lr of each group, where `initial_lr` is
             what a learning-rate scheduler has written there (the released code's `prog_decay`).
-        seed: of the random masks.
+        seed: seed of the random masks.
 
     Attributes:
-        active: set it to False for the steps in which IRE is not to act yet.
+        active: set to False while IRE should not act yet.
         kappa_scale: factor of kappa, 1 at first; saved. `GRTrainer` halves it where training diverges.
-        updates: how often the mask has been chosen.
+        updates: how many times the mask has been chosen.
         flat_counts: how many coordinates of each parameter are amplified.
         mask_overlap: |A and B| / |A or B| of the last two masks (Jaccard index), None before the second.
 
     Raises:
-        ValueError: an argument is out of its range, or the base optimizer or a parameter is one of those above.
+        ValueError: an argument is out of its range, or the base optimizer or a parameter is one of those refused above.
         RuntimeError: a gradient is sparse.
     """
 
@@ -255,13 +255,13 @@ class IRE(Optimizer):
 
     @torch.no_grad()
     def update_mask(self) -> bool:
-        """Choose the flat coordinates anew, from the estimate in `.grad`, which is left as it is.
+        """Choose the flat coordinates again, from the estimate in `.grad`, which is left unchanged.
 
         The floor(gamma N) coordinates with the smallest squared gradient are flat, and with them every other one whose
         value equals the largest of those. A parameter without a gradient counts as zero. Constant factors, such as the
         batch size in the Gauss-Newton-Bartlett estimator, do not change the order and are left out.
 
-        Returns False, and keeps the mask there is, if the gradient is not finite.
+        Returns False, and keeps the current mask, if the gradient is not finite.
         """
         params = self._amplifiable()
         if self.needs_estimate:
@@ -285,7 +285,7 @@ class IRE(Optimizer):
         return True
 
     def _estimate(self, params: list[Tensor]) -> tuple[list[Tensor], list[float]]:
-        """For each parameter what is to be compared in absolute value, and with what."""
+        """For each parameter the values whose magnitudes are compared, and the threshold."""
         # |g| has the order of g^2, and does not underflow.
         sizes = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
         if self.beta > 0:

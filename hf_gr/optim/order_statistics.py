@@ -1,6 +1,6 @@
-"""The k-th smallest of the elements of many tensors together, and comparing all of them with it.
+"""The k-th smallest element of many tensors together, and masks of the elements up to it.
 
-Exact, in one pass and little memory: `torch.kthvalue` needs them in one tensor, which is a copy of all gradients.
+Exact, in one pass and with little memory: `torch.kthvalue` needs one tensor, which would be a copy of all gradients.
 """
 
 import math
@@ -12,9 +12,9 @@ from torch import Tensor
 
 from . import _cpu
 
-#: Elements of a GPU that are compared at a time.
+#: Elements compared at a time on a GPU.
 GPU_BLOCK = 2**24
-#: A tensor of up to so many elements is put together with others.
+#: Tensors of at most this many elements are compared together.
 SMALL = 2**12
 #: Size of the sample that narrows the search down.
 SAMPLE = 3 * 2**15
@@ -31,7 +31,7 @@ def in_blocks(*tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
 class Scan:
     """Compares and counts absolute values, block by block, in at least single precision.
 
-    On a GPU a count is a 0-dimensional tensor, for which nobody has to wait; `to_ints` reads all of them at once.
+    On a GPU a count is a 0-dimensional tensor, which causes no synchronization; `to_ints` reads all of them at once.
     """
 
     def __init__(self, tensors: Iterable[Tensor]):
@@ -62,7 +62,7 @@ class Scan:
         return count_true(is_low), values[(values < high) & ~is_low]
 
     def replace(self, mask: Tensor, new: Tensor) -> int | Tensor:
-        """Write the flags `new`, flat, into `mask`. How many of those that are True were so before."""
+        """Write the flat flags `new` into `mask`. Returns how many are True both before and after."""
         if _cpu.suits_numpy(mask) and mask.is_contiguous():
             return self._fast.replace(mask, new)
         new = new.view(mask.shape)
@@ -77,7 +77,7 @@ def count_true(flags: Tensor) -> int | Tensor:
 
 
 def to_ints(counts: Sequence[int | Tensor]) -> list[int]:
-    """All of them in one go, instead of waiting for each."""
+    """All counts in one transfer, instead of waiting for each."""
     device = next((count.device for count in counts if isinstance(count, Tensor)), None)
     if device is None:
         return [int(count) for count in counts]
@@ -155,7 +155,7 @@ def replace_masks(
 ) -> tuple[list[int], int]:
     """Write `choose(values, threshold)`, blockwise, into the masks.
 
-    Returns how many elements of each mask are True now, and how many of all were so before as well.
+    Returns how many elements of each mask are True now, and how many, over all masks, were also True before.
     """
     common_counts = []
     for value, mask, threshold, parts in merge_small(values, masks, thresholds):
@@ -169,8 +169,8 @@ def replace_masks(
 def _bounds(tensors: list[Tensor], quantile: float, total: int) -> tuple[float, float]:
     """Two values between which the quantile lies, by six standard deviations of its rank in a random sample.
 
-    Every so-many-th element stands for a random one: should the values repeat in that rhythm, the bounds may miss the
-    quantile, which `kth_smallest` notices.
+    Evenly spaced elements stand in for random ones. If the values repeat with that period, the bounds may miss the
+    quantile; `kth_smallest` detects that.
     """
     parts = []
     for t in tensors:
