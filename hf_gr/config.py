@@ -63,7 +63,7 @@ class _UnsetNone:
         return hash(None)
 
 
-def _default(name: str) -> str:
+def _default(name: str) -> Any:
     return TrainingArguments.__dataclass_fields__[name].default
 
 
@@ -74,7 +74,7 @@ class OptimizerArguments:
     optim: str = flag(
         _default("optim"),
         "The optimizer: one of transformers' names, or one of hf_gr.",
-        ChainMap(OPTIMIZERS, dict.fromkeys(name.value for name in OptimizerNames)),
+        ChainMap[str, Any](OPTIMIZERS, dict.fromkeys(name.value for name in OptimizerNames)),
     )
     lr_scheduler_type: str = flag(
         _default("lr_scheduler_type"),
@@ -215,7 +215,7 @@ class IREArguments:
     def _settle_ire_preset(self) -> None:
         """Give the flags that were not given plain values: those of the preset, or their defaults."""
         check_fields(self, IREArguments, ["ire_preset"])
-        preset = IRE_PRESETS.get(self.ire_preset, {})
+        preset = IRE_PRESETS.get(self.ire_preset or "", {})
         for name in ("ire_kappa", "ire_gamma", "ire_start_step"):
             value = getattr(self, name)
             if isinstance(value, _UnsetNumber):

@@ -56,15 +56,9 @@ def create_optimizer(
     for key, value in (("lr", lr), ("weight_decay", weight_decay)):
         if not 0 <= value < math.inf:  # some of torch's own take NaN
             raise ValueError(f"{key}={value}: must be >= 0, and finite.")
-    is_model = isinstance(params_or_model, nn.Module)
-    if name in OPTIMIZERS:
-        cls, defaults = OPTIMIZERS[name], {"lr": lr}
-    else:
-        args = SimpleNamespace(**{field: f.default for field, f in TrainingArguments.__dataclass_fields__.items()})
-        args.optim, args.learning_rate = OptimizerNames(name), lr
-        cls, defaults = Trainer.get_optimizer_cls_and_kwargs(args, params_or_model if is_model else None)
-        if is_optimizer_factory(cls) or not PARAMETER_KEYS.isdisjoint(defaults):
-            raise ValueError(f"name={name!r}: this one can only be made by a Trainer. Use its flag optim.")
+    model = params_or_model if isinstance(params_or_model, nn.Module) else None
+    params = params_or_model if model is None else _groups(model, weight_decay)
+    cls, defaults = _class_and_defaults(name, model, lr)
     settings = {**defaults, **kwargs, "weight_decay": weight_decay}
     parameters = inspect.signature(cls).parameters
     if unknown := [key for key in kwargs if key not in parameters]:
@@ -76,11 +70,23 @@ def create_optimizer(
         if weight_decay:
             raise ValueError(f"weight_decay={weight_decay} has no effect: {name} has no weight decay. Leave it out.")
         del settings["weight_decay"]
-    return cls(_groups(params_or_model, weight_decay) if is_model else params_or_model, **settings)
+    return cls(params, **settings)
+
+
+def _class_and_defaults(name: str, model: nn.Module | None, lr: float) -> tuple[Any, dict[str, Any]]:
+    if name in OPTIMIZERS:
+        return OPTIMIZERS[name], {"lr": lr}
+    args: Any = SimpleNamespace(**{flag: f.default for flag, f in TrainingArguments.__dataclass_fields__.items()})
+    args.optim, args.learning_rate = OptimizerNames(name), lr
+    cls, defaults = Trainer.get_optimizer_cls_and_kwargs(args, model)  # type: ignore[arg-type]
+    if is_optimizer_factory(cls) or not PARAMETER_KEYS.isdisjoint(defaults):
+        raise ValueError(f"name={name!r}: only a Trainer can make this optimizer. Use its flag optim.")
+    return cls, defaults
 
 
 def _groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    decayed = set(Trainer.get_decay_parameter_names(None, model))  # asks nothing of a trainer
+    no_trainer: Any = None  # the method does not use it
+    decayed = set(Trainer.get_decay_parameter_names(no_trainer, model))
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     return [
         {"params": [p for name, p in named if name in decayed], "weight_decay": weight_decay},
@@ -124,7 +130,7 @@ def parameters_by_trainer(
 ) -> dict[str, Any]:
     """The parameters, or groups of them, that a trainer hands to whatever optimizer it makes; {} from `Trainer`, whose
     groups are those of its model. `resolve` is its `get_optimizer_cls_and_kwargs`, which does not know our names."""
-    stock = copy.copy(args)
+    stock: Any = copy.copy(args)
     stock.optim, stock.optim_args = TrainingArguments.__dataclass_fields__["optim"].default, None
     return {key: value for key, value in resolve(stock, model)[1].items() if key in PARAMETER_KEYS}
 

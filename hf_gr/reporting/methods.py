@@ -11,7 +11,7 @@ from ..optim.gr_warmup import GR_WARMUPS
 
 def methods_tables() -> dict[str, str]:
     """Heading -> table of all GR warmups, ascents, optimizers, and what goes around an optimizer."""
-    tables = {
+    tables: dict[str, Mapping[str, Any]] = {
         "GR warmups": GR_WARMUPS,
         "Ascents": ASCENTS,
         "Optimizers": OPTIMIZERS,
