@@ -1,6 +1,6 @@
 """`GRTrainer`: `transformers.Trainer` with gradient regularization, IRE and the optimizers of hf_gr.
 
-Each hook of `Trainer` is overridden once, here; what happens in it is in the parts, a file for each method.
+Each hook of `Trainer` is overridden once, here; the work is done in the parts, one file per method.
 """
 
 from contextlib import ExitStack
@@ -32,49 +32,48 @@ if TYPE_CHECKING:
 else:
     Host = object
 
-logger = get_logger(__name__)  # speaks once, not once per process
+logger = get_logger(__name__)  # logs once, not once per process
 
 
 class GRMixin(Host):
     """Gradient regularization, IRE and the optimizers of hf_gr for any `Trainer`:
     `class MyTrainer(GRMixin, Seq2SeqTrainer)`.
 
-    Its flags are those of `GRArguments`, read from `args`; if `args` has none (a plain `TrainingArguments`), their
-    defaults apply. What `compute_loss` does runs twice per micro-batch; `gr_second_pass` tells it when, and what
-    it counts in the attributes named in `gr_first_pass_only` counts once.
+    Its flags are those of `GRArguments`, read from `args`; if `args` has none (a plain `TrainingArguments`), the
+    defaults apply. `compute_loss` runs twice per micro-batch: `gr_second_pass` is True in the second run, and what it
+    counts in the attributes named in `gr_first_pass_only` counts once.
 
-    Logged with the training loss, as they were at that step:
+    Logged with the training loss, as of that step:
 
-    - `gr_lambda`, `gr_r`, `gr_grad_norm` (||g1||) and `gr_perturbed_grad_norm` (||g2||). `loss` is that of the first
-      pass, `grad_norm` the norm of the combined gradient. With `gr_scope="local"` or `"micro"`, `gr_grad_norm` is that
-      of the main process (averaged over its micro-batches), and ||g2||, which is then known only together with g1, is
-      logged only for lambda = r.
+    - `gr_lambda`, `gr_r`, `gr_grad_norm` (||g1||) and `gr_perturbed_grad_norm` (||g2||). `loss` is from the first pass,
+      `grad_norm` is the norm of the combined gradient. With `gr_scope="local"` or `"micro"`, `gr_grad_norm` is from the
+      main process (averaged over its micro-batches), and ||g2||, which is then available only mixed with g1, is logged
+      only for lambda = r.
     - `ire_kappa` (0 before the start), `ire_flat_fraction`, the same per kind of layer
       (`ire_flat_fraction_embedding`, `_attention`, `_mlp`, `_norm`, `_bias`, ...), and `ire_mask_overlap`, the Jaccard
       index of the last two masks.
     - `tvlars_phi`, beside the learning rate that it multiplies.
-    - `train_seconds`, evaluations not counted, and `train_passes`, the forward and backward passes over a step's batch
-      so far, those of GR and of IRE's estimates included. The log of an evaluation has them too, and
-      `evaluated_examples`.
+    - `train_seconds`, excluding evaluation, and `train_passes`, the forward and backward passes over a step's batch so
+      far, including those of GR and of IRE's estimates. Evaluation logs contain them too, and `evaluated_examples`.
     """
 
-    #: Attributes in which `compute_loss` counts, or collects what is logged, in trl and sentence-transformers. The
-    #: second pass leaves them as they are. A subclass may name others.
+    #: Attributes in which `compute_loss` of trl and sentence-transformers collects counts and metrics. The second pass
+    #: leaves them unchanged. A subclass may name others.
     gr_first_pass_only: tuple[str, ...] = (
         "_metrics",
         "_stored_metrics",
         "_total_train_tokens",
         "accum_loss_components",
     )
-    #: True while a step runs a second time.
+    #: True during the second pass of a step.
     gr_second_pass = False
     #: Dataclasses with further arguments of the run, recorded like those of the trainer. A `dataset_name` among them
-    #: says what the run trains on.
+    #: names the training data.
     script_args: tuple[Any, ...] = ()
 
     def __init__(self, *args, **kwargs):
         self._default_gr_args = GRArguments()
-        # `Trainer` sets it in `train()`; a `training_step` called without that is a window of one.
+        # `Trainer` sets this in `train()`; a `training_step` outside of it is a window of one.
         self.current_gradient_accumulation_steps = 1
         self.recorder = Recorder(self)
         self.gr = TwoPass(self, self.recorder)
@@ -85,7 +84,7 @@ class GRMixin(Host):
         self._uploads = Uploads(self)
         self.parts = (self.layerwise, self.gr, self._costs, self.ire, self.nonfinite_guard)
         super().__init__(*args, **kwargs)
-        #: What the last evaluation was of: a dataset, the name of one of several, or all of them as a dict.
+        #: The dataset evaluated last, its name if it is one of several, or all of them as a dict.
         self.evaluated_dataset: Any = None
         end_cleanly(self)
         for part in self.parts:
@@ -94,45 +93,45 @@ class GRMixin(Host):
 
     @property
     def gr_args(self) -> GRArguments:
-        """The flags that are in force."""
+        """The flags in force."""
         return self.args if isinstance(self.args, GRArguments) else self._default_gr_args
 
     @property
     def ire_optimizer(self) -> IRE | None:
-        """The optimizer, if it is `IRE`; None before it is made."""
+        """The optimizer, if it is `IRE`; None before it is created."""
         return self.ire.optimizer
 
     ire_sampled_losses = sampled_losses
 
     def costs(self) -> dict[str, float]:
-        """What training has cost: seconds, passes, the peak of memory in bytes, and tokens if they were counted."""
+        """The costs of training: seconds, passes, peak memory in bytes, and tokens if they were counted."""
         return self._costs.total()
 
     # ---- Optimizer and schedule ----
 
     @OnClassOrInstance
-    def get_optimizer_cls_and_kwargs(  # type: ignore[override]  # static there, and an instance's in its subclasses
+    def get_optimizer_cls_and_kwargs(  # type: ignore[override]  # static there, an instance method in subclasses
         self, args: TrainingArguments, model: nn.Module | None = None
     ) -> tuple[Any, dict[str, Any]]:
-        """As in `Trainer`, with the optimizers of hf_gr."""
+        """As in `Trainer`, plus the optimizers of hf_gr."""
         return get_optimizer_cls_and_kwargs(super().get_optimizer_cls_and_kwargs, args, model)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """As in `Trainer`, or all of them with `decay_norms_and_biases`."""
+        """As in `Trainer`; all parameters with `decay_norms_and_biases`."""
         if self.layerwise.decays_everything():
             return [name for name, _ in model.named_parameters()]
         return super().get_decay_parameter_names(model)
 
     def create_optimizer(self, *args, **kwargs) -> torch.optim.Optimizer:
         """As in `Trainer`, with the learning rate scaled by `lr_scaling`, and wrapped in `IRE` with `ire_kappa`."""
-        self.gr_args.check_optimizer_arguments()  # a sweep sets attributes
+        self.gr_args.check_optimizer_arguments()  # a hyperparameter search sets attributes
         is_new = self.optimizer is None
         optimizer = super().create_optimizer(*args, **kwargs)
         self.optimizer = self.ire.wrap(self.layerwise.scale(optimizer, is_new))
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LRScheduler:
-        """As in `Trainer`, with the schedule `time_varying`. Here the number of steps is first known."""
+        """As in `Trainer`, plus the schedule `time_varying`. The number of steps is first known here."""
         for part in self.parts:
             part.plan(num_training_steps)
         schedule = self.layerwise.schedule(num_training_steps, self.optimizer if optimizer is None else optimizer)
@@ -152,7 +151,7 @@ class GRMixin(Host):
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        """As in `Trainer`, and at the end of an accumulation window the second pass."""
+        """As in `Trainer`, plus the second pass at the end of an accumulation window."""
         one_pass = self._costs.counted(super().training_step)
         loss = self.gr.step(one_pass, model, inputs, num_items_in_batch)
         self.ire.observe(loss)
@@ -164,13 +163,13 @@ class GRMixin(Host):
         return norm
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """As in `Trainer`, with the second pass and the estimate of IRE counted."""
+        """As in `Trainer`, including the second pass and IRE's estimate."""
         flops = super().floating_point_ops(inputs)
         flops += int(flops * self.ire.probed_fraction)
         return flops * (2 if self.gr.strength().is_active else 1)
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
-        """As in `Trainer`, with the values of the parts beside the training loss, and the costs beside both losses."""
+        """As in `Trainer`, with the parts' values added to the training loss, and the costs to both losses."""
         if "loss" in logs:
             for part in self.parts:
                 logs |= part.logs(logs)
@@ -180,10 +179,10 @@ class GRMixin(Host):
     # ---- Around the steps ----
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
-        """As in `Trainer`. A checkpoint to resume from is checked first: one that is cut short changes nothing.
+        """As in `Trainer`, but a checkpoint to resume from is checked first: a truncated one changes nothing.
 
-        With `True` it is the last complete one in `output_dir`; later ones that are not complete are named. A run may
-        resume with another number of processes, which a warning says, and from an earlier checkpoint than the last: the
+        `True` selects the last complete one in `output_dir`; later incomplete ones are named in warnings. A run may
+        resume with a different number of processes, which is warned of, and from an earlier checkpoint than the last:
         later ones are then moved out of its way.
         """
         checkpoint = prepare_to_resume(self, resume_from_checkpoint)
@@ -197,13 +196,13 @@ class GRMixin(Host):
         return output
 
     def evaluate(self, eval_dataset: Any = None, *args, **kwargs) -> dict[str, float]:
-        """As in `Trainer`; the card says of what it was."""
+        """As in `Trainer`; the dataset is remembered for the card."""
         metrics = super().evaluate(eval_dataset, *args, **kwargs)
         self.evaluated_dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         return metrics
 
     def _evaluate(self, *args, **kwargs) -> dict[str, float]:
-        """The evaluations during training, also those of a subclass whose `evaluate` is all its own."""
+        """Evaluation during training: stops the clock even if a subclass replaces `evaluate`."""
         with self.recorder.clock_stopped():
             return super()._evaluate(*args, **kwargs)
 
@@ -220,10 +219,10 @@ class GRMixin(Host):
     # ---- Checkpoints ----
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As in `Trainer`: the weights, and not the perturbed ones, even for a signal handler amid a second pass.
+        """As in `Trainer`, but never the perturbed weights, even if a signal handler saves during a second pass.
 
-        Under FSDP they are gathered into one model that `from_pretrained` loads, whatever parts checkpoints are made
-        of; `Trainer` would write nothing.
+        Under FSDP, the weights are gathered into a model that `from_pretrained` can load, even if checkpoints are
+        sharded; `Trainer` would write nothing.
         """
         is_checkpoint = _internal_call and output_dir is not None
         with ExitStack() as stack:
@@ -235,7 +234,7 @@ class GRMixin(Host):
             super().save_model(output_dir, _internal_call)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """As in `Trainer`; the record comes first, so that a checkpoint that is whole has it."""
+        """As in `Trainer`, but the record is written first, so that every complete checkpoint contains it."""
         run = self._get_output_dir(trial=trial)
         folder = f"{run}/{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         self.nonfinite_guard.require_finite_weights()
@@ -244,24 +243,24 @@ class GRMixin(Host):
             super()._save_checkpoint(model, trial)
 
     def _save_rng_state(self, output_dir: str) -> None:
-        """As in `Trainer`. The state of the run, which is written next, says that all processes have written theirs."""
+        """As in `Trainer`, then wait: the trainer state, written next, means that all processes have saved theirs."""
         super()._save_rng_state(output_dir)
         self.accelerator.wait_for_everyone()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """Load every weight, under the name it has in memory; a weight that is missing or unknown raises."""
+        """Load every weight, under its name in memory; raises if one is missing or unknown."""
         target = self.model if model is None else model
         if self.is_deepspeed_enabled or self.is_fsdp_enabled or not load_weights(target, resume_from_checkpoint):
-            # Other trainers' own take the folder alone.
+            # Some trainers override it with the folder as the only parameter.
             super()._load_from_checkpoint(resume_from_checkpoint, *(() if model is None else (model,)))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """As in `Trainer`; the state of another class of optimizer raises before the training starts."""
+        """As in `Trainer`, but raises before training starts if the state is of another class of optimizer."""
         with same_optimizer_required(self.optimizer):
             super()._load_optimizer_and_scheduler(checkpoint)
 
     def _load_best_model(self) -> None:
-        """Load the best checkpoint with the same care as one that is resumed from."""
+        """Load the best checkpoint as strictly as one to resume from."""
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             super()._load_best_model()
         else:
@@ -271,7 +270,7 @@ class GRMixin(Host):
                 super()._load_best_model()
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
-        """Where `Trainer` itself loads a checkpoint, names that do not match are an error, not a warning."""
+        """If `Trainer` itself loads a checkpoint, names that do not match are an error, not a warning."""
         ignored = getattr(self.model, "_keys_to_ignore_on_save", None) or ()
         require_same_names("the checkpoint", set(load_result.missing_keys) - set(ignored), load_result.unexpected_keys)
         super()._issue_warnings_after_load(load_result)
@@ -279,7 +278,7 @@ class GRMixin(Host):
     # ---- The Hub ----
 
     def init_hf_repo(self, *args, **kwargs) -> None:
-        """As in `Trainer`; what keeps the repository or its card from being made is said before the training."""
+        """As in `Trainer`; problems with creating the repository or its card are reported before training."""
         from ..reporting import card  # noqa: F401  needs the extra `report`
 
         try:
@@ -287,15 +286,15 @@ class GRMixin(Host):
         except Exception as error:
             name = self.args.hub_model_id or Path(self.args.output_dir).resolve().name
             raise ValueError(
-                f"push_to_hub=True: the repository {name!r} can be neither found nor made on the Hub ({error}). Log in "
-                "with `hf auth login`, or give hub_token, a token that may write; hub_model_id is the name."
+                f"push_to_hub=True: the repository {name!r} can be neither found nor created on the Hub ({error}). Log "
+                "in with `hf auth login`, or give hub_token, a token with write access; hub_model_id sets the name."
             ) from error
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         self._uploads.push_from_checkpoint(checkpoint_folder)
 
     def create_model_card(self, *args, **kwargs) -> None:
-        """Write `README.md` into the output folder: what this run did. Takes the arguments of `Trainer`'s."""
+        """Write `README.md`, which describes this run, to the output folder. Same arguments as in `Trainer`."""
         if self.is_world_process_zero():
             from ..reporting.card import write_card  # and matplotlib with it
 

@@ -1,12 +1,12 @@
-"""Gradient regularization in a trainer: the first pass, and at the end of a step the second one.
+"""Gradient regularization in a trainer: the first pass, and the second at the end of a step.
 
 One optimizer step, with gradient accumulation over a window of micro-batches:
 
-1. (lambda_t, r_t) follow from `state.global_step`. If one is 0, the step is a plain one and nothing else.
-2. Each micro-batch runs as always and is recorded: references to its inputs, and the state of the random generators.
-3. After the last one `.grad` holds g1 of the whole step. theta is perturbed, the recorded window is replayed, theta
-   is restored, and `.grad` holds (1 - lambda/r) g1 + (lambda/r) g2. All inside `training_step`, so that `Trainer`
-   goes on to clip and step as it always does.
+1. (lambda_t, r_t) follow from `state.global_step`. If either is 0, the step is a plain one.
+2. Each micro-batch runs as usual and is recorded: references to its inputs, and the state of the random generators.
+3. After the last one, `.grad` holds g1 of the whole step. theta is perturbed, the recorded window is replayed, theta
+   is restored, and `.grad` holds (1 - lambda/r) g1 + (lambda/r) g2. All of this happens inside `training_step`, so
+   `Trainer` then clips and steps as usual.
 """
 
 import copy
@@ -34,7 +34,7 @@ from .part import Host, Part
 from .recording import Recorder
 from .replay import InputCheck, MicroBatch, RNGState, attributes_set_aside, preserve_buffers
 
-logger = get_logger(__name__)  # speaks once, not once per process
+logger = get_logger(__name__)  # logs once, not once per process
 
 
 class TwoPass(Part):
@@ -52,8 +52,8 @@ class TwoPass(Part):
     def check(self) -> None:
         if self._flags.is_active:
             refuse_unsupported(self._trainer, "gr_lambda")
-        trains_halves = any(p.requires_grad and p.dtype in HALF_PRECISION for p in self._trainer.model.parameters())
-        if self._flags.gr_half_precision_weights and not (self._flags.is_active and trains_halves):
+        trains_half = any(p.requires_grad and p.dtype in HALF_PRECISION for p in self._trainer.model.parameters())
+        if self._flags.gr_half_precision_weights and not (self._flags.is_active and trains_half):
             logger.warning("gr_half_precision_weights: no effect without GR, or without such weights to train.")
 
     # ---- Schedule ----
@@ -65,7 +65,7 @@ class TwoPass(Part):
         )
 
     def strength(self) -> GRStrength:
-        """(lambda_t, r_t) of the step that is under way."""
+        """(lambda_t, r_t) of the current step."""
         state = self._trainer.state
         return self._flags.gr_strength(state.global_step, self.warmup_steps(state.max_steps))
 
@@ -91,12 +91,12 @@ class TwoPass(Part):
         if warmup_steps == 0:
             logger.warning(
                 f"gr_warmup='{gr.gr_warmup}' has no effect, because the learning-rate warmup that it follows has no "
-                "steps: GR acts at full strength from the first step. Set warmup_steps or gr_warmup_steps, or say "
+                "steps: GR acts at full strength from the first step. Set warmup_steps or gr_warmup_steps, or "
                 "gr_warmup='none'."
                 if gr.gr_warmup_steps is None
                 else f"gr_warmup='{gr.gr_warmup}' has no effect with gr_warmup_steps={gr.gr_warmup_steps}."
             )
-        # With zero-warmup a warmup of just the whole run leaves no step for GR either.
+        # With zero-warmup, a warmup of exactly the whole run also leaves no step for GR.
         elif warmup_steps + (gr.gr_warmup == "zero") > num_training_steps:
             never = "GR would never act" if gr.gr_warmup == "zero" else "GR would never reach its full strength"
             if gr.gr_warmup_steps is not None:
@@ -119,7 +119,7 @@ class TwoPass(Part):
         inputs: dict[str, Any],
         num_items_in_batch: Tensor | int | None,
     ) -> Tensor:
-        """`one_pass`, the trainer's own `training_step`, and at the end of an accumulation window the second pass."""
+        """Run `one_pass`, the trainer's own `training_step`; at the end of an accumulation window, the second pass."""
         gr = self.strength()
         if not gr.is_active:
             self._logs = {"gr_lambda": gr.lambda_t, "gr_r": gr.r_t} if self._flags.is_active else {}
@@ -142,7 +142,7 @@ class TwoPass(Part):
         ends_window = accelerator.sync_gradients
         params = self._parameters(model)
         earlier_grads = None
-        if scope == "micro":  # the direction is that of this micro-batch alone: what came before it is set aside
+        if scope == "micro":  # the direction is of this micro-batch alone: earlier gradients are set aside
             earlier_grads = [p.grad for p in params]
             for p in params:
                 p.grad = None
@@ -160,17 +160,17 @@ class TwoPass(Part):
             loss = one_pass(model, inputs, num_items_in_batch)
 
         if ends_window or scope == "micro":
-            # What the model has and the optimizer does not train keeps the gradient of the first pass, for clipping.
+            # Parameters that the optimizer does not train keep their first-pass gradients, which clipping counts.
             trained = set(params)
-            others = [p for p in model.parameters() if p.grad is not None and p not in trained]
-            with in_float32([*params, *others]), gradients_set_aside(others):
+            untrained = [p for p in model.parameters() if p.grad is not None and p not in trained]
+            with in_float32([*params, *untrained]), gradients_set_aside(untrained):
                 self._second_pass(one_pass, model, params, earlier_grads, gr, ends_window)
             self._window.clear()
             self._input_check.forget()
         return loss
 
     def _parameters(self, model: nn.Module) -> list[Tensor]:
-        """Those that the optimizer trains; before there is one, all trainable ones of the model."""
+        """The parameters the optimizer trains; before it is created, all trainable ones of the model."""
         if self._trainer.optimizer is None:
             return [p for p in model.parameters() if p.requires_grad]
         return trainable_parameters(self._trainer.optimizer)
@@ -186,7 +186,7 @@ class TwoPass(Part):
     ) -> None:
         """Turn the g1 in `.grad` into (1 - lambda/r) g1 + (lambda/r) g2, added to `earlier_grads`."""
         norm = gradient_norm(params)
-        # Without a direction g2 is g1. A g1 that is not finite is left for the gradient scaler, or the user, to see.
+        # Without a direction g2 = g1. A non-finite g1 is left for the gradient scaler or `NonFiniteGuard` to handle.
         has_direction = 0 < norm < math.inf
         self._norms.append(norm)
         self._logs = {"gr_lambda": gr.lambda_t, "gr_r": gr.r_t}
@@ -222,7 +222,7 @@ class TwoPass(Part):
                 self._logs[key] /= scaler.get_scale()
 
     def _replay(self, one_pass: Callable[..., Tensor], model: nn.Module) -> None:
-        """Run the recorded window again, as it ran: same inputs, randomness and synchronization."""
+        """Run the recorded window again, with the same inputs, randomness and synchronization."""
         trainer, accelerator = self._trainer, self._trainer.accelerator
         *_, last = self._window
         gradient_state = accelerator.gradient_state
@@ -240,7 +240,7 @@ class TwoPass(Part):
                     micro_batch.rng_state.restore()
                     trainer.current_gradient_accumulation_steps = micro_batch.gradient_accumulation_steps
                     gradient_state._set_sync_gradients(is_last and sync)
-                    # Whether the last one communicates, the context that `Trainer` called this step in has decided.
+                    # The context in which `Trainer` called this step decides whether the last one communicates.
                     with nullcontext() if is_last else accelerator.no_sync(model):
                         one_pass(model, copy.copy(micro_batch.inputs), micro_batch.num_items_in_batch)
         finally:
@@ -251,7 +251,7 @@ class TwoPass(Part):
         self._input_check.is_done = True
 
     def reset(self) -> None:
-        """Forget the window. theta is restored once more, in case the first time was interrupted."""
+        """Forget the window, and restore theta if an interruption left it perturbed."""
         if self._perturbation is not None:
             self._perturbation.restore()
             self._perturbation = None
@@ -263,7 +263,7 @@ class TwoPass(Part):
 
     @contextmanager
     def unperturbed(self) -> Iterator[None]:
-        """Within, the weights are not the perturbed ones, even for a signal handler amid a second pass."""
+        """Within the context the weights are unperturbed, even in a signal handler during a second pass."""
         with nullcontext() if self._perturbation is None else self._perturbation.suspended():
             yield
 

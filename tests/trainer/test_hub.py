@@ -103,7 +103,7 @@ def test_a_name_that_is_there_already_and_ours_is_used(hub, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"hub_token": "hf_may_read"}, "push_to_hub=True: the repository 'model' can be neither found nor made"),
+        ({"hub_token": "hf_may_read"}, "push_to_hub=True: the repository 'model' can be neither found nor created"),
         ({"hub_model_id": "theirs"}, "(?s)push_to_hub=True: the repository 'theirs' .*rights to create a model"),
         ({"hub_token": None}, "(?s)push_to_hub=True: .* Log in with `hf auth login`, or give hub_token"),
     ],
