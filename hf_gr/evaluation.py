@@ -211,13 +211,13 @@ def evaluate_multiple_choice(
         if column not in dataset.column_names:
             listed = ", ".join(dataset.column_names)
             raise ValueError(
-                f"{flag}_column={column!r} is not a column of the data set, which has {listed}. Name one of these."
+                f"{flag}_column={column!r} is not a column of the dataset, which has {listed}. Name one of these."
             )
     if not len(dataset):
-        raise ValueError("The data set has no questions. Give another split, or look at the data.")
+        raise ValueError("The dataset has no questions. Give another split, or look at the data.")
     for row, question in enumerate(dataset):
         if (reason := _why_bad(question[context_column], question[choices_column], question[label_column])) is not None:
-            raise ValueError(f"row {row}: {reason}. Mend or remove it.")
+            raise ValueError(f"row {row}: {reason}. Fix or remove it.")
     model.eval()
     right = right_norm = 0
     for row in dataset:

@@ -89,7 +89,7 @@ def test_multiple_choice_counts(talker):
     expected = sum(s.index(max(s)) == label for s, label in zip(scores, questions["label"], strict=True)) / 2
     result = evaluate_multiple_choice(model, tokenizer, Dataset.from_dict(questions))
     assert result["accuracy"] == expected and result["examples"] == 2
-    with pytest.raises(ValueError, match="choices_column='options' is not a column of the data set, which has context"):
+    with pytest.raises(ValueError, match="choices_column='options' is not a column of the dataset, which has context"):
         evaluate_multiple_choice(model, tokenizer, Dataset.from_dict(questions), choices_column="options")
     with pytest.raises(ValueError, match="The label 2 is not the index of one of 2 choices, 0 to 1"):
         evaluate_multiple_choice(model, tokenizer, Dataset.from_dict({**questions, "label": [2, 0]}))
@@ -111,5 +111,5 @@ def test_a_bad_question_is_named_by_its_row(changed, message, talker):
     with pytest.raises(ValueError) as error:
         evaluate_multiple_choice(*talker, Dataset.from_list([good, {**good, **changed}]))
     assert message in str(error.value)
-    with pytest.raises(ValueError, match="The data set has no questions"):
+    with pytest.raises(ValueError, match="The dataset has no questions"):
         evaluate_multiple_choice(*talker, Dataset.from_list([good]).select([]))

@@ -26,10 +26,10 @@ ROW = "_row"
 
 
 def load_image_dataset(name: str, config: str | None = None) -> DatasetDict:
-    """`digits`, a parquet file, a folder (of parquet files, or of images in one folder per class), or a Hub data set.
+    """`digits`, a parquet file, a folder (of parquet files, or of images in one folder per class), or a Hub dataset.
 
-    `digits` comes with scikit-learn: 1,797 scans of handwritten digits, 8 x 8 pixels in 17 shades of gray. Its split is
-    ours: 360 test images, drawn per class with a fixed seed.
+    `digits` comes with scikit-learn: 1,797 scans of handwritten digits, 8 x 8 pixels in 17 shades of gray. It is split
+    here: 360 test images, stratified by class with a fixed seed.
     """
     if name == "digits":
         if config is not None:
@@ -65,9 +65,7 @@ def find_image_column(features: Features, name: str | None = None) -> str:
     """The column to take images from: `name`, or the only one of type `Image`."""
     if name is not None:
         if name not in features:
-            raise ValueError(
-                f"image_column_name={name!r} is not a column of the data set, which has {_list(features)}."
-            )
+            raise ValueError(f"image_column_name={name!r} is not a column of the dataset, which has {_list(features)}.")
         if not isinstance(features[name], Image):
             raise ValueError(f"image_column_name={name!r} holds {_type(features[name])}, not images.")
         return name
@@ -77,13 +75,13 @@ def find_image_column(features: Features, name: str | None = None) -> str:
 def find_label_column(features: Features, name: str | None = None) -> tuple[str, list[str]]:
     """The column to take classes from, and the names of the classes: `name`, or the only one of type `ClassLabel`."""
     if name is not None and name not in features:
-        raise ValueError(f"label_column_name={name!r} is not a column of the data set, which has {_list(features)}.")
+        raise ValueError(f"label_column_name={name!r} is not a column of the dataset, which has {_list(features)}.")
     if name is None:
         name = _only_column(features, ClassLabel, "class label", "label_column_name")
     if not isinstance(features[name], ClassLabel):
         raise ValueError(
             f"label_column_name={name!r} holds {_type(features[name])}, not class labels. Give the column its classes, "
-            f"dataset = dataset.class_encode_column({name!r}), and save the data set again."
+            f"dataset = dataset.class_encode_column({name!r}), and save the dataset again."
         )
     names = features[name].names
     if len(names) < 2:
@@ -94,14 +92,14 @@ def find_label_column(features: Features, name: str | None = None) -> tuple[str,
     return name, names
 
 
-def _only_column(features: Features, kind: type, what: str, flag: str) -> str:
+def _only_column(features: Features, kind: type, description: str, flag: str) -> str:
     found = [column for column, feature in features.items() if isinstance(feature, kind)]
     if len(found) == 1:
         return found[0]
     columns = ", ".join(f"{column} ({_type(feature)})" for column, feature in features.items())
     if not found:
-        raise ValueError(f"The data set has no {what} column; its columns are {columns}. Name one with --{flag}.")
-    raise ValueError(f"The data set has several {what} columns: {', '.join(found)}. Choose one with --{flag}.")
+        raise ValueError(f"The dataset has no {description} column; its columns are {columns}. Name one with --{flag}.")
+    raise ValueError(f"The dataset has several {description} columns: {', '.join(found)}. Choose one with --{flag}.")
 
 
 def _type(feature: Any) -> str:
@@ -113,7 +111,7 @@ def _list(features: Iterable) -> str:
 
 
 def number_rows(dataset: DatasetDict) -> DatasetDict:
-    """With a column that keeps, through shuffles and selections, which row of its split an example was."""
+    """Add a column with the row of each example in its split, which survives shuffling and selection."""
     return DatasetDict({name: _numbered(split) for name, split in dataset.items()})
 
 
@@ -130,28 +128,28 @@ def split_train_eval(
 ) -> tuple[Dataset, Dataset, str]:
     """(train, evaluation, name of the evaluation split), with a class in every row.
 
-    The evaluation split is `test`, `validation` or `valid`, whichever is there first with labels (benchmarks hide those
-    of their test split, and put -1). Without any, it is a share of `train`, drawn per class with `seed`: 10 % unless
-    `eval_fraction` says otherwise.
+    The evaluation split is the first of `test`, `validation` and `valid` with labels (benchmarks hide the labels of
+    their test split as -1). If there is none, it is a fraction `eval_fraction` of `train`, by default 0.1, stratified
+    by class with `seed`.
 
     Args:
-        skipped: rows without a class are left out, and counted in here by split; by default they are an error.
+        skipped: counts rows without a class, which are left out, by split; if None, they are an error.
     """
     if "train" not in dataset:
-        raise ValueError(f"The data set has no split 'train', only {', '.join(dataset)}.")
+        raise ValueError(f"The dataset has no split 'train', only {', '.join(dataset)}.")
     train = _with_labels(dataset["train"], "train", label_column, skipped)
     _warn_of_absent_classes(train, label_column)
     for name in EVAL_SPLITS:
         if name in dataset and (_labels(dataset[name], label_column) >= 0).any():
             if eval_fraction is not None:
                 raise ValueError(
-                    f"eval_fraction={eval_fraction} has no effect: the data set has a split {name!r} to evaluate on. "
+                    f"eval_fraction={eval_fraction} has no effect: the dataset has a split {name!r} to evaluate on. "
                     "Leave it out."
                 )
             return train, _with_labels(dataset[name], name, label_column, skipped), name
     fraction = 0.1 if eval_fraction is None else eval_fraction
     if not 0 < fraction < 1:
-        raise ValueError(f"eval_fraction={eval_fraction}: must be a share between 0 and 1.")
+        raise ValueError(f"eval_fraction={eval_fraction}: must be a fraction between 0 and 1.")
     remedy = "Every class needs two examples or more, and each part one of every class. Give another eval_fraction."
     with explained(f"eval_fraction={fraction}: the split 'train' could not be divided", remedy):
         parts = train.train_test_split(test_size=fraction, stratify_by_column=label_column, seed=seed)
@@ -159,7 +157,7 @@ def split_train_eval(
 
 
 def _labels(dataset: Dataset, label_column: str) -> np.ndarray:
-    """All class ids, -1 where there is none."""
+    """All class ids, -1 for missing ones."""
     column = dataset.select_columns([label_column]).with_format("arrow")[:].column(label_column)
     return column.fill_null(-1).to_numpy()
 
@@ -169,8 +167,8 @@ def _with_labels(dataset: Dataset, split: str, label_column: str, skipped: Count
     is_good = (labels >= 0) & (labels < classes)
     if is_good.all():
         return dataset
-    what = f"label_column_name={label_column!r} has none of the classes 0 to {classes - 1}"
-    _skip_or_raise(split, np.flatnonzero(~is_good), what, skipped)
+    problem = f"label_column_name={label_column!r} has none of the classes 0 to {classes - 1}"
+    _skip_or_raise(split, np.flatnonzero(~is_good), problem, skipped)
     return dataset.select(np.flatnonzero(is_good))
 
 
@@ -180,11 +178,11 @@ def _warn_of_absent_classes(train: Dataset, label_column: str) -> None:
         logger.warning(f"Of {len(names)} classes {len(absent)} have no training example: {_some(absent)}.")
 
 
-def _skip_or_raise(split: str, rows: np.ndarray, what: str, skipped: Counter[str] | None) -> None:
-    where = f"split {split!r}, row{'s' * (len(rows) > 1)} {_some(rows)}: {what}"
+def _skip_or_raise(split: str, rows: np.ndarray, problem: str, skipped: Counter[str] | None) -> None:
+    message = f"split {split!r}, row{'s' * (len(rows) > 1)} {_some(rows)}: {problem}"
     if skipped is None:
-        raise ValueError(f"{where}. Fix or remove such examples, or leave them out with --skip_bad_examples.")
-    logger.warning(f"{where}. {len(rows)} left out.")
+        raise ValueError(f"{message}. Fix or remove such examples, or leave them out with --skip_bad_examples.")
+    logger.warning(f"{message}. {len(rows)} left out.")
     skipped[split] += len(rows)
 
 
@@ -203,13 +201,13 @@ def keep_first(dataset: Dataset, count: int | None, seed: int, flag: str) -> Dat
 
 @dataclass(frozen=True)
 class ImageReader:
-    """Reads the images of one split, as RGB, and names the row of one that it cannot read.
+    """Reads the images of one split as RGB, and names the row of one that it cannot read.
 
     Args:
-        column: of the images, as their files are.
-        split: its name.
-        max_value: what is white in images of more than 8 bits; see `to_rgb`.
-        mode: of 8 bits, which the dataset wants its images in.
+        column: the column of images, not decoded.
+        split: the name of the split.
+        max_value: the value of white in images of more than 8 bits; see `to_rgb`.
+        mode: the 8-bit mode that the dataset declares for its images.
     """
 
     column: str
@@ -218,19 +216,19 @@ class ImageReader:
     mode: str | None
 
     def __call__(self, batch: dict) -> list[PILImage.Image]:
-        """The images of `batch`, which has the column `ROW`, too. Raises `ValueError` if one cannot be read."""
+        """The images of `batch`, which also has the column `ROW`. Raises `ValueError` if one cannot be read."""
         return [self.read(file, row) for file, row in zip(batch[self.column], batch[ROW], strict=True)]
 
     def read(self, file: dict | None, row: int) -> PILImage.Image:
-        """One image. Raises `ValueError`, or the more special `RangeError`, if that cannot be done."""
+        """One image. Raises `ValueError`, or its subclass `RangeError`, if it cannot be read."""
         where = f"split {self.split!r}, row {row}" + (f" ({file['path']})" if file and file["path"] else "")
         try:
             if file is None:
-                raise ValueError("there is none")
+                raise ValueError("it is missing")
             return to_rgb(Image().decode_example(file), self.max_value, self.mode)
         except RangeError as error:
-            raise RangeError(f"{error} It is of {where}.") from error
-        except Exception as error:  # a broken file is whatever its decoder runs into
+            raise RangeError(f"{error} The image is from {where}.") from error
+        except Exception as error:  # decoders raise errors of many classes
             reason = one_line(error).split(" <_io.")[0]
             raise ValueError(
                 f"{where}: the image cannot be used ({reason}). Fix or remove it, or leave out all such examples with "
@@ -238,7 +236,7 @@ class ImageReader:
             ) from error
 
     def can_read(self, file: dict | None, row: int) -> bool:
-        """Whether the image can be used. A wrong range is an error all the same: it would leave out the bright ones."""
+        """Whether the image can be used. A wrong range still raises: skipping would leave out the bright images."""
         try:
             self.read(file, row)
         except RangeError:
@@ -249,7 +247,7 @@ class ImageReader:
 
 
 def _image_files(dataset: Dataset, column: str, split: str, max_value: float | None) -> tuple[Dataset, ImageReader]:
-    """`dataset` with images as their files are, and what reads them."""
+    """`dataset` with its images not decoded, and their reader."""
     mode = dataset.features[column].mode
     reader = ImageReader(column, split, max_value, mode)
     return dataset.cast_column(column, Image(mode=mode, decode=False)), reader
@@ -263,13 +261,13 @@ def keep_readable(
     max_value: float | None = None,
     num_proc: int | None = None,
 ) -> Dataset:
-    """The examples of `dataset` whose images can be read; to find out, all are.
+    """The examples of `dataset` whose images can be read; to find out, all are read.
 
     Args:
-        dataset: of `number_rows`.
-        skipped: counts the others by split.
+        dataset: from `number_rows`.
+        skipped: counts the examples left out, by split.
         max_value: see `to_rgb`.
-        num_proc: processes that read.
+        num_proc: the number of processes that read.
     """
     files, reader = _image_files(dataset, image_column, split, max_value)
     kept = files.filter(reader.can_read, input_columns=[image_column, ROW], num_proc=num_proc)
@@ -289,11 +287,11 @@ def preprocess(
     split: str = "train",
     max_value: float | None = None,
 ) -> Dataset:
-    """Examples as the model takes them, made when they are asked for: `pixel_values` and `labels`.
+    """The model's inputs, `pixel_values` and `labels`, computed when they are accessed.
 
     Args:
         split: named in errors.
-        max_value: what is white in images of more than 8 bits; see `to_rgb`.
+        max_value: the value of white in images of more than 8 bits; see `to_rgb`.
     """
     dataset = _numbered(dataset).select_columns([image_column, label_column, ROW])
     dataset, reader = _image_files(dataset, image_column, split, max_value)
@@ -309,12 +307,12 @@ def _to_model_inputs(batch: dict, image_processor: Callable, read: ImageReader, 
 
 
 def check_first_example(inputs: Dataset, image_column: str, max_value: float | None, crop_padding: int) -> None:
-    """Read the first example of `preprocess`, and refuse or warn of what does not go with it before training starts."""
+    """Check the arguments against the first example of `preprocess`, before training starts."""
     height, width = inputs[0]["pixel_values"].shape[-2:]
     if crop_padding >= min(height, width):
         raise ValueError(
-            f"crop_padding={crop_padding}: an image of {height} x {width} pixels cannot be reflected so far. Give at "
-            f"most {min(height, width) - 1}, or 0 (off)."
+            f"crop_padding={crop_padding}: too much to pad an image of {height} x {width} pixels by reflection. Give "
+            f"at most {min(height, width) - 1}, or 0 (off)."
         )
     file = inputs.with_format(None)[0][image_column]
     if max_value is not None and not is_deep(Image().decode_example(file)):
@@ -322,7 +320,7 @@ def check_first_example(inputs: Dataset, image_column: str, max_value: float | N
 
 
 def random_crop(images: Tensor, padding: int) -> Tensor:
-    """Each image of (n, c, h, w) shifted by up to `padding` pixels both ways, the border filled by reflection."""
+    """Shift each image of (n, c, h, w) by up to `padding` pixels along both axes, filling the border by reflection."""
     n, _, height, width = images.shape
     padded = F.pad(images, (padding,) * 4, mode="reflect")
     top, left = torch.randint(0, 2 * padding + 1, (2, n, 1), device=images.device)
@@ -334,7 +332,7 @@ def random_crop(images: Tensor, padding: int) -> Tensor:
 
 
 def random_flip(images: Tensor) -> Tensor:
-    """Each image of (n, c, h, w) mirrored left to right, or not, with equal chance."""
+    """Mirror each image of (n, c, h, w) left to right with probability 1/2."""
     flip = torch.rand(len(images), 1, 1, 1, device=images.device) < 0.5
     return torch.where(flip, images.flip(-1), images)
 

@@ -1,4 +1,4 @@
-"""Instruction data: prompts and answers as tokens, where only the answers count in the loss."""
+"""Instruction data: tokenized prompts and answers, where only the answers count in the loss."""
 
 import logging
 from collections import Counter
@@ -15,7 +15,7 @@ from .text import is_text, leave_out, null_rows, used_splits
 logger = logging.getLogger(__name__)
 
 ALPACA_COLUMNS = ("instruction", "output")  # and "input", which may be missing or empty
-#: The prompts that the Alpaca models were trained with; what is to be compared with them needs them to the letter.
+#: The prompts that the Alpaca models were trained with, verbatim, for results that can be compared with theirs.
 ALPACA_PROMPT = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Response:\n"
@@ -28,10 +28,10 @@ ALPACA_PROMPT_WITH_INPUT = (
 
 
 def find_instruction_format(features: Features) -> str:
-    """`alpaca` (columns instruction, output and perhaps input) or `messages` (a column of chats).
+    """`alpaca` (columns instruction, output and optionally input) or `messages` (a column of chats).
 
     Raises:
-        ValueError: the columns are others, or do not hold text.
+        ValueError: the columns match neither format, or do not hold text.
     """
     if "messages" in features:
         return "messages"
@@ -42,16 +42,16 @@ def find_instruction_format(features: Features) -> str:
                 raise ValueError(f"column {column!r} holds {kind}, not text. Write its values as strings.")
         return "alpaca"
     raise ValueError(
-        f"The data set has the columns {', '.join(features)}. It needs 'instruction' and 'output', perhaps 'input'; "
+        f"The dataset has the columns {', '.join(features)}. It needs 'instruction' and 'output', optionally 'input'; "
         "or 'messages', each a list of {'role', 'content'}."
     )
 
 
 def without_bad_examples(dataset: DatasetDict, skipped: Counter[str] | None) -> DatasetDict:
-    """The splits that are used, without rows that lack an instruction, an answer or a message.
+    """The splits in use, without rows that lack an instruction, an answer or a message.
 
     Args:
-        skipped: counts them by split; None refuses them.
+        skipped: counts such rows by split; if None, they are an error.
     """
     is_chat = find_instruction_format(next(iter(dataset.values())).features) == "messages"
     find = _bad_chats if is_chat else lambda split: null_rows(split, ALPACA_COLUMNS)
@@ -79,15 +79,15 @@ def _why_bad(chat: Any) -> str | None:
 
 
 def prompt_and_answer(example: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
-    """The text up to the answer, and the answer. Of a chat the answer is the last message, which is the assistant's."""
+    """The text up to the answer, and the answer. In a chat, the answer is the last message, by the assistant."""
     if "messages" in example:
         *before, last = example["messages"]
         if last["role"] != "assistant":
-            raise ValueError(f"A chat ends with a message of the {last['role']!r}; the last one is to be learned.")
+            raise ValueError(f"A chat ends with a message of the {last['role']!r}. The last must be the assistant's.")
         prompt = str(tokenizer.apply_chat_template(before, tokenize=False, add_generation_prompt=True))
         whole = str(tokenizer.apply_chat_template(example["messages"], tokenize=False))
         if not whole.startswith(prompt):
-            raise ValueError("The chat template does not put the answer behind its generation prompt. Use another one.")
+            raise ValueError("The chat template does not put the answer after its generation prompt. Use another one.")
         return prompt, whole[len(prompt) :]
     template = ALPACA_PROMPT_WITH_INPUT if example.get("input") else ALPACA_PROMPT
     return template.format(**example), example["output"]
@@ -96,15 +96,15 @@ def prompt_and_answer(example: dict[str, Any], tokenizer: PreTrainedTokenizerBas
 def tokenize_instructions(
     dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, num_proc: int | None = None
 ) -> Dataset:
-    """`input_ids`, `attention_mask` and `labels`: -100 for the prompt, the tokens of the answer and of its end.
+    """`input_ids`, `attention_mask` and `labels`: -100 for the prompt, then the tokens of the answer and its end.
 
-    What is longer than `max_length` is cut at its end; an example of which no answer is left, or whose answer is
-    empty, is dropped, and a warning says how many were.
+    Longer examples are truncated to `max_length` tokens. Those without an answer, before or after truncation, are
+    dropped and counted in a warning.
     """
     if max_length < 1:
         raise ValueError(f"max_length={max_length}: must be at least 1 token. Raise it.")
     if find_instruction_format(dataset.features) == "messages" and tokenizer.chat_template is None:
-        raise ValueError("The data set has chats, and the tokenizer no chat template. Set tokenizer.chat_template.")
+        raise ValueError("The dataset has chats, but the tokenizer has no chat template. Set tokenizer.chat_template.")
     ends = [] if "messages" in dataset.features else [tokenizer.eos_token_id]  # a chat template writes its own
 
     def tokenize(example: dict[str, Any]) -> dict[str, Any]:
@@ -124,7 +124,7 @@ def tokenize_instructions(
     kept = tokens.filter(lambda kept: kept, input_columns="kept", desc="Dropping empty answers")
     if not len(kept):
         raise ValueError(
-            f"max_length={max_length}: no example has an answer within so many tokens. Raise it, or look at the data."
+            f"max_length={max_length}: no example has an answer within that many tokens. Raise it, or look at the data."
         )
     if dropped := len(tokens) - len(kept):
         empty = sum(tokens["empty"])

@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 EVAL_SPLITS = ("validation", "valid", "test")
 END_OF_TEXT = "<|endoftext|>"
-#: Parts of the standard library that are not prose or program: tests, tables, and what is not in every installation.
+#: Parts of the standard library left out: tests, tables, and packages that not every installation has.
 SKIPPED_PACKAGES = frozenset(
     {"site-packages", "dist-packages", "test", "tests", "encodings", "pydoc_data", "lib2to3", "idlelib", "distutils"}
 )
@@ -29,10 +29,10 @@ TextDatasets: TypeAlias = DatasetDict | IterableDatasetDict
 
 
 def load_text_dataset(name: str, config: str | None = None, streaming: bool = False) -> TextDatasets:
-    """`python`, a text, parquet or JSON file, a folder of such, or a Hub data set: one document per row.
+    """`python`, a text, parquet or JSON file, a folder of such files, or a Hub dataset: one document per row.
 
-    `python` is the standard library of the Python that runs this, one module per document, in the order of their paths.
-    Of a text file a document is a paragraph: what stands between empty lines.
+    `python` is the standard library of the running Python, one module per document, in the order of their paths. In a
+    text file, a document is a paragraph: the lines between empty ones.
     """
     if name == "python":
         if config is not None:
@@ -43,13 +43,13 @@ def load_text_dataset(name: str, config: str | None = None, streaming: bool = Fa
         raise ValueError(f"dataset_config_name={config!r}: a file has no configurations. Leave it out.")
     remedy = (
         "Give 'python' (embedded), a file (.txt, .parquet, .json, .jsonl), a folder of such files, or the name of a "
-        "data set on the Hub that can be reached from here."
+        "dataset on the Hub that can be reached from here."
     )
     with explained(f"dataset_name={name!r} could not be loaded", remedy):
         if kind is not None:
-            # A line of prose is no document, and without its end a poem is no poem.
-            how = {"sample_by": "paragraph"} if kind == "text" else {}
-            return load_dataset(kind, data_files=name, streaming=streaming, **how)
+            # By default each line would be a document, without its line break.
+            options = {"sample_by": "paragraph"} if kind == "text" else {}
+            return load_dataset(kind, data_files=name, streaming=streaming, **options)
         return load_dataset(name, config, streaming=streaming)
 
 
@@ -58,7 +58,7 @@ def _load_standard_library(streaming: bool) -> TextDatasets:
     paths = sorted(p for p in folder.rglob("*.py") if SKIPPED_PACKAGES.isdisjoint(p.relative_to(folder).parts))
     documents = [path.read_text(encoding="utf-8", errors="replace") for path in paths]
     dataset = Dataset.from_dict({"text": [text for text in documents if text.strip()]})
-    # Neighbours are of one package: every twentieth module is held out, not the last ones.
+    # Adjacent modules belong to one package: every twentieth module is held out, not the last ones.
     held_out = range(0, len(dataset), 20)
     train = [i for i in range(len(dataset)) if i % 20]
     splits = {"train": dataset.select(train), "validation": dataset.select(held_out)}
@@ -68,7 +68,7 @@ def _load_standard_library(streaming: bool) -> TextDatasets:
 
 
 def features_of(dataset: TextDatasets) -> Features:
-    """The columns and their types. A stream that does not know them is asked for its first row."""
+    """The columns and their types; if a stream does not declare them, those of its first row."""
     first = next(iter(dataset.values()))
     return first.features or Dataset.from_list(list(first.take(1))).features
 
@@ -83,21 +83,21 @@ def find_text_column(features: Features, name: str | None = None) -> str:
     columns, strings = ", ".join(features), [column for column, kind in features.items() if is_text(kind)]
     if name is not None and name not in features:
         raise ValueError(
-            f"text_column_name={name!r} is not a column of the data set, which has {columns}. Name one of these."
+            f"text_column_name={name!r} is not a column of the dataset, which has {columns}. Name one of these."
         )
     if name is None and "text" not in features:
         if len(strings) == 1:
             return strings[0]
         if strings:
             raise ValueError(
-                f"The data set has no column 'text'; its columns are {columns}. Name one with --text_column_name: "
+                f"The dataset has no column 'text'; its columns are {columns}. Name one with --text_column_name: "
                 f"{', '.join(strings)} hold text."
             )
-        raise ValueError(f"No column of the data set holds text; its columns are {columns}. Give other data.")
+        raise ValueError(f"No column of the dataset holds text; its columns are {columns}. Give other data.")
     column = name or "text"
     if not is_text(features[column]):
-        others = f"Name another with --text_column_name: {', '.join(strings)}." if strings else "Give other data."
-        raise ValueError(f"text_column_name={column!r} holds {features[column]}, not text. {others}")
+        remedy = f"Name another with --text_column_name: {', '.join(strings)}." if strings else "Give other data."
+        raise ValueError(f"text_column_name={column!r} holds {features[column]}, not text. {remedy}")
     return column
 
 
@@ -105,23 +105,23 @@ def find_text_column(features: Features, name: str | None = None) -> str:
 
 
 def used_splits(dataset: TextDatasets) -> list[str]:
-    """`train`, and the split to evaluate on if there is one."""
+    """`train`, and the evaluation split if there is one."""
     evaluation = [name for name in EVAL_SPLITS if name in dataset]
     return [name for name in ("train", *evaluation[:1]) if name in dataset]
 
 
 def without_null_documents(dataset: TextDatasets, column: str, skipped: Counter[str] | None) -> TextDatasets:
-    """The splits that are used, without rows that have no text in `column`.
+    """The splits in use, without rows that have no text in `column`.
 
     Args:
-        skipped: counts them by split; None refuses them. A stream is looked at as it is read, and says so in the log.
+        skipped: counts such rows by split; if None, they are an error. Those of a stream are logged as it is read.
     """
     splits = {name: dataset[name] for name in used_splits(dataset)}
     if isinstance(dataset, IterableDatasetDict):
-        how = {"column": column, "skip": skipped is not None}
+        arguments = {"column": column, "skip": skipped is not None}
         return IterableDatasetDict(
             {
-                name: split.filter(_has_text, with_indices=True, fn_kwargs={**how, "split": name})
+                name: split.filter(_has_text, with_indices=True, fn_kwargs={**arguments, "split": name})
                 for name, split in splits.items()
             }
         )
@@ -131,7 +131,7 @@ def without_null_documents(dataset: TextDatasets, column: str, skipped: Counter[
 
 
 def null_rows(dataset: Dataset, columns: Iterable[str]) -> dict[int, str]:
-    """What is missing in a row, by the numbers of the rows where something is."""
+    """A message for each row with a null in one of `columns`, by row number."""
     found: dict[int, str] = {}
     for column in columns:
         tables = dataset.select_columns([column]).with_format("arrow").iter(batch_size=10_000)
@@ -142,7 +142,7 @@ def null_rows(dataset: Dataset, columns: Iterable[str]) -> dict[int, str]:
 
 
 def leave_out(dataset: Dataset, split: str, bad: dict[int, str], skipped: Counter[str] | None) -> Dataset:
-    """`dataset` without the rows of `bad`, which says why; with `skipped`=None these are an error."""
+    """`dataset` without the rows in `bad`, a dict from row to reason; if `skipped` is None, they are an error."""
     if not bad:
         return dataset
     row, reason = next(iter(bad.items()))
@@ -150,7 +150,7 @@ def leave_out(dataset: Dataset, split: str, bad: dict[int, str], skipped: Counte
     count = f"{len(bad):,} of {len(dataset):,} examples"
     if skipped is None:
         raise ValueError(
-            f"{where} ({count} are like that). Mend or remove them, or leave them out with --skip_bad_examples."
+            f"{where} ({count} are like that). Fix or remove them, or leave them out with --skip_bad_examples."
         )
     if len(bad) == len(dataset):
         raise ValueError(f"{where}, and so are all {len(bad):,} examples: none is left. Look at the data.")
@@ -160,7 +160,7 @@ def leave_out(dataset: Dataset, split: str, bad: dict[int, str], skipped: Counte
 
 
 def skipped_metrics(skipped: Counter[str] | None, eval_split: str) -> dict[str, int]:
-    """What was left out, for the record of the run; nothing if that was not asked for."""
+    """The numbers of examples left out, for the record of the run; empty if `skipped` is None."""
     if skipped is None:
         return {}
     return {"train_skipped_examples": skipped["train"], "eval_skipped_examples": skipped[eval_split]}
@@ -172,16 +172,16 @@ def _has_text(example: dict[str, Any], row: int, column: str, split: str, skip: 
     kind = "null" if example[column] is None else f"a {type(example[column]).__name__}"
     where = f"split {split!r}, row {row} of the stream: column {column!r} is {kind}"
     if not skip:
-        raise ValueError(f"{where}. Mend or remove such documents, or leave them out with --skip_bad_examples.")
+        raise ValueError(f"{where}. Fix or remove such documents, or leave them out with --skip_bad_examples.")
     logger.warning(f"{where}. It is left out.")
     return False
 
 
 def require_train_split(dataset: TextDatasets) -> None:
-    """Raise `ValueError` if there is none."""
+    """Raise `ValueError` if there is no split `train`."""
     if "train" not in dataset:
         raise ValueError(
-            f"The data set has no split 'train', only {', '.join(dataset)}. Name the files so, or choose another."
+            f"The dataset has no split 'train', only {', '.join(dataset)}. Name the files so, or choose another."
         )
 
 
@@ -190,9 +190,9 @@ def split_documents(
 ) -> tuple[Any, Any, str]:
     """(train, evaluation, name of the evaluation split): whole documents, none of them in both.
 
-    The evaluation split is `validation`, `valid` or `test`, whichever is there first. Without any, it is
-    `eval_documents` documents of `train`, 1 % unless given: drawn with `seed`, or the first ones of a stream. `flag` is
-    named in errors.
+    The evaluation split is the first of `validation`, `valid` and `test` that exists. If there is none, it is
+    `eval_documents` documents of `train`, by default 1 %, drawn with `seed`; or the first ones of a stream, by default
+    1000. `flag` is named in errors.
     """
     require_train_split(dataset)
     if eval_documents is not None and eval_documents < 1:
@@ -202,7 +202,7 @@ def split_documents(
         if name in dataset:
             if eval_documents is not None:
                 raise ValueError(
-                    f"{flag}={eval_documents} has no effect: the data set has a split {name!r} to evaluate on. "
+                    f"{flag}={eval_documents} has no effect: the dataset has a split {name!r} to evaluate on. "
                     "Leave it out."
                 )
             return train, dataset[name], name
@@ -212,15 +212,15 @@ def split_documents(
     count = max(1, len(train) // 100) if eval_documents is None else eval_documents
     if count >= len(train):
         raise ValueError(
-            f"{flag}={eval_documents}: train has {len(train)} documents, of which some are to be trained on and others "
-            "evaluated on. Give more data, or a split to evaluate on."
+            f"{flag}={eval_documents}: train has {len(train)} documents, too few for both training and evaluation. "
+            "Give more data, or a split to evaluate on."
         )
     parts = train.train_test_split(test_size=count, seed=seed)
     return parts["train"], parts["test"], f"{count} documents of train"
 
 
 def train_tokenizer(documents: Iterable[str], vocab_size: int, max_length: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE with one special token, the end of a document. No text is unknown to it."""
+    """A byte-level BPE with one special token, the end of a document. It can encode any text."""
     if vocab_size < 257:
         raise ValueError(f"vocab_size={vocab_size}: a byte-level BPE has at least the 256 bytes and {END_OF_TEXT}.")
     tokenizer = Tokenizer(models.BPE())
@@ -252,13 +252,13 @@ def pack(
     block_size: int,
     num_proc: int | None = None,
 ) -> Dataset | IterableDataset:
-    """Blocks of `block_size` tokens: the documents one after the other, each followed by the end of text.
+    """Blocks of `block_size` tokens: the documents one after the other, each followed by the end-of-text token.
 
-    No token is lost or repeated but those of the last block, if it is not full. There is no padding, so every position
-    but the first of a block is predicted. Documents are tokenized by `num_proc` processes; a stream as it comes.
+    No token is lost or repeated, but an incomplete last block is dropped. There is no padding, so every position but
+    the first of a block is predicted. `num_proc` processes tokenize the documents; a stream is tokenized as it is read.
 
     Returns:
-        a data set with the columns `input_ids` and `labels`, which are the same.
+        a dataset with the columns `input_ids` and `labels`, which are equal.
 
     Raises:
         ValueError: the tokens do not fill one block, or the tokenizer has no end-of-text token.
@@ -279,8 +279,8 @@ def pack(
         tokens = documents.map(tokenize, batched=True, remove_columns=[text_column])
         if next(_blocks_of_stream(tokens, block_size), None) is None:
             raise ValueError(
-                f"block_size={block_size}: the stream has fewer tokens than that, apart from documents that are set "
-                "aside to evaluate on. Look at the data, or set aside fewer."
+                f"block_size={block_size}: the stream has fewer tokens than that, apart from documents set aside for "
+                "evaluation. Look at the data, or set aside fewer."
             )
         return IterableDataset.from_generator(
             _blocks_of_stream, gen_kwargs={"tokens": tokens, "block_size": block_size}, features=features
@@ -305,7 +305,7 @@ def _blocks_of_stream(tokens: IterableDataset, block_size: int) -> Iterator[dict
 
 
 def _cut(pieces: Iterable[np.ndarray], block_size: int) -> Iterator[dict[str, np.ndarray]]:
-    """Blocks out of a stream of tokens, whatever the pieces it comes in."""
+    """Cut a stream of tokens, in pieces of any length, into blocks."""
     waiting: list[np.ndarray] = []
     count = 0
     for piece in pieces:

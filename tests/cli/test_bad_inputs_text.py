@@ -197,7 +197,7 @@ LORA = [
     ("--dataset_name @chat-content.json", "split 'train', row 2", "'content' in message 1", "--skip_bad_examples"),
     ("--dataset_name @chat-user.json", "split 'train', row 2", "ends with a message of the 'user'", "--skip_bad"),
     ("--dataset_name @chat-short.json", "split 'train', row 2", "has 1 messages", "--skip_bad_examples"),
-    ("--dataset_name @chat-text.json", "split 'train', row 0", "not a list", "Mend or remove"),
+    ("--dataset_name @chat-text.json", "split 'train', row 0", "not a list", "Fix or remove"),
     ("--dataset_name @chat.json", "no chat template", "Set tokenizer.chat_template"),
 ]
 
@@ -213,14 +213,14 @@ EVALUATE = [
     ("--dataset_name @questions.json --choices_column options", "choices_column='options'", "Name one of these"),
     ("--dataset_name @questions.json --context_column q", "context_column='q'", "Name one of these"),
     ("--dataset_name @questions.json --label_column gold", "label_column='gold'", "Name one of these"),
-    ("--dataset_name @null-context.json", "row 1", "the context is None", "Mend or remove it"),
-    ("--dataset_name @text-choices.json", "row 0", "the choices are 'abc'", "Mend or remove it"),
-    ("--dataset_name @no-choices.json", "row 1", "the choices are []", "Mend or remove it"),
-    ("--dataset_name @null-choice.json", "row 1", "the choices are ['a', None]", "Mend or remove it"),
-    ("--dataset_name @label.json", "row 1", "The label 2", "Mend or remove it"),
-    ("--dataset_name @null-label.json", "row 1", "The label None", "Mend or remove it"),
-    ("--dataset_name @half-label.json", "row 1", "The label 0.5", "Mend or remove it"),
-    ("--dataset_name @letter-label.json", "row 0", "The label 'B'", "Mend or remove it"),
+    ("--dataset_name @null-context.json", "row 1", "the context is None", "Fix or remove it"),
+    ("--dataset_name @text-choices.json", "row 0", "the choices are 'abc'", "Fix or remove it"),
+    ("--dataset_name @no-choices.json", "row 1", "the choices are []", "Fix or remove it"),
+    ("--dataset_name @null-choice.json", "row 1", "the choices are ['a', None]", "Fix or remove it"),
+    ("--dataset_name @label.json", "row 1", "The label 2", "Fix or remove it"),
+    ("--dataset_name @null-label.json", "row 1", "The label None", "Fix or remove it"),
+    ("--dataset_name @half-label.json", "row 1", "The label 0.5", "Fix or remove it"),
+    ("--dataset_name @letter-label.json", "row 0", "The label 'B'", "Fix or remove it"),
 ]
 
 

@@ -268,8 +268,8 @@ def unwritable(folder):
             "gr_warmup_steps=100.0 is 100 steps, as long as the whole run",
         ),
         (["--dataset_name", "/no/such/data"], "dataset_name='/no/such/data' could not be loaded"),
-        (no_image, "The data set has no image column; its columns are text (string)"),
-        (string_labels, "The data set has no class label column; its columns are image (Image), label (string)"),
+        (no_image, "The dataset has no image column; its columns are text (string)"),
+        (string_labels, "The dataset has no class label column; its columns are image (Image), label (string)"),
         (
             lambda f: [*string_labels(f), "--label_column_name", "label"],
             "label_column_name='label' holds string, not cla",

@@ -58,7 +58,7 @@ def test_columns_are_found_by_type():
     [
         (
             lambda f: find_image_column(f, "img"),
-            "image_column_name='img' is not a column of the data set, which has pho",
+            "image_column_name='img' is not a column of the dataset, which has pho",
         ),
         (lambda f: find_image_column(f, "note"), "image_column_name='note' holds string, not images"),
         (lambda f: find_image_column(Features({"note": Value("string")})), "has no image column; its columns are note"),

@@ -60,7 +60,7 @@ def test_what_is_too_long_is_cut_and_dropped_if_no_answer_is_left(tokenizer):
     cut = tokenize_instructions(rows, tokenizer, limit)
     assert max(map(len, cut["input_ids"])) <= limit
     assert len(cut) == 2  # the prompt with an input alone is longer
-    with pytest.raises(ValueError, match="max_length=10: no example has an answer within so many tokens"):
+    with pytest.raises(ValueError, match="max_length=10: no example has an answer within that many tokens"):
         tokenize_instructions(rows, tokenizer, 10)
 
 
@@ -68,7 +68,7 @@ def test_chats(tokenizer):
     import copy
 
     rows = Dataset.from_dict({"messages": [CHAT]})
-    with pytest.raises(ValueError, match="The data set has chats, and the tokenizer no chat template"):
+    with pytest.raises(ValueError, match="The dataset has chats, but the tokenizer has no chat template"):
         tokenize_instructions(rows, tokenizer, 400)
     chatty = copy.deepcopy(tokenizer)
     chatty.chat_template = TEMPLATE
@@ -142,7 +142,7 @@ def test_formats():
     assert find_instruction_format(Dataset.from_dict(ALPACA).features) == "alpaca"
     with pytest.raises(ValueError, match=r"column 'output' holds Value\('int64'\), not text"):
         find_instruction_format(Features({"instruction": Value("string"), "output": Value("int64")}))
-    with pytest.raises(ValueError, match=r"The data set has the columns question, answer\. It needs 'instruction' and"):
+    with pytest.raises(ValueError, match=r"The dataset has the columns question, answer\. It needs 'instruction' and"):
         find_instruction_format(Features({"question": Value("string"), "answer": Value("string")}))
 
 

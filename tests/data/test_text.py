@@ -126,7 +126,7 @@ def test_a_stream_is_split_at_its_beginning():
 def test_a_validation_split_is_taken():
     dataset = DatasetDict({"train": rows("text", "a"), "test": rows("text", "b"), "validation": rows("text", "c")})
     assert split_documents(dataset, None, 0)[1:] == (dataset["validation"], "validation")
-    with pytest.raises(ValueError, match="eval_documents=3 has no effect: the data set has a split 'validation'"):
+    with pytest.raises(ValueError, match="eval_documents=3 has no effect: the dataset has a split 'validation'"):
         split_documents(dataset, 3, 0)
     with pytest.raises(ValueError, match="eval_documents=1: train has 1 documents"):
         split_documents(DatasetDict({"train": rows("text", "a")}), 1, 0)
@@ -180,7 +180,7 @@ def test_columns():
     two = Features({"title": Value("string"), "body": Value("string"), "year": Value("int64")})
     assert find_text_column(two, "body") == "body"
     for name, message in (
-        ("bodi", "text_column_name='bodi' is not a column of the data set, which has title, body, year"),
+        ("bodi", "text_column_name='bodi' is not a column of the dataset, which has title, body, year"),
         ("year", "text_column_name='year' holds Value('int64'), not text"),
         (None, "no column 'text'; its columns are title, body, year. Name one with --text_column_name: title, body"),
     ):
@@ -196,7 +196,7 @@ def test_a_column_called_text_that_is_none_is_named_with_its_type(kind):
         find_text_column(features)
     with pytest.raises(ValueError, match="Name another with --text_column_name: body"):
         find_text_column(Features({"text": Value(kind), "body": Value("string")}))
-    with pytest.raises(ValueError, match="No column of the data set holds text; its columns are year"):
+    with pytest.raises(ValueError, match="No column of the dataset holds text; its columns are year"):
         find_text_column(Features({"year": Value(kind)}))
 
 
