@@ -1,7 +1,7 @@
-"""Whether a flag can have the value that it was given (its type, choices and range), and whether the value matters.
+"""Whether a flag may have the value that it was given (its type, choices and range), and whether the value matters.
 
-What a flag may be stands in its metadata, made by `flag`; `check_fields` reads it. Flags that may have no effect stand
-in a table of `Needs`; `without_effect` reads that.
+`flag` puts the choices or the range of a flag into the field's metadata, and `check_fields` checks them. A table of
+`Needs` lists the flags that have an effect only with others, and `without_effect` checks that.
 """
 
 import functools
@@ -20,15 +20,15 @@ YAML_BOOLEANS = 'YAML reads no, off, yes and on as booleans: write "no" in quote
 
 
 class Limit(NamedTuple):
-    """A range. Its ends belong to it, except infinity; NaN is in none."""
+    """A range. It includes its ends, except infinity; NaN is in none."""
 
     low: float = 0
     high: float = math.inf
-    above: bool = False  # low itself does not belong to it
-    below: bool = False  # nor high
-    off: float | None = None  # belongs to it wherever it lies
-    whole_from: float = math.inf  # from here on only whole numbers belong to it
-    rule: str = ""  # what the message says, in place of "must be at least ..."
+    above: bool = False  # excludes low itself
+    below: bool = False  # excludes high itself
+    off: float | None = None  # allowed wherever it lies
+    whole_from: float = math.inf  # from here on only whole numbers are allowed
+    rule: str = ""  # replaces "must be at least ..." in the message
 
     def allows(self, value: float) -> bool:
         """Whether `value` is in the range."""
@@ -53,11 +53,11 @@ STEPS = Limit(0, whole_from=1, rule="give a whole number of steps, or a fraction
 
 
 class _Metadata(Mapping):
-    """What is known of a flag. `HfArgumentParser` hands all that it finds on to argparse, and so it finds `help` and
-    `choices` alone; `limit` has to be asked for.
+    """The metadata of a flag. `HfArgumentParser` passes every key that it sees on to argparse: it sees `help` and
+    `choices`, while `limit` can only be asked for.
 
-    Choices may be a table of entries that describe themselves. Then the help ends with what the entries say, among them
-    those that somebody has added since.
+    Choices may be a table of entries that describe themselves. The help then ends with their descriptions, including
+    those of entries that were added after the field was made.
     """
 
     def __init__(self, **known: Any):
@@ -81,7 +81,7 @@ def flag(default: Any, help: str, allowed: Limit | Collection[Any] | None = None
     """The field of a flag.
 
     Args:
-        allowed: its range or its choices; choices may be a table whose entries have a `help` of their own.
+        allowed: its range or its choices. Choices may be a table whose entries have a `help` of their own.
     """
     is_limit = isinstance(allowed, Limit)
     known = _Metadata(help=help, choices=None if is_limit else allowed, limit=allowed if is_limit else None)
@@ -89,7 +89,7 @@ def flag(default: Any, help: str, allowed: Limit | Collection[Any] | None = None
 
 
 def check_value(name: str, value: Any, allowed: Limit | Collection[Any]) -> None:
-    """Raise `ValueError` for a value outside its limit, or that is none of its choices."""
+    """Raise `ValueError` for a value that is outside its limit or not among its choices."""
     if isinstance(allowed, Limit):
         if not allowed.allows(value):
             raise ValueError(f"{name}={value}: {allowed}")
@@ -121,7 +121,7 @@ def check_fields(args: Any, cls: type, names: Iterable[str] | None = None) -> No
 
 
 def check_numbers(args: Any, cls: type, limits: Mapping[str, Limit]) -> None:
-    """Raise `ValueError` for a number of a dataclass of somebody else's that is a boolean, NaN, or outside `limits`."""
+    """Raise `ValueError` for a number of a foreign dataclass that is a boolean, NaN, or outside `limits`."""
     numeric = [name for name, hint in _hints(cls).items() if _kinds(hint) <= {int, float, NoneType}]
     check_fields(args, cls, [name for name in numeric if name in limits or isinstance(getattr(args, name, None), bool)])
     for f in fields(cls):
@@ -136,11 +136,11 @@ class Needs(NamedTuple):
 
     flags: Collection[str]
     are_met: Callable[[Any], bool]
-    reason: str  # what is there instead, after "no effect with"; `{0.NAME}` is the value of a flag
+    reason: str  # completes "no effect with"; `{0.NAME}` is the value of a flag
 
 
 def without_effect(args: Any, table: Iterable[Needs]) -> Iterator[str]:
-    """A message for each row of a table with flags that were set and that change nothing; each is named once."""
+    """A message for each row of a table whose flags were set but change nothing; each flag is named once."""
     set_flags = [f.name for f in fields(args) if getattr(args, f.name) != f.default]
     for flags, are_met, reason in table:
         idle = [name for name in set_flags if name in flags]

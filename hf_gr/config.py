@@ -16,15 +16,15 @@ from .optim.ire import ESTIMATED_MASKS, SETTINGS
 
 GR_SCOPES = ("global", "local", "micro")
 ON_NONFINITE = ("stop", "skip")
-#: The schedule that transformers does not know by name.
+#: The schedule of hf_gr, next to those of transformers.
 TIME_VARYING = "time_varying"
 LR_SCALINGS = ("none", "linear", "sqrt")
-#: The batch for which the learning rate is meant, where it is scaled.
+#: The batch size at which `lr_scaling` leaves the learning rate as it is.
 BASE_BATCH_SIZE = 256
-#: Beyond them float32 overflows before anything is learned: of r and lambda, and of lambda / r.
+#: Upper bounds of r and lambda, and of lambda / r: beyond them float32 overflows before anything is learned.
 MAX_RADIUS = 1e6
 MAX_RATIO = 1e6
-#: Settings in the range that was published: kappa 2 to 4 for Llamas, 20 and 50 for ViTs on CIFAR, 1 and 2 for CNNs (the
+#: Settings in the published range: kappa 2 to 4 for Llamas, 20 and 50 for ViTs on CIFAR, 1 and 2 for CNNs (the
 #: authors' replies to the reviewers), ViT on ImageNet as in Table 4 of the paper; gamma as there or in the released
 #: commands. Without `ire_start_step` IRE starts at the end of the learning-rate warmup.
 IRE_PRESETS: dict[str, dict[str, float]] = {
@@ -33,7 +33,7 @@ IRE_PRESETS: dict[str, dict[str, float]] = {
     "vit_cifar": {"ire_kappa": 20.0, "ire_gamma": 0.6},
     "cnn": {"ire_kappa": 1.0, "ire_gamma": 0.9},
 }
-#: Flags of transformers of which an optimizer makes weights that are not finite without a word.
+#: Flags of transformers that, out of these ranges, silently make the weights non-finite.
 TRAINING_LIMITS = {
     **dict.fromkeys(("learning_rate", "weight_decay", "adam_epsilon"), NOT_NEGATIVE),
     **dict.fromkeys(("adam_beta1", "adam_beta2"), SHARE),
@@ -47,11 +47,11 @@ INTERVAL = Limit(1, rule="must be a whole number of steps, at least 1.")
 
 
 class _UnsetNumber(float):
-    """The default of a flag that a preset may set: told by its class from the same number that somebody has given."""
+    """Default of a flag that a preset may set. Its class distinguishes it from the same number given by the user."""
 
 
 class _UnsetNone:
-    """The same where the default is None, which it equals and reads as."""
+    """The same for a default of None, which it equals and prints as."""
 
     def __repr__(self) -> str:
         return "None"
@@ -69,11 +69,11 @@ def _default(name: str) -> Any:
 
 @dataclass
 class OptimizerArguments:
-    """The flags of the optimizer; see `hf_gr.optim`. Two of them are those of transformers with more choices."""
+    """The flags of the optimizer; see `hf_gr.optim`. Two extend the choices of transformers."""
 
     optim: str = flag(
         _default("optim"),
-        "The optimizer: one of transformers' names, or one of hf_gr.",
+        "The optimizer: a name that transformers knows, or one of hf_gr's own.",
         ChainMap[str, Any](OPTIMIZERS, dict.fromkeys(name.value for name in OptimizerNames)),
     )
     lr_scheduler_type: str = flag(
@@ -85,19 +85,19 @@ class OptimizerArguments:
     )
     lr_scaling: str = flag(
         "none",
-        f"Multiply the learning rate by the total batch / {BASE_BATCH_SIZE} (linear), by the root of that "
-        "(sqrt), or not (none).",
+        f"Multiply the learning rate by the total batch size / {BASE_BATCH_SIZE} (linear), by its square root "
+        "(sqrt), or not at all (none).",
         LR_SCALINGS,
     )
     decay_norms_and_biases: bool = flag(
         False,
-        "Apply weight_decay to norms and biases, too, as the code released with the GR paper does; Trainer spares "
+        "Also apply weight_decay to norms and biases, as the code released with the GR paper does; Trainer exempts "
         "them.",
     )
     layer_statistics_steps: int = flag(
         0,
-        "Every so many steps write down the weight norm, gradient norm and their ratio of each layer, in "
-        "layer_statistics.parquet and .png of the output folder. 0 is off.",
+        "Record the weight norm, the gradient norm and their ratio for each layer every this many steps, in "
+        "layer_statistics.parquet and .png in the output folder. 0 turns this off.",
         Limit(0, rule="must be a whole number of steps, or 0 (off)."),
     )
 
@@ -105,7 +105,7 @@ class OptimizerArguments:
         self.check_optimizer_arguments()
         if not hasattr(super(), "__post_init__"):
             return  # these flags stand alone
-        # transformers turns the two into its enums, and does not know ours.
+        # transformers converts both to its enums, which lack our names.
         own = {"optim": OPTIMIZERS, "lr_scheduler_type": (TIME_VARYING,)}
         chosen = {name: getattr(self, name) for name, ours in own.items() if getattr(self, name) in ours}
         for name in chosen:
@@ -115,7 +115,7 @@ class OptimizerArguments:
             setattr(self, name, value)
 
     def __init_subclass__(cls, **kwargs):
-        """Keep the defaults that the configuration behind these flags has of its own for the two redeclared here."""
+        """Keep the defaults that the configuration behind these flags sets for the two flags redeclared here."""
         super().__init_subclass__(**kwargs)
         if issubclass(cls.__mro__[1], TrainingArguments):
             return  # it has chosen
@@ -137,7 +137,7 @@ class OptimizerArguments:
             )
 
     def lr_factor(self, total_batch_size: int) -> float:
-        """What `lr_scaling` multiplies the learning rate by."""
+        """The factor that `lr_scaling` applies to the learning rate."""
         scale = total_batch_size / BASE_BATCH_SIZE
         return {"none": 1.0, "linear": scale, "sqrt": math.sqrt(scale)}[self.lr_scaling]
 
@@ -148,60 +148,63 @@ class IREArguments:
 
     ire_kappa: float = flag(
         _UnsetNumber(0.0),
-        "kappa: the optimizer takes (1 + kappa) times its step on flat coordinates. 0 turns IRE off. With AdamW as "
+        "kappa: the optimizer takes (1 + kappa) times its step along flat coordinates. 0 turns IRE off. With AdamW as "
         "the optimizer this is AdmIRE, with SGD SGD-IRE, with gr_lambda SAM-IRE or GR-IRE.",
         SETTINGS["kappa"],
     )
     ire_gamma: float = flag(
         _UnsetNumber(0.6),
-        "gamma: the fraction of all coordinates called flat, in (0, 1]; the paper has (0.5, 1).",
+        "gamma: the fraction of all coordinates treated as flat, in (0, 1]; the paper uses (0.5, 1).",
         SETTINGS["gamma"],
     )
     ire_interval: int = flag(10, "K: optimizer steps from one choice of the flat coordinates to the next.", INTERVAL)
     ire_start_step: float | None = flag(
         _UnsetNone(),
-        "The first step of IRE; below 1 it is a fraction of all steps. None means the end of the learning-rate warmup "
-        "(warmup_steps).",
+        "The step at which IRE starts; below 1, a fraction of all steps. None means the end of the learning-rate "
+        "warmup (warmup_steps).",
         STEPS,
     )
     ire_probe_fraction: float = flag(
         1.0,
-        "Share of the step's samples used to choose the flat coordinates, in (0, 1]. 1 costs another forward and "
-        "backward pass every ire_interval steps; less costs less.",
+        "Fraction of the step's samples used to choose the flat coordinates, in (0, 1]. 1 costs an extra forward and "
+        "backward pass every ire_interval steps; smaller fractions cost less.",
         Limit(0, 1, above=True, rule="must be in (0, 1]."),
     )
     ire_preset: str | None = flag(
         None,
-        "Sets ire_kappa, ire_gamma and ire_start_step as published. Where one of these three is given, it wins.",
+        "Set ire_kappa, ire_gamma and ire_start_step to published values. Any of the three that is given takes "
+        "precedence.",
         IRE_PRESETS,
     )
     ire_mask: str = flag(
         "flat",
-        "Which coordinates are amplified: the flat ones, or, as a control that shows whether the choice matters, all "
-        "others (inverted), the same share at random (random), or all (uniform).",
+        "Which coordinates are amplified: the flat ones or, as controls that show whether the choice matters, all "
+        "others (inverted), the same fraction at random (random), or all (uniform).",
         SETTINGS["mask"],
     )
     ire_kappa_schedule: str = flag(
-        "constant", "constant, or lr: kappa in proportion to the learning rate.", SETTINGS["kappa_schedule"]
+        "constant", "constant, or lr: kappa proportional to the learning rate.", SETTINGS["kappa_schedule"]
     )
     ire_scope: str = flag(
         "global",
-        "Where the fraction gamma is taken: global, of all parameters together (the paper), or per_tensor.",
+        "What gamma is a fraction of: all parameters together (global, the paper), or each tensor (per_tensor).",
         SETTINGS["scope"],
     )
     ire_exclude: list[str] | None = flag(  # noqa: RUF009
-        None, "Parameters with one of these words in their names are never amplified: embed norm bias."
+        None, "Parameters with one of these words in their names are never amplified, e.g. embed norm bias."
     )
     ire_beta: float = flag(
-        0.0, "Moving average of the estimate over its updates, in [0, 1); 0 uses the last one alone.", SETTINGS["beta"]
+        0.0,
+        "Decay of a moving average of the estimate over its updates, in [0, 1); 0 uses the latest estimate alone.",
+        SETTINGS["beta"],
     )
     ire_amplify_weight_decay: bool = flag(
         True, "Amplify decoupled weight decay with the rest of the step, as the released code does."
     )
     ire_guard: float = flag(
         3.0,
-        "If the loss climbs above so many times its running mean, and above what it was when IRE started, or is not "
-        "finite, kappa is halved. 0 turns this off.",
+        "Halve kappa if the loss is not finite, or exceeds both this many times its running mean and its level when "
+        "IRE started. 0 turns this off.",
         Limit(1, above=True, off=0, rule="must be more than 1, how many times its mean the loss may be, or 0 (off)."),
     )
 
@@ -213,7 +216,7 @@ class IREArguments:
             super().__post_init__()
 
     def _settle_ire_preset(self) -> None:
-        """Give the flags that were not given plain values: those of the preset, or their defaults."""
+        """Set the flags that were not given to the values of the preset, or to their defaults as plain values."""
         check_fields(self, IREArguments, ["ire_preset"])
         preset = IRE_PRESETS.get(self.ire_preset or "", {})
         for name in ("ire_kappa", "ire_gamma", "ire_start_step"):
@@ -284,26 +287,26 @@ class GRArguments(IREArguments, OptimizerArguments):
     gr_scope: str = flag(
         "global",
         "Which gradient gives the direction of the perturbation. global: that of the whole optimizer step, over all "
-        "micro-batches and processes (the paper); local: each process its own, which saves one all-reduce; micro: "
-        "each micro-batch of each process its own (m-sharpness).",
+        "micro-batches and processes (the paper); local: each process uses its own, which saves one all-reduce; "
+        "micro: each micro-batch on each process uses its own (m-sharpness).",
         GR_SCOPES,
     )
     gr_interval: int = flag(
         1,
-        "After the warmup, regularize every k-th step only and take plain steps between: a cost knob, at about 1 + "
-        "1/k passes per step. 1 is the paper.",
+        "After the warmup, regularize only every k-th step and take plain steps in between: less cost, about 1 + 1/k "
+        "passes per step. 1 is the paper.",
         INTERVAL,
     )
     gr_on_nonfinite: str = flag(
         "stop",
-        "A step whose gradient is infinite or NaN is skipped, with a warning. stop: three in a row end the run with "
-        "an error; skip: nothing does. For runs with GR or IRE.",
+        "A step with an infinite or NaN gradient is skipped with a warning. stop: three in a row end the run with an "
+        "error; skip: the run continues. Applies to runs with GR or IRE.",
         ON_NONFINITE,
     )
     gr_half_precision_weights: bool = flag(
         False,
-        "Allow trainable weights in bf16 or fp16, in which a perturbation would be lost in the rounding: the "
-        "perturbed copy and the second pass are then float32. One process, without --bf16 or --fp16.",
+        "Allow trainable weights in bf16 or fp16, in which a perturbation would be lost to rounding: the perturbed "
+        "copy and the second pass then use float32. One process only, without --bf16 or --fp16.",
     )
 
     def __post_init__(self):
@@ -332,7 +335,7 @@ class GRArguments(IREArguments, OptimizerArguments):
         return self.gr_degree != 0
 
     def describe_method(self) -> str:
-        """Optimizer, GR and IRE, and the forward and backward passes of a step in which all of it acts."""
+        """Optimizer, GR and IRE in one line, with the forward and backward passes of a step in which both act."""
         optimizer = f"optim={getattr(self.optim, 'value', self.optim)}"
         gr, ire, passes = "no GR", "no IRE", 1.0
         if self.is_active:

@@ -1,10 +1,12 @@
 """Ascents: where gradient regularization takes its second gradient, theta + r d with a direction d of length 1.
 
-An ascent is a function `f(params, norm) -> (directions, length)`: of parameters with g1 in their `.grad`, and
-norm = ||g1|| over all that share the radius, the directions to move along, one per parameter, and the length of all of
-them as one vector, so that d = directions / length. The directions may come from a generator: each is used up before
-the next is asked for, and only one of them is ever in memory. To add an ascent, write the function and give it an entry
-in `ASCENTS`: the update rule, the model card, the docs and the tests read that table.
+An ascent is a function `f(params, norm) -> (directions, length)`. It gets the parameters, with g1 in their `.grad`, and
+norm = ||g1|| over all parameters that share the radius. It returns a direction for each parameter and the length of all
+directions as one vector: d = directions / length. The directions may come from a generator: each is used before the
+next is asked for, so that only one of them is in memory.
+
+To add an ascent, write the function and give it an entry in `ASCENTS`: the update rule, the model card, the docs and
+the tests read that table.
 """
 
 from collections.abc import Callable, Iterable, Sequence
