@@ -1,6 +1,6 @@
-"""The model card and what the Hub reads of it, from what a run left in its folder.
+"""The model card and its metadata for the Hub, from the files in a run's folder.
 
-Which facts they have is decided here; the words are in `card_template.md` and `card_usage.md`.
+This module selects the facts; the wording is in `card_template.md` and `card_usage.md`.
 """
 
 import re
@@ -39,7 +39,7 @@ with extra("report"):
 
 #: Where the Hub looks for results that go on the leaderboard of a dataset.
 EVAL_RESULTS = Path(".eval_results") / "hf_gr.yaml"
-#: What a leaderboard is of: the first of these that was measured.
+#: The first of these that was measured goes on a leaderboard.
 HEADLINE_METRICS = ("accuracy", "perplexity", "loss")
 
 PIPELINE_TAGS = {
@@ -63,19 +63,19 @@ SPEED_METRICS = (
 SYMBOLS = {"gr_r": "r", "gr_lambda": "lambda", "gr_warmup_steps": "T_w"} | {
     f"ire_{name}": symbol for name, symbol in IRE.symbols.items()
 }
-#: Settings that are left out where they have no effect, and not where they are at their defaults.
+#: Settings that a segment leaves out because they have no effect, not because they are at their defaults.
 WITHOUT_DEFAULT = ("gr_warmup_steps", "ire_gamma")
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The last one in the log.
+    """The last evaluation in the log.
 
     Attributes:
         metrics: name without `eval_` -> value.
-        examples: name of a dataset -> how many were counted; empty where that is not recorded.
-        step: the last one before it, of `max_steps`.
-        best_checkpoint: the one whose weights were loaded again before it, if there was one.
+        examples: name of a dataset -> the number of examples; empty if not recorded.
+        step: the training step after which it ran, out of `max_steps`.
+        best_checkpoint: the checkpoint whose weights it used, if the best one was loaded after training.
     """
 
     metrics: dict[str, float]
@@ -86,13 +86,13 @@ class Evaluation:
 
 
 def write_card(folder: str | Path) -> None:
-    """Write `README.md` and `curves.png` into the folder of a run, and, where its data is on the Hub,
-    `.eval_results/hf_gr.yaml`.
+    """Write `README.md` and `curves.png` into the folder of a run, and `.eval_results/hf_gr.yaml` if its dataset is on
+    the Hub.
 
-    They are made from `run.json` and `trainer_state.json` (of the last checkpoint, where the run has not finished).
+    Reads `run.json` and `trainer_state.json` there; if the run has not finished, the latter from its last checkpoint.
 
     Raises:
-        ValueError: one of the two files is not there, or cannot be read.
+        ValueError: one of the two files is missing or cannot be read.
     """
     folder = Path(folder)
     record = read_record(folder)
@@ -126,7 +126,7 @@ def write_card(folder: str | Path) -> None:
 
 
 def _completed(record: Record, folder: Path) -> Publication:
-    """With a name and a task, whether `create_model_card` was told one or not."""
+    """The publication facts, with a default for the name and the task."""
     published = record.publication or Publication()
     return replace(
         published,
@@ -140,7 +140,7 @@ def _pipeline_tag(model: ModelFacts | None) -> str | None:
 
 
 def has_curves(history: History) -> bool:
-    """Whether there is something to draw: a picture that is there may be an earlier run's."""
+    """Whether the log has something to draw. (A picture in the folder may be an earlier run's.)"""
     return any("loss" in entry for entry in history)
 
 
@@ -148,17 +148,17 @@ def has_curves(history: History) -> bool:
 
 
 def evaluation_of(record: Record, state: dict[str, Any]) -> Evaluation:
-    """Without metrics where there was none."""
+    """The last evaluation; one without metrics if there was none."""
     history, names = state["log_history"], record.evaluated or [""]
     entries = last_evaluation(history, len(names))
     counts = [entry.get("evaluated_examples") for entry in entries]
-    is_counted = record.evaluated is not None and None not in counts
+    is_counted = record.evaluated is not None and None not in counts and len(counts) == len(names)
     index, best = last_entry(history, "eval_"), state.get("best_model_checkpoint")
     loads_best = record.segments[-1].settings.get("load_best_model_at_end", False)
     is_of_best = best and loads_best and index > last_entry(history, "train_runtime")
     return Evaluation(
         metrics={name: value for entry in entries for name, value in _metrics(entry)},
-        examples=dict(zip(names, counts, strict=True)) if is_counted and entries else {},
+        examples=dict(zip(names, counts, strict=True)) if is_counted else {},
         step=history[index]["step"] if index >= 0 else 0,
         max_steps=state.get("max_steps", 0),
         best_checkpoint=Path(best).name if is_of_best else None,
@@ -166,7 +166,7 @@ def evaluation_of(record: Record, state: dict[str, Any]) -> Evaluation:
 
 
 def _metrics(entry: dict[str, float]) -> list[tuple[str, float]]:
-    """The loss first: a file has its names in alphabetical order."""
+    """The loss first, then in alphabetical order, as the file has them."""
     names = [name for name in entry if name.startswith("eval_") and not name.endswith(SPEED_METRICS)]
     names.sort(key=lambda name: (not name.endswith("loss"), name))
     return [(name.removeprefix("eval_"), entry[name]) for name in names]
@@ -210,10 +210,10 @@ def citations(record: Record) -> list[str]:
 
 
 def method_rows(record: Record, degree: str) -> list[tuple[str, str, list[Span]]]:
-    """(flag, symbol, values) of a method that was on: its degree in all steps, the others in those that it was on in.
+    """(flag, symbol, values) of a method: its degree over all steps, the others over those with the method turned on.
 
     Args:
-        degree: the flag that turns it off at 0, `gr_lambda` or `ire_kappa`.
+        degree: the flag that turns the method off at 0, `gr_lambda` or `ire_kappa`.
     """
     segments = record.segments_with(degree)
     names = dict.fromkeys(name for s in segments for name in s.settings if name.startswith(degree.split("_")[0] + "_"))
@@ -225,7 +225,7 @@ def method_rows(record: Record, degree: str) -> list[tuple[str, str, list[Span]]
 
 
 def hyperparameters(record: Record) -> dict[str, list[Span]]:
-    """What was not at its default, in any of the steps. Those of GR and IRE have tables of their own."""
+    """The arguments that were not at their defaults in all steps. Those of GR and IRE have their own tables."""
     rows = {name: [Span(value, 0, 0)] for name, value in record.publication.arguments.items()}
     names = dict.fromkeys(name for segment in reversed(record.recorded) for name in segment.settings)
     return rows | {name: record.setting(name) for name in names if not name.startswith(("gr_", "ire_"))}
@@ -251,7 +251,7 @@ def metadata(record: Record, metrics: dict[str, float]) -> ModelCardData:
 
 
 def _eval_results(published: Publication, metrics: dict[str, float]) -> list[EvalResult]:
-    """The results as the Hub indexes them; it wants to know of which task on which of its datasets they are."""
+    """The results as the Hub indexes them, which requires a task and a dataset on the Hub."""
     if not (published.task and published.dataset_ids):
         return []
     return [
@@ -269,7 +269,7 @@ def _eval_results(published: Publication, metrics: dict[str, float]) -> list[Eva
 
 
 def _write_eval_results(folder: Path, published: Publication, metrics: dict[str, float]) -> None:
-    """The newer form, one file with one number for one dataset on the Hub; an earlier run's goes."""
+    """The newer form: one file with one number for one dataset on the Hub. Removes an earlier run's."""
     path = folder / EVAL_RESULTS
     metric = next((name for name in HEADLINE_METRICS if name in metrics), None)
     if metric is None or len(published.dataset_ids) != 1:
@@ -288,12 +288,12 @@ def _write_eval_results(folder: Path, published: Publication, metrics: dict[str,
 
 # ---- Text as it is ----
 
-#: What Markdown would take for its own. An underscore within a word is none, nor are brackets without an address.
+#: Markdown's syntax. An underscore within a word is not, nor are brackets without an address.
 _MARKDOWN = re.compile(r"[\\`*|#$~&]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])|\](?=\()|<(?=[A-Za-z/!?])")
 
 
 def md(text: Any) -> str:
-    """Text that is shown as it is, in a sentence, a heading or the cell of a table."""
+    """Text to be shown literally in a sentence, a heading or a table cell."""
     return _MARKDOWN.sub(r"\\\g<0>", one_line(text))
 
 
@@ -307,22 +307,22 @@ def in_code(text: str) -> str:
 
 
 def quoted(text: str) -> str:
-    """Text that ends no code block around it."""
+    """Text for a code block, without the fence that would end it."""
     return text.replace("```", "` ` `")
 
 
 def python_string(text: str) -> str:
-    """A name as a string of Python, in double quotes."""
+    """A Python string literal in double quotes."""
     return '"' + text.replace("\\", "\\\\").replace('"', '\\"').replace("`", "\\x60") + '"'
 
 
 def as_tuple(value: Any) -> Any:
-    """Settings of an optimizer are tuples, of which a file makes lists."""
+    """Optimizers have tuples, which JSON turns into lists."""
     return tuple(value) if isinstance(value, list) else value
 
 
 def _environment() -> Environment:
-    """Of the templates: a block stands on lines of its own, and a paragraph may be written on several."""
+    """For templates whose blocks are on lines of their own."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         trim_blocks=True,

@@ -1,8 +1,8 @@
 """What a run leaves in its folder: `run.json`, its record, and `trainer_state.json`, its log.
 
-Cards, pictures and tables are functions of these files. The record holds facts, and no sentence: what was counted while
-the run happened, the settings in force, and what `create_model_card` was told. It is in every checkpoint as well, and a
-resumed run continues it.
+Cards, pictures and tables are functions of these files. The record holds facts only: what was counted while the run
+happened, the settings in force, and the arguments of `create_model_card`. Every checkpoint has a copy, which a resumed
+run continues.
 """
 
 import dataclasses
@@ -65,7 +65,7 @@ class Segment:
 
 
 class Span(NamedTuple):
-    """A value, and the steps in which it was in force."""
+    """A value and the steps in which it applied."""
 
     value: Any
     first_step: int
@@ -78,10 +78,10 @@ class ModelFacts:
 
     Attributes:
         class_name: without the adapter around it.
-        adapter: `type`, as peft names it, and for LoRA `rank`, `alpha` and `modules`; None without an adapter.
-        is_new: whether it was made from a configuration that was written in code.
-        has_code: whether it is saved with its own code, as transformers does not have it.
-        has_processor: whether it is saved with a tokenizer or an image processor.
+        adapter: its `type` in peft, and for LoRA `rank`, `alpha` and `modules`; None without an adapter.
+        is_new: whether it was created from a configuration written in code, with random weights.
+        has_code: whether its code is saved beside the weights, because transformers does not have it.
+        has_processor: whether a tokenizer or an image processor is saved with it.
     """
 
     class_name: str
@@ -95,12 +95,12 @@ class ModelFacts:
 
 @dataclass(frozen=True)
 class OptimizerFacts:
-    """The optimizer, without what IRE and accelerate wrap around it; its class is in `Record.method`.
+    """The optimizer inside the wrappers of IRE and accelerate; its class is in `Record.method`.
 
     Attributes:
-        settings: of its first parameter group, without those that schedules change.
-        phi: of TVLARS, in the first and the last step.
-        lr_factor: what `lr_scaling` multiplied the learning rate by; None where it did not.
+        settings: those of its first parameter group, except the ones that schedules change.
+        phi: of TVLARS, at the first and the last step.
+        lr_factor: the factor that `lr_scaling` applied to the learning rate; None without scaling.
     """
 
     settings: dict[str, Any]
@@ -110,11 +110,11 @@ class OptimizerFacts:
 
 @dataclass(frozen=True)
 class Publication:
-    """What `create_model_card` was told, and when; see `hf_gr.trainer.recording.publication_of`.
+    """The arguments of `create_model_card`, and the time of the call; see `hf_gr.trainer.recording.publication_of`.
 
     Attributes:
-        base_model: its name on the Hub; `has_local_base` says that it is a folder on somebody's disk instead.
-        arguments: of a script, where the trainer did not know them when it trained.
+        base_model: its name on the Hub; `has_local_base` is True if it is a folder on somebody's disk instead.
+        arguments: those of a script that the trainer did not know while it trained.
     """
 
     model_name: str = ""
@@ -137,18 +137,18 @@ class Publication:
 
 @dataclass
 class Record:
-    """The content of `run.json`. What a record written by an earlier version lacks is at its default: not recorded.
+    """The content of `run.json`. A fact that an earlier version did not record is at its default.
 
     Attributes:
         method: what the last start trained with: `gr` and `ire`, whether they were on, and `optimizer`, its class.
         data: what it trained on, as far as it is known: `dataset_name`, `dataset_config_name`, `train_examples`; of a
             local folder the last part of the path, and `is_local`.
         defaults: of the settings that some segments have and others leave out.
-        evaluated: the names of the datasets of the last evaluation; "" stands for a single one without a name.
-        ire_flat_fractions: the share of the coordinates that IRE last chose in each kind of layer.
-        ire_reduced_kappa: what a loss that diverged has left of kappa; None where none did.
-        layer_picture: the file with the norms of the layers, if this run has drawn it.
-        device: its name; `peak_memory_bytes`, on it, at the peak.
+        evaluated: the names of the datasets in the last evaluation; "" for a single dataset without a name.
+        ire_flat_fractions: kind of layer -> the share of its coordinates in IRE's last choice.
+        ire_reduced_kappa: kappa after the divergence guard reduced it; None if it never did.
+        layer_picture: the picture of the layers' norms, if this run has drawn it.
+        device: its name; `peak_memory_bytes` is the peak on it.
     """
 
     method: dict[str, Any] = field(default_factory=dict)
@@ -176,19 +176,19 @@ class Record:
 
     @property
     def recorded(self) -> list[Segment]:
-        """The segments of which something is known."""
+        """The segments whose settings and counts are known."""
         return [segment for segment in self.segments if segment.is_recorded]
 
     def segments_with(self, degree: str) -> list[Segment]:
-        """Those in which a method was on: `gr_lambda` or `ire_kappa` was not 0."""
+        """The segments with a method turned on, that is `gr_lambda` or `ire_kappa` not 0."""
         return [segment for segment in self.recorded if segment.settings.get(degree, 0) != 0]
 
     def spans(self, attribute: str) -> list[Span]:
-        """An attribute of the segments over the steps."""
+        """The values of an attribute of the segments, each with its steps."""
         return _spans(self.recorded, lambda segment: getattr(segment, attribute))
 
     def setting(self, name: str, segments: Iterable[Segment] | None = None) -> list[Span]:
-        """A setting over the steps of `segments`, or of all; where it was left out, its default."""
+        """The values of a setting in `segments` (default: all), each with its steps; its default if left out."""
         default = self.defaults.get(name, "its default")
         segments = self.recorded if segments is None else segments
         return _spans(segments, lambda segment: segment.settings.get(name, default))
