@@ -6,6 +6,7 @@ of its steps with the old ones.
 """
 
 import dataclasses
+import json
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -180,9 +181,11 @@ def optimizer_facts(trainer: Host) -> OptimizerFacts | None:
         return None
     group = optimizer.param_groups[0]
     by_schedules = {"params", "lr", "initial_lr", "weight_decay", "step"}
+    settings = {key: value for key, value in group.items() if key not in by_schedules and value is not None}
     is_tvlars = isinstance(optimizer, TVLARS)
     return OptimizerFacts(
-        settings={key: value for key, value in group.items() if key not in by_schedules and value is not None},
+        # Whatever a group has: it is written down with every checkpoint, and must not stop a run.
+        settings=json.loads(json.dumps(settings, default=str, skipkeys=True)),
         phi=[optimizer.phi(group, step) for step in (1, trainer.state.global_step)] if is_tvlars else None,
         lr_factor=None if trainer.gr_args.lr_scaling == "none" else trainer.layerwise.lr_factor,
     )
@@ -357,7 +360,7 @@ class Recorder(TrainerCallback):
             write_record(record, folder)
 
     def publish(self, *args: Any, **kwargs: Any) -> None:
-        """Write the record into the output folder, with what `create_model_card` was told, and the log beside it."""
+        """Write the record, with the arguments of `create_model_card`, and the log into the output folder."""
         self._record = replace(self.record, publication=publication_of(self._trainer, *args, **kwargs))
         self.write(self._trainer.args.output_dir)
         self._trainer.save_state()

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from helpers import ROOT, toys
 from hf_gr import GRConfig, GRTrainer
@@ -188,3 +189,13 @@ def test_a_token_in_the_command_is_not_recorded(tmp_path):
     assert token not in (tmp_path / "run.json").read_text() + (tmp_path / "README.md").read_text()
     assert json.loads((tmp_path / "run.json").read_text())["publication"]["command"].endswith("--hub_token ...")
     assert not Path(tmp_path / "run.tmp").exists()
+
+
+def test_what_an_optimizer_keeps_in_its_groups_does_not_stop_a_run(tmp_path):
+    model = toys.vit()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer.param_groups[0] |= {"owner": object(), "table": {(1, 2): 3}, "sizes": (4, 5)}
+    args = GRConfig(**toys.arguments(tmp_path, gr_lambda=0, max_steps=2))
+    GRTrainer(model=model, args=args, train_dataset=toys.images(), optimizers=(optimizer, None)).train()
+    settings = read_record(tmp_path).optimizer.settings
+    assert settings["sizes"] == [4, 5] and settings["owner"].startswith("<") and settings["table"] == {}
