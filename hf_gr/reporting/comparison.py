@@ -1,5 +1,5 @@
-"""What a comparison of runs says, in numbers: of two groups how much sooner one of them reaches a loss, and of a grid a
-tidy table and a table for people, with the published numbers beside it. The pictures are in `comparison_plots.py`."""
+"""Comparisons of runs in numbers: how much sooner one group reaches a loss than another, and the tables of a grid, with
+published numbers beside ours. The pictures are in `comparison_plots.py`."""
 
 import csv
 import math
@@ -58,8 +58,8 @@ def curve(history: History, axis: str, metric: str = "loss", window: int = 1) ->
 
 
 def first_reached(x: np.ndarray, y: np.ndarray, target: float) -> float:
-    """Where the curve first is at `target` or below, between two points on their line; infinite if nowhere. A
-    point that is not finite is not below, and no line begins there."""
+    """Where the curve, interpolated linearly, first reaches `target`; infinite if it never does. Points that are not
+    finite do not reach it and are not interpolated from."""
     below = np.flatnonzero(y <= target)
     if not len(below):
         return math.inf
@@ -83,8 +83,8 @@ def speedups(
 ) -> dict[str, tuple[float, float, float]]:
     """For each axis that was logged: (mean where the baseline reaches `target`, mean of the candidate, their quotient).
 
-    Several seeds each; a run that does not reach the target makes its mean infinite. The quotient is NaN if neither
-    mean is finite. Without a target it is `common_target`.
+    A group has a run per seed; a run that misses the target makes the mean of its group infinite. The quotient is NaN
+    if neither mean is finite. The target defaults to `common_target`.
     """
     runs = [*baseline, *candidate]
     target = common_target(runs, metric, window) if target is None else target
@@ -106,7 +106,7 @@ def _quotient(baseline: float, candidate: float) -> float:
 
 
 def read_curves(flag: str, folders: Sequence[str], metric: str, window: int) -> list[History]:
-    """The logs of the runs in `folders`. Raises `ValueError` if one has no curve to compare, or is there twice."""
+    """The logs of the runs in `folders`. Raises `ValueError` if one has no such curve or is listed twice."""
     paths = [Path(folder).resolve() for folder in folders]
     if twice := sorted({str(path) for path in paths if paths.count(path) > 1}):
         raise ValueError(f"{flag}: {', '.join(twice)} is there twice, and would count as two seeds. Give it once.")
@@ -220,14 +220,14 @@ def _cells(grid: Grid, members: Sequence[Run], baseline: Sequence[Run], limits: 
 
 
 def _mean_cost(members: Sequence[Run], key: str) -> float:
-    """Infinite where the script does not count it."""
+    """Infinite if the script does not count this cost."""
     costs = [run.results().get(key) for run in members]
     return math.inf if None in costs else mean(costs)
 
 
 def _mean_within(grid: Grid, members: Sequence[Run], key: str, limit: float) -> str:
-    """Of the last evaluation of each run that is within a cost, with a little leeway: logs are not written every
-    moment. Empty where no run has one; where only some have one it says so, as these may be the quickest."""
+    """The mean of each run's last evaluation within `limit`, with 2% of leeway, since logs are written at intervals.
+    Empty if no run has one; if only some do, it says so, because they may be the quickest."""
     found = []
     for run in members:
         evaluations = [e for e in run.history() if grid.metric in e and key in e and e[key] <= 1.02 * limit]
@@ -237,7 +237,7 @@ def _mean_within(grid: Grid, members: Sequence[Run], key: str, limit: float) -> 
 
 
 def grouped(runs: Iterable[Run], names: Iterable[str]) -> list[tuple[tuple[Any, ...], list[Run]]]:
-    """(coordinates, runs) for each combination of `names` that there is."""
+    """(coordinates, runs) for each combination of `names` among the runs."""
     groups: dict[tuple[Any, ...], list[Run]] = {}
     names = list(names)
     for run in runs:
@@ -250,7 +250,7 @@ def finite(values: Iterable[float]) -> list[float]:
 
 
 def mean(values: Iterable[float]) -> float:
-    """NaN of no values."""
+    """NaN if there are no values."""
     values = list(values)
     return statistics.mean(values) if values else math.nan
 
@@ -262,13 +262,13 @@ def _mean_and_std(values: Sequence[float], seeds: int) -> str:
 
 
 def _share(values: Sequence[float], seeds: int) -> str:
-    """How many seeds a number comes from, where that is not all of them."""
+    """The number of seeds behind a number, unless it is all of them."""
     count = len(finite(values))
     return "" if count == seeds else f" ({count} of {seeds} seeds)"
 
 
 def explanation(grid: Grid) -> str:
-    """What the columns of `markdown_table` are, for people."""
+    """A paragraph for readers about the columns of `markdown_table`."""
     lines = [
         f"Mean and standard deviation over the seeds, p of a paired t-test against {grid.baseline}. At equal passes "
         "and seconds: the last evaluation within what the cheapest arm took on average, of runs whose schedule was "
@@ -281,7 +281,7 @@ def explanation(grid: Grid) -> str:
 
 
 def _published(grid: Grid, path: Path | None) -> Callable[[dict[str, Any], str], str]:
-    """(values of the axes, arm) -> the paper's number, as text; empty where there is none."""
+    """(values of the axes, arm) -> the paper's number, as text; empty if there is none."""
     if path is None or grid.published is None:
         return lambda at, arm: ""
     known = {

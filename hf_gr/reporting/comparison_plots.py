@@ -52,7 +52,7 @@ def plot_arms(grid: Grid, runs: Sequence[Run], path: Path) -> None:
     """A row of panels for each combination of the axes, with the mean of each arm over its seeds: the metric against
     steps and against seconds, with its range; ||g1||, with GR and without; and the warmups, where there are any.
 
-    A dotted line is what the baseline ends with, and beside it stands how much sooner the quickest other arm is there.
+    A dotted line marks where the baseline ends; the title says how much sooner the quickest other arm gets there.
     """
     groups = grouped(runs, grid.axes)
     has_gr = any("gr_lambda" in entry for run in runs for entry in run.history())
