@@ -1,4 +1,4 @@
-"""CaiT, which transformers does not have. The file is saved beside the weights, so that they load without hf_gr."""
+"""CaiT, which transformers lacks. This file is saved beside the weights, so that they load without hf_gr."""
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +9,7 @@ from transformers.modeling_outputs import ImageClassifierOutput
 
 
 class CaitConfig(PretrainedConfig):
-    """The shape of a CaiT: `num_hidden_layers` of patches, then `num_class_layers` of the class token."""
+    """The shape of a CaiT: `num_hidden_layers` for the patches, then `num_class_layers` for the class token."""
 
     model_type = "cait"
 
@@ -73,7 +73,7 @@ class TalkingHeadsAttention(nn.Module):
 
 
 class ClassAttention(nn.Module):
-    """Attention of the first token to all of (b, n, d), itself among them: (b, 1, d)."""
+    """Attention of the first token to all tokens, including itself: (b, n, d) -> (b, 1, d)."""
 
     def __init__(self, config: CaitConfig):
         super().__init__()
@@ -95,7 +95,7 @@ class ClassAttention(nn.Module):
 
 
 class CaitBlock(nn.Module):
-    """Attention and MLP, each behind a norm, and scaled per channel by a gamma that starts small (LayerScale)."""
+    """Pre-norm attention and MLP, each scaled per channel by a gamma that starts small (LayerScale)."""
 
     def __init__(self, config: CaitConfig, attention: nn.Module):
         super().__init__()
@@ -111,17 +111,17 @@ class CaitBlock(nn.Module):
         self.gamma2 = nn.Parameter(torch.empty(width))
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        """x of (b, n, d); attention also reads from `context`, which follows x and stays as it is."""
-        seen = x if context is None else torch.cat([x, context], dim=1)
-        x = x + self.gamma1 * self.attention(self.norm1(seen))
+        """x of (b, n, d); attention also reads from `context`, which is appended to x and not updated."""
+        tokens = x if context is None else torch.cat([x, context], dim=1)
+        x = x + self.gamma1 * self.attention(self.norm1(tokens))
         return x + self.gamma2 * self.mlp(self.norm2(x))
 
 
 class CaitForImageClassification(PreTrainedModel):
     """CaiT of "Going deeper with Image Transformers" (Touvron et al., ICCV 2021, arXiv:2103.17239).
 
-    Patches attend to each other with talking heads, and only then a class token reads them; every block is scaled by
-    LayerScale (Eq. 4). Learned positions, no distillation and no stochastic depth, as in the code released with GR.
+    Patches attend to each other with talking heads, and only then does a class token read them; LayerScale (Eq. 4)
+    scales every block. Learned positions, no distillation and no stochastic depth, as in the code released with GR.
     """
 
     config_class = CaitConfig

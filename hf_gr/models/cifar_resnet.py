@@ -1,4 +1,4 @@
-"""A ResNet for small images. The file is saved beside the weights, so that they can be loaded without hf_gr."""
+"""A ResNet for small images. This file is saved beside the weights, so that they load without hf_gr."""
 
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageClassification, ResNetConfig, ResNetForImageClassification
@@ -10,10 +10,10 @@ class CifarResNetConfig(ResNetConfig):
 
 
 class CifarResNetForImageClassification(ResNetForImageClassification):
-    """A ResNet whose stem keeps the resolution: a convolution of 3 x 3 and stride 1, and no pooling.
+    """A ResNet whose stem keeps the resolution: a 3 x 3 convolution of stride 1, and no pooling.
 
-    The stem for ImageNet makes 8 x 8 of an image of 32 x 32 before the first block; this is the one of the CIFAR models
-    in "Deep Residual Learning for Image Recognition" (He et al., CVPR 2016, section 4.2).
+    The ImageNet stem reduces a 32 x 32 image to 8 x 8 before the first block; this stem is that of the CIFAR models in
+    "Deep Residual Learning for Image Recognition" (He et al., CVPR 2016, section 4.2).
     """
 
     config_class = CifarResNetConfig

@@ -1,4 +1,4 @@
-"""Models by name, to be trained from scratch."""
+"""Presets of models to train from scratch."""
 
 from collections import ChainMap
 from collections.abc import Callable, Mapping
@@ -23,7 +23,7 @@ from .cifar_resnet import CifarResNetConfig, CifarResNetForImageClassification
 
 
 class Preset(NamedTuple):
-    """A model by name: what `--help` and the docs say of it, and its arguments of the configuration."""
+    """A named model: its description in `--help` and the docs, and the arguments of its configuration."""
 
     help: str
     shape: dict[str, Any]
@@ -70,7 +70,7 @@ RESNET_PRESETS = {
 }
 RESNET_STEMS = ("imagenet", "cifar")
 
-#: All that images can be classified with, in this order.
+#: All image classifiers; a `ChainMap` iterates from its last map to its first.
 IMAGE_PRESETS = ChainMap(RESNET_PRESETS, CAIT_PRESETS, SWIN_PRESETS, VIT_PRESETS)
 
 WEIGHT_INITS: dict[str, Callable] = {
@@ -93,16 +93,16 @@ def create_image_model(
     Args:
         preset: one of `IMAGE_PRESETS`.
         label_names: the classes, in the order of their ids.
-        image_size: pixels per side if not the preset's; of no matter to a ResNet.
-        dropout: probability if not that of the code released with GR; not for a ResNet. See the functions below.
-        stem: of a ResNet.
+        image_size: pixels per side if not the preset's; ignored by ResNets.
+        dropout: probability if not that of the code released with GR; ignored by ResNets. See the functions below.
+        stem: for ResNets, one of `RESNET_STEMS`.
     """
     if preset in RESNET_PRESETS:
         return create_resnet(preset, label_names, "imagenet" if stem is None else stem)
     for presets, create in ((VIT_PRESETS, create_vit), (SWIN_PRESETS, create_swin), (CAIT_PRESETS, create_cait)):
         if preset in presets:
-            chosen = {} if dropout is None else {"dropout": dropout}
-            return create(preset, label_names, image_size, **chosen)
+            options = {} if dropout is None else {"dropout": dropout}
+            return create(preset, label_names, image_size, **options)
     raise ValueError(f"model={preset!r}: choose one of {', '.join(IMAGE_PRESETS)}.")
 
 
@@ -111,7 +111,7 @@ def _labels(names: list[str]) -> dict[str, Any]:
 
 
 def _shape(presets: Mapping[str, Preset], preset: str, image_size: int | None) -> dict[str, Any]:
-    """The preset's arguments of a configuration, on images of `image_size`."""
+    """The preset's configuration arguments, for images of `image_size`."""
     if preset not in presets:
         raise ValueError(f"model={preset!r}: choose one of {', '.join(presets)}.")
     shape = dict(presets[preset].shape)
@@ -130,9 +130,9 @@ def create_vit(
 ) -> ViTForImageClassification:
     """A freshly initialized ViT: MLP of 4 x width, class token, learned positions.
 
-    Dropout (also on the attention weights) and initialization are those of the code released with the paper: Xavier
-    uniform for every matrix, zeros for the head and the class token, N(0, 0.02^2) for the positions. (transformers
-    draws the matrices from N(0, 0.02^2), with which a narrow model learns nothing for many epochs.)
+    Dropout (also on the attention weights) and initialization follow the code released with the paper: Xavier uniform
+    for every matrix, zeros for the head and the class token, N(0, 0.02^2) for the positions. (transformers draws the
+    matrices from N(0, 0.02^2), from which a narrow model learns nothing for many epochs.)
 
     Args:
         preset: a key of `VIT_PRESETS`.
@@ -162,10 +162,10 @@ def create_vit(
 def create_swin(
     preset: str, label_names: list[str], image_size: int | None = None, dropout: float = 0.1
 ) -> SwinForImageClassification:
-    """A freshly initialized Swin, as transformers draws it, without stochastic depth.
+    """A freshly initialized Swin, with the initialization of transformers and without stochastic depth.
 
     The code released with GR shrinks the window to 2 in the last stage, where 2 x 2 patches are left; here it keeps its
-    size and is padded, with 1,920 (Base: 2,560) more position biases.
+    size and is padded, which adds 1,920 (Base: 2,560) position biases.
 
     Args:
         preset: a key of `SWIN_PRESETS`.
@@ -179,7 +179,7 @@ def create_swin(
 def create_cait(
     preset: str, label_names: list[str], image_size: int | None = None, dropout: float = 0.0
 ) -> CaitForImageClassification:
-    """A freshly initialized CaiT; see `hf_gr.cait`.
+    """A freshly initialized CaiT; see `hf_gr.models.cait`.
 
     Args:
         preset: a key of `CAIT_PRESETS`.
@@ -190,13 +190,13 @@ def create_cait(
 
 
 def create_resnet(preset: str, label_names: list[str], stem: str = "imagenet") -> ResNetForImageClassification:
-    """A freshly initialized ResNet, as transformers draws it: Kaiming normal for the convolutions.
+    """A freshly initialized ResNet, with the initialization of transformers: Kaiming normal for the convolutions.
 
     Args:
         preset: a key of `RESNET_PRESETS`.
         label_names: the classes, in the order of their ids.
-        stem: `imagenet`, a convolution of 7 x 7 and a pooling that divide the resolution by 4, which is what the
-            code released with TVLARS trains on CIFAR-10; or `cifar`, for small images: 3 x 3, no division.
+        stem: `imagenet`, a 7 x 7 convolution and pooling, which divide the resolution by 4 (used on CIFAR-10 by the
+            code released with TVLARS); or `cifar`, for small images, a 3 x 3 convolution at full resolution.
     """
     if preset not in RESNET_PRESETS:
         raise ValueError(f"model={preset!r}: choose one of {', '.join(RESNET_PRESETS)}.")
@@ -218,7 +218,7 @@ def create_resnet(preset: str, label_names: list[str], stem: str = "imagenet") -
 
 
 def initialize_weights(model: PreTrainedModel, scheme: str) -> None:
-    """Draw the weights of all linear and convolutional layers anew; biases, norms and embeddings stay as they are.
+    """Redraw the weights of all linear and convolutional layers; biases, norms and embeddings are unchanged.
 
     Args:
         scheme: a key of `WEIGHT_INITS`.
@@ -232,7 +232,7 @@ def initialize_weights(model: PreTrainedModel, scheme: str) -> None:
 
 @dataclass(frozen=True)
 class LlamaPreset:
-    """The shape of a Llama, and the length of context that it was trained with."""
+    """The shape of a Llama, and the context length it was trained with."""
 
     help: str
     num_hidden_layers: int
@@ -243,13 +243,12 @@ class LlamaPreset:
     tie_word_embeddings: bool = False
 
 
-#: Two for a laptop, and the Llamas of the IRE paper as transformers can build them: strictly causal, which two of the
-#: three released models are not. Their numbers of parameters are those with the paper's vocabulary of 50,304.
+#: Two for a laptop, and the Llamas of the IRE paper as transformers builds them: strictly causal, unlike two of the
+#: three released models. Parameters are counted with the paper's vocabulary of 50,304.
 LLAMA_PRESETS: dict[str, LlamaPreset] = {
     "llama-tiny": LlamaPreset("for a laptop", 4, 192, 6, 512, 256, tie_word_embeddings=True),
     "llama-mini": LlamaPreset("for a laptop, larger", 6, 256, 4, 688, 256, tie_word_embeddings=True),
-    # The paper's width of 410 with 10 heads leaves an odd number of dimensions per head, which rotary embeddings need
-    # even.
+    # The paper's width of 410 with 10 heads gives 41 dimensions per head; rotary embeddings need an even number.
     "llama-60m": LlamaPreset("65 M parameters", 16, 416, 8, 1664, 150, tie_word_embeddings=True),
     "llama-119m": LlamaPreset("134 M", 6, 768, 12, 3072, 512),
     "llama-229m": LlamaPreset("228 M", 16, 768, 12, 3072, 1024),
@@ -263,9 +262,9 @@ def create_llama(
 
     Args:
         preset: a key of `LLAMA_PRESETS`.
-        vocab_size: number of token ids; the embeddings get the next multiple of 64.
+        vocab_size: number of token ids; the embeddings are padded to a multiple of 64.
         context: positions, if not the preset's.
-        eos_token_id: the end of text, with which generation stops.
+        eos_token_id: the end-of-text token, at which generation stops.
     """
     if preset not in LLAMA_PRESETS:
         raise ValueError(f"model={preset!r}: choose one of {', '.join(LLAMA_PRESETS)}.")

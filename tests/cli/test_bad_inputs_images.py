@@ -243,7 +243,7 @@ DATA = [
         "--skip_bad_examples",
     ),
     ("broken.parquet --skip_bad_examples", "no image can be used", ""),
-    ("deep.parquet", "image_max_value=None", "mode I;16", "Set image_max_value", "of split 'train', row"),
+    ("deep.parquet", "image_max_value=None", "mode I;16", "Set image_max_value", "from split 'train', row"),
     ("deep.parquet --skip_bad_examples", "image_max_value=None", "mode I;16", "Set image_max_value"),
     ("deep.parquet --image_max_value 100", "image_max_value=100", "mode I;16", "Give the value of white"),
     ("deep.parquet --image_max_value 100 --skip_bad_examples", "image_max_value=100", "Give the value of white"),
