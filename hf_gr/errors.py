@@ -135,12 +135,12 @@ class ArgumentParser(HfArgumentParser):
             message = re.sub(pattern, remedy, message)
         raise ValueError(message)
 
-    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> argparse.Namespace:
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         known, rest = self.parse_known_args(args, namespace)
         self.refuse(rest)
         return known
 
-    def parse_args_into_dataclasses(self, args: Sequence[str] | None = None, **kwargs: Any) -> tuple[Any, ...]:
+    def parse_args_into_dataclasses(self, args: Any = None, **kwargs: Any) -> tuple[Any, ...]:  # type: ignore[override]
         # Before the dataclasses look at the values: a misspelled flag may be why one of them is wrong.
         self.refuse(self.parse_known_args(args)[1])
         return super().parse_args_into_dataclasses(args, look_for_args_file=False, **kwargs)

@@ -4,7 +4,7 @@ The metrics need no download: `evaluate.load("accuracy")` fetches its code from 
 """
 
 import tempfile
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -140,7 +140,7 @@ def generate_text(
         with torch.random.fork_rng(devices=devices):
             if seed is not None:
                 torch.manual_seed(seed)
-            ids = model.generate(
+            ids = cast(Any, model).generate(
                 input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], generation_config=config
             )
     finally:

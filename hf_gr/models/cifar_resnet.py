@@ -24,7 +24,7 @@ class CifarResNetForImageClassification(ResNetForImageClassification):
         embeddings.embedder = ResNetConvLayer(
             config.num_channels, config.embedding_size, kernel_size=3, activation=config.hidden_act
         )
-        embeddings.pooler = nn.Identity()
+        embeddings.pooler = nn.Identity()  # type: ignore[assignment]
         self.post_init()
 
 

@@ -154,7 +154,7 @@ def create_vit(
             nn.init.xavier_uniform_(module.weight)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
-    nn.init.zeros_(model.classifier.weight)
+    nn.init.zeros_(cast(nn.Linear, model.classifier).weight)
     nn.init.zeros_(cast(Tensor, model.vit.embeddings.cls_token))
     return model
 
