@@ -72,7 +72,7 @@ class BatchNormReestimation(TrainerCallback):
 
     def on_train_begin(self, *_, model: PreTrainedModel, **kwargs) -> None:
         if not any(isinstance(module, _BatchNorm) for module in model.modules()):
-            raise ValueError("reestimate_batch_norm: the model has no BatchNorm. Leave it out.")
+            raise ValueError(f"reestimate_batch_norm={len(self.images)}: the model has no BatchNorm. Leave it out.")
 
     def on_train_end(self, args: TrainingArguments, *_, model: PreTrainedModel, **kwargs) -> None:
         batches = (batch["pixel_values"] for batch in self.images.iter(self.batch_size))

@@ -55,7 +55,7 @@ def test_batch_norm_is_reestimated_without_augmentation(tmp_path):
         means = [first.convolution(torch.stack(images[i : i + 2])).mean((0, 2, 3)) for i in (0, 2, 4)]
     torch.testing.assert_close(first.normalization.running_mean, torch.stack(means).mean(0))
     assert first.normalization.momentum == 0.1 and all(p.requires_grad for p in model.parameters())
-    with pytest.raises(ValueError, match="reestimate_batch_norm: the model has no BatchNorm"):
+    with pytest.raises(ValueError, match="reestimate_batch_norm=6: the model has no BatchNorm"):
         trainer(GRTrainer, tmp_path, 8, callbacks=[BatchNormReestimation(images)]).train()
 
 

@@ -1,5 +1,7 @@
 """Small real models and data sets, the same in every process."""
 
+import inspect
+
 import torch
 from transformers import (
     LlamaConfig,
@@ -7,13 +9,14 @@ from transformers import (
     PreTrainedModel,
     SwinConfig,
     SwinForImageClassification,
+    Trainer,
     TrainerCallback,
     ViTConfig,
     ViTForImageClassification,
     set_seed,
 )
 
-from hf_gr import GRTrainer
+from hf_gr import GRConfig, GRTrainer
 
 VOCABULARY = 50
 
@@ -99,6 +102,18 @@ def arguments(output_dir, **kwargs) -> dict:
         "learning_rate": 1e-2,
         **kwargs,
     }
+
+
+def trainer(output_dir, model=None, data=None, cls=GRTrainer, **kwargs) -> GRTrainer:
+    """A trainer of a ViT on images, if nothing else is given, on the CPU.
+
+    Args:
+        kwargs: of the trainer, or flags.
+    """
+    own = {name: kwargs.pop(name) for name in kwargs.keys() & inspect.signature(Trainer).parameters.keys()}
+    args = GRConfig(**arguments(output_dir, **kwargs))
+    own["train_dataset"] = images() if data is None else data
+    return cls(model=vit() if model is None else model, args=args, **own)
 
 
 def weights(model: torch.nn.Module) -> torch.Tensor:

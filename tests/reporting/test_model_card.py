@@ -37,13 +37,7 @@ def metrics(prediction):
 
 
 def trained(folder, **kwargs):
-    trainer = GRTrainer(
-        model=toys.vit(),
-        args=GRConfig(**toys.arguments(folder, **kwargs)),
-        train_dataset=toys.images(),
-        eval_dataset=toys.images(10),
-        compute_metrics=metrics,
-    )
+    trainer = toys.trainer(folder, eval_dataset=toys.images(10), compute_metrics=metrics, **kwargs)
     trainer.train()
     trainer.evaluate()
     return trainer
@@ -132,8 +126,7 @@ def run_of(kind: str, folder) -> tuple[GRTrainer, dict[str, int]]:
             passes["train" if module.training else "estimate"] += 1
 
     model.register_forward_hook(count)
-    args = GRConfig(**toys.arguments(folder, **KINDS[kind]))
-    trainer = GRTrainer(model, args, train_dataset=data, eval_dataset=evaluation)
+    trainer = toys.trainer(folder, model, data, eval_dataset=evaluation, **KINDS[kind])
     trainer.train()
     trainer.evaluate()
     return trainer, passes
@@ -332,8 +325,7 @@ def test_no_code_where_none_is_known_to_run(task, processor, tmp_path):
 def test_an_earlier_runs_pictures_are_not_shown(tmp_path):
     trained(tmp_path, layer_statistics_steps=1, max_steps=1).create_model_card()
     assert ModelCard.load(tmp_path / "README.md").text.count(".png)") == 2
-    args = GRConfig(**toys.arguments(tmp_path, layer_statistics_steps=1))
-    GRTrainer(model=toys.vit(), args=args, train_dataset=toys.images()).create_model_card()
+    toys.trainer(tmp_path, layer_statistics_steps=1).create_model_card()
     assert (tmp_path / "curves.png").exists() and (tmp_path / "layer_statistics.png").exists()
     assert ".png)" not in ModelCard.load(tmp_path / "README.md").text
 
@@ -353,7 +345,7 @@ def test_a_local_folder_is_no_name_on_the_hub(run, tmp_path, capsys):
 
 
 def test_no_picture_is_announced_where_there_is_none(tmp_path, capsys):
-    trainer = GRTrainer(model=toys.vit(), args=GRConfig(**toys.arguments(tmp_path)), train_dataset=toys.images())
+    trainer = toys.trainer(tmp_path)
     script.publish(trainer, "digits", {"digits": "scans of digits"}, kind="Adapters")
     assert capsys.readouterr().out == f"Adapters {tmp_path}\nCard     {tmp_path}/README.md\n"
     assert "on scans of digits (24" in ModelCard.load(tmp_path / "README.md").text
@@ -410,9 +402,7 @@ def test_without_gradient_regularization(tmp_path):
 
 
 def test_sam_is_named_and_the_untrained_is_not_evaluated(tmp_path):
-    trainer = GRTrainer(
-        model=toys.vit(), args=GRConfig(**toys.arguments(tmp_path, gr_warmup="none")), train_dataset=toys.images()
-    )
+    trainer = toys.trainer(tmp_path, gr_warmup="none")
     trainer.train()
     trainer.create_model_card()
     card = ModelCard.load(tmp_path / "README.md")
@@ -423,11 +413,13 @@ def test_sam_is_named_and_the_untrained_is_not_evaluated(tmp_path):
 def test_card_of_an_adapter(tmp_path):
     from peft import LoraConfig, get_peft_model
 
-    trainer = GRTrainer(
-        model=get_peft_model(toys.llama(), LoraConfig(r=2, target_modules=["q_proj"])),
-        args=GRConfig(**toys.arguments(tmp_path, gr_warmup="none", max_steps=1)),
-        train_dataset=toys.text(),
+    trainer = toys.trainer(
+        tmp_path,
+        get_peft_model(toys.llama(), LoraConfig(r=2, target_modules=["q_proj"])),
+        toys.text(),
         processing_class=tokenizer(),
+        gr_warmup="none",
+        max_steps=1,
     )
     trainer.train()
     trainer.create_model_card(model_name="adapter")
@@ -443,12 +435,7 @@ def test_card_of_an_adapter(tmp_path):
 
 
 def test_the_time_to_prepare_is_no_result(tmp_path):
-    trainer = GRTrainer(
-        model=toys.vit(),
-        args=GRConfig(**toys.arguments(tmp_path, gr_warmup="none", max_steps=1)),
-        train_dataset=toys.images(),
-        eval_dataset=toys.images(4),
-    )
+    trainer = toys.trainer(tmp_path, eval_dataset=toys.images(4), gr_warmup="none", max_steps=1)
     trainer.evaluate()  # before the training, when Trainer reports that time
     trainer.train()
     trainer.evaluate()
@@ -494,11 +481,8 @@ def test_the_picture_is_drawn_from_the_state_alone(run, tmp_path):
 
 
 def test_an_evaluation_in_the_middle_is_not_passed_off_as_the_last(tmp_path):
-    trainer = GRTrainer(
-        model=toys.vit(),
-        args=GRConfig(**toys.arguments(tmp_path, eval_strategy="steps", eval_steps=4, gr_warmup="none")),
-        train_dataset=toys.images(),
-        eval_dataset=toys.images(10),
+    trainer = toys.trainer(
+        tmp_path, eval_dataset=toys.images(10), eval_strategy="steps", eval_steps=4, gr_warmup="none"
     )
     trainer.train()
     trainer.state.log_history = [e for e in trainer.state.log_history if not ("eval_loss" in e and e["step"] > 4)]
@@ -534,7 +518,7 @@ def test_arguments_of_the_script_are_listed(tmp_path):
 
 
 def resumed(folder, checkpoint: str, **flags) -> GRTrainer:
-    trainer = GRTrainer(model=toys.vit(), args=GRConfig(**toys.arguments(folder, **flags)), train_dataset=toys.images())
+    trainer = toys.trainer(folder, **flags)
     trainer.train(resume_from_checkpoint=f"{folder}/{checkpoint}")
     trainer.create_model_card()
     return trainer
@@ -592,11 +576,8 @@ def test_origin_is_what_is_known(finetuned_from, in_config, origin, run, tmp_pat
 
 
 def test_what_was_evaluated_is_counted(tmp_path):
-    trainer = GRTrainer(
-        model=toys.vit(),
-        args=GRConfig(**toys.arguments(tmp_path, gr_warmup="none", max_steps=1)),
-        train_dataset=toys.images(),
-        eval_dataset={"near": toys.images(4), "far": toys.images(6)},
+    trainer = toys.trainer(
+        tmp_path, eval_dataset={"near": toys.images(4), "far": toys.images(6)}, gr_warmup="none", max_steps=1
     )
     trainer.train()
 

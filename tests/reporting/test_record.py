@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from helpers import ROOT, toys
-from hf_gr import GRConfig, GRTrainer
 from hf_gr.reporting.card import write_card
 from hf_gr.reporting.record import (
     ModelFacts,
@@ -130,12 +129,7 @@ def test_a_card_is_made_again_from_disk(tmp_path):
     """Byte for byte, also after the folder was moved; and so are the picture and the file of results."""
     folder, files = tmp_path / "run", ("README.md", "curves.png", ".eval_results/hf_gr.yaml")
     settings = {"ire_kappa": 2.0, "gr_r": 0.07, "gr_warmup": "r", "gr_warmup_steps": 3, "lr_scaling": "sqrt"}
-    trainer = GRTrainer(
-        model=toys.vit(),
-        args=GRConfig(**toys.arguments(folder, **settings)),
-        train_dataset=toys.images(),
-        eval_dataset=toys.images(6),
-    )
+    trainer = toys.trainer(folder, eval_dataset=toys.images(6), **settings)
     trainer.train()
     trainer.evaluate()
     trainer.create_model_card(dataset_tags="somebody/pixels", sample=("a", "b"), command="python x.py --gr_r 0.07")
@@ -150,11 +144,7 @@ def test_a_card_is_made_again_from_disk(tmp_path):
 
 def test_an_unfinished_run_gets_a_card(tmp_path):
     """From its record and the log in its last checkpoint, without `create_model_card`."""
-    trainer = GRTrainer(
-        model=toys.vit(),
-        args=GRConfig(**toys.arguments(tmp_path, gr_warmup="none", save_strategy="steps", save_steps=2, max_steps=4)),
-        train_dataset=toys.images(),
-    )
+    trainer = toys.trainer(tmp_path, gr_warmup="none", save_strategy="steps", save_steps=2, max_steps=4)
     trainer.train()
     write_card(tmp_path)
     text = (tmp_path / "README.md").read_text()
@@ -183,8 +173,7 @@ def test_a_record_is_read_as_it_was_written_with_all_its_facts(tmp_path):
 
 def test_a_token_in_the_command_is_not_recorded(tmp_path):
     token = "hf_" + 34 * "a"
-    args = GRConfig(**toys.arguments(tmp_path))
-    trainer = GRTrainer(model=toys.vit(), args=args, train_dataset=toys.images())
+    trainer = toys.trainer(tmp_path)
     trainer.create_model_card(command=f"python x.py --hub_token {token}")
     assert token not in (tmp_path / "run.json").read_text() + (tmp_path / "README.md").read_text()
     assert json.loads((tmp_path / "run.json").read_text())["publication"]["command"].endswith("--hub_token ...")
@@ -195,7 +184,6 @@ def test_what_an_optimizer_keeps_in_its_groups_does_not_stop_a_run(tmp_path):
     model = toys.vit()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     optimizer.param_groups[0] |= {"owner": object(), "table": {(1, 2): 3}, "sizes": (4, 5)}
-    args = GRConfig(**toys.arguments(tmp_path, gr_lambda=0, max_steps=2))
-    GRTrainer(model=model, args=args, train_dataset=toys.images(), optimizers=(optimizer, None)).train()
+    toys.trainer(tmp_path, model, optimizers=(optimizer, None), gr_lambda=0, max_steps=2).train()
     settings = read_record(tmp_path).optimizer.settings
     assert settings["sizes"] == [4, 5] and settings["owner"].startswith("<") and settings["table"] == {}

@@ -426,8 +426,7 @@ def test_resume_between_two_masks_is_bit_identical(optim, flags, accumulation, t
             **flags,
             **kwargs,
         }
-        args = GRConfig(**toys.arguments(tmp_path, **settings))
-        return GRTrainer(model=toys.llama(0.2), args=args, train_dataset=toys.text())
+        return toys.trainer(tmp_path, toys.llama(0.2), toys.text(), **settings)
 
     whole = trainer()
     whole.train()
@@ -446,8 +445,7 @@ def test_ire_can_be_switched_on_when_resuming(spy, tmp_path):
     """From a checkpoint that no run of another method has signed, such as one of `Trainer`."""
     run(toys.vit(), toys.images(), tmp_path, gr_lambda=0, max_steps=4, save_strategy="steps", save_steps=2)
     (tmp_path / "checkpoint-2" / "run.json").unlink()
-    args = GRConfig(**toys.arguments(tmp_path, max_steps=6, **{**IRE_FLAGS, "ire_interval": 4}))
-    trainer = GRTrainer(model=toys.vit(), args=args, train_dataset=toys.images(), callbacks=[spy])
+    trainer = toys.trainer(tmp_path, callbacks=[spy], max_steps=6, **{**IRE_FLAGS, "ire_interval": 4})
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert spy.steps == [2, 5]  # at once, since there is no mask yet, and then on the usual steps
 

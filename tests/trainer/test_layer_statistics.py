@@ -6,14 +6,13 @@ import torch
 from transformers import Trainer, TrainingArguments
 
 from helpers import toys
-from hf_gr import GRConfig, GRTrainer
+from hf_gr import GRTrainer
 from hf_gr.trainer.layer_statistics import KINDS, LayerStatisticsCallback
 
 
 def train(folder, resume=None, callback=None, **flags):
     flags = {"gr_lambda": 0, "optim": "lars", "lr_scheduler_type": "constant", "layer_statistics_steps": 1, **flags}
-    args = GRConfig(**toys.arguments(folder, **flags))
-    trainer = GRTrainer(toys.vit(), args, train_dataset=toys.images(), callbacks=[callback] if callback else None)
+    trainer = toys.trainer(folder, callbacks=[callback] if callback else None, **flags)
     trainer.train(resume_from_checkpoint=resume)
     return trainer
 
@@ -43,7 +42,7 @@ def test_values_are_the_norms_at_each_step(tmp_path):
                     seen[self.state.global_step + 1, name] = (p.norm().item(), p.grad.norm().item())
 
     flags = {"gr_lambda": 0, "optim": "lars", "layer_statistics_steps": 2, "max_grad_norm": 0.1, "max_steps": 5}
-    trainer = Spy(toys.vit(), GRConfig(**toys.arguments(tmp_path, **flags)), train_dataset=toys.images())
+    trainer = toys.trainer(tmp_path, cls=Spy, **flags)
     trainer.train()
     values = read(tmp_path)
     assert {step for step, *_ in values} == {1, 3, 5}
@@ -66,9 +65,8 @@ def test_the_run_is_the_same_without_it(tmp_path):
 def test_frozen_and_unused_layers(tmp_path):
     model = toys.vit()
     model.vit.embeddings.patch_embeddings.requires_grad_(False)
-    args = GRConfig(**toys.arguments(tmp_path, gr_lambda=0, layer_statistics_steps=1, max_steps=1))
     model.unused = torch.nn.Linear(2, 2)
-    GRTrainer(model, args, train_dataset=toys.images()).train()
+    toys.trainer(tmp_path, model, gr_lambda=0, layer_statistics_steps=1, max_steps=1).train()
     values = read(tmp_path)
     assert not any("patch_embeddings" in layer for _, layer, _ in values)
     assert values[1, "unused.weight", "gradient_norm"] == 0
@@ -95,8 +93,7 @@ def test_a_resumed_run_goes_on_with_it(tmp_path):
 
 def test_a_table_of_another_model_is_left_behind(tmp_path):
     train(tmp_path, save_strategy="steps", save_steps=3)
-    other = GRConfig(**toys.arguments(tmp_path, gr_lambda=0, layer_statistics_steps=1))
-    GRTrainer(toys.swin(), other, train_dataset=toys.images(size=16)).train()
+    toys.trainer(tmp_path, toys.swin(), toys.images(size=16), gr_lambda=0, layer_statistics_steps=1).train()
     assert {step for step, *_ in read(tmp_path)} == set(range(1, 7))
 
 

@@ -9,7 +9,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import set_seed
 
 from helpers import toys
-from hf_gr import GRConfig, GRTrainer
+from hf_gr import GRConfig
 from hf_gr.cli import script
 from hf_gr.trainer import checkpoints
 
@@ -65,7 +65,7 @@ def trainer(name, output_dir, accumulation=1, **kwargs):
         "gr_lambda": 0.08,
         **kwargs,
     }
-    return GRTrainer(model=create(), args=GRConfig(**toys.arguments(output_dir, **settings)), train_dataset=data())
+    return toys.trainer(output_dir, create(), data(), **settings)
 
 
 WHOLE_MODELS = ("module", "vit", "swin", "llama", "lora")
@@ -262,7 +262,7 @@ def resumed_llama(folder, **flags):
     """Resumed from the checkpoint that `llama_checkpoint` has made, with other flags."""
     data = toys.text(flags.pop("examples", 24))
     args = {"max_steps": 6, "save_strategy": "no", "gr_warmup": "none", "optim": "sgd", **flags}
-    resumed = GRTrainer(toys.llama(), GRConfig(**toys.arguments(folder, **args)), train_dataset=data)
+    resumed = toys.trainer(folder, toys.llama(), data, **args)
     resumed.train(resume_from_checkpoint=f"{folder}/checkpoint-4")
     return resumed
 
@@ -271,7 +271,7 @@ def resumed_llama(folder, **flags):
 def llama_checkpoint(tmp_path_factory):
     folder = tmp_path_factory.mktemp("llama")
     flags = {"max_steps": 4, "save_strategy": "steps", "save_steps": 4, "gr_warmup": "none", "optim": "sgd"}
-    GRTrainer(toys.llama(), GRConfig(**toys.arguments(folder, **flags)), train_dataset=toys.text()).train()
+    toys.trainer(folder, toys.llama(), toys.text(), **flags).train()
     return folder
 
 

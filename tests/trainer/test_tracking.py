@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from helpers import toys
-from hf_gr import GRConfig, GRTrainer
 
 OURS = {"gr_lambda", "gr_r", "gr_grad_norm", "gr_perturbed_grad_norm", "ire_kappa", "ire_flat_fraction", "train_passes"}
 
@@ -19,8 +18,7 @@ OURS = {"gr_lambda", "gr_r", "gr_grad_norm", "gr_perturbed_grad_norm", "ire_kapp
 def train(folder, tracker: str, **flags) -> dict[str, float]:
     """The last entry of the log that has a loss."""
     gr_and_ire = {"gr_warmup": "none", "ire_kappa": 1.0, "ire_start_step": 0, "max_steps": 2}
-    args = GRConfig(**toys.arguments(folder / "out", report_to=tracker, **gr_and_ire, **flags))
-    trainer = GRTrainer(toys.vit(), args, train_dataset=toys.images())
+    trainer = toys.trainer(folder / "out", report_to=tracker, **gr_and_ire, **flags)
     trainer.train()
     return [entry for entry in trainer.state.log_history if "loss" in entry][-1]
 

@@ -281,9 +281,7 @@ def test_an_interrupted_restore_is_repeated(monkeypatch, recorder, tmp_path):
         original(self)
 
     monkeypatch.setattr(Perturbation, "restore", interrupted)
-    trainer = GRTrainer(
-        model=toys.vit(), args=GRConfig(**toys.arguments(tmp_path, gr_warmup="none")), train_dataset=toys.images()
-    )
+    trainer = toys.trainer(tmp_path, gr_warmup="none")
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
     assert torch.equal(toys.weights(trainer.model), recorder.path[0])
@@ -744,9 +742,7 @@ def test_gradient_scaler_skips_the_step_on_overflow_in_either_pass(second, recor
 
 
 def create(tmp_path, model=None, **kwargs):
-    return GRTrainer(
-        model=model or toys.vit(), args=GRConfig(**toys.arguments(tmp_path, **kwargs)), train_dataset=toys.images()
-    )
+    return toys.trainer(tmp_path, model or toys.vit(), **kwargs)
 
 
 @pytest.mark.parametrize(
