@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         push_in_progress: Any
 
         script_args: tuple[Any, ...]
+        evaluated_dataset: Any
         recorder: Any
         parts: Any
         gr: Any
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
         layerwise: Any
         gr_first_pass_only: tuple[str, ...]
         gr_second_pass: bool
+
+        def costs(self) -> dict[str, float]: ...
 
         @property
         def gr_args(self) -> GRArguments: ...

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -138,12 +138,11 @@ def _others(flags: Any, prefix: str, known: Iterable[str]) -> dict[str, Any]:
 def facts_of(trainer: Host) -> dict[str, Any]:
     """What a record has besides the counts, as it is now: fields of `Record`."""
     device, ire, callbacks = trainer.args.device, trainer.ire_optimizer, trainer.callback_handler.callbacks
-    is_reduced = ire is not None and ire.kappa_scale != 1
     return {
         "model": model_facts(trainer.model, has_processor=trainer.processing_class is not None),
         "optimizer": optimizer_facts(trainer),
         "ire_flat_fractions": {} if ire is None else trainer.ire.flat_fractions(),
-        "ire_reduced_kappa": ire.kappa * ire.kappa_scale if is_reduced else None,
+        "ire_reduced_kappa": ire.kappa * ire.kappa_scale if ire is not None and ire.kappa_scale != 1 else None,
         # Of this run, and not of an earlier one in the same folder.
         "layer_picture": next((c.picture for c in callbacks if getattr(c, "has_drawn", False)), None),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper(),
@@ -153,9 +152,10 @@ def facts_of(trainer: Host) -> dict[str, Any]:
 
 def model_facts(model: nn.Module, has_processor: bool) -> ModelFacts:
     adapter = getattr(model, "active_peft_config", None)
+    inner: Any = model if adapter is None else cast(Any, model).get_base_model()
     config = getattr(model, "config", None)
     return ModelFacts(
-        class_name=type(model if adapter is None else model.get_base_model()).__name__,
+        class_name=type(inner).__name__,
         parameters=sum(p.numel() for p in model.parameters()),
         trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
         adapter=None if adapter is None else _adapter_facts(adapter),
@@ -198,7 +198,7 @@ def _names_of(data: Any) -> list[str]:
 
 def defaults_of(trainer: Host, segments: list[Segment]) -> dict[str, Any]:
     """The defaults of the settings that some segments have and others leave out."""
-    names = [set(segment.settings) for segment in segments if segment.is_recorded]
+    names: list[set[str]] = [set(segment.settings) for segment in segments if segment.is_recorded]
     arguments = (*trainer.script_args, trainer.gr_args, trainer.args)
     known = {argument.name: default_of(argument) for args in arguments for argument in dataclasses.fields(args)}
     return {name: known[name] for name in set.union(*names) - set.intersection(*names) if name in known}
