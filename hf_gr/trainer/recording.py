@@ -8,6 +8,7 @@ of its steps with the old ones.
 import dataclasses
 import json
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -198,10 +199,11 @@ def _names_of(data: Any) -> list[str]:
 
 def defaults_of(trainer: Host, segments: list[Segment]) -> dict[str, Any]:
     """The defaults of the settings that some segments have and others leave out."""
-    names: list[set[str]] = [set(segment.settings) for segment in segments if segment.is_recorded]
+    recorded = [segment for segment in segments if segment.is_recorded]
+    counts = Counter(name for segment in recorded for name in segment.settings)
     arguments = (*trainer.script_args, trainer.gr_args, trainer.args)
     known = {argument.name: default_of(argument) for args in arguments for argument in dataclasses.fields(args)}
-    return {name: known[name] for name in set.union(*names) - set.intersection(*names) if name in known}
+    return {name: known[name] for name, count in counts.items() if count < len(recorded) and name in known}
 
 
 # ---- What others may know of it ----
