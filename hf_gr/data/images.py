@@ -150,7 +150,7 @@ def split_train_eval(
     fraction = 0.1 if eval_fraction is None else eval_fraction
     if not 0 < fraction < 1:
         raise ValueError(f"eval_fraction={eval_fraction}: must be a fraction between 0 and 1.")
-    remedy = "Every class needs two examples or more, and each part one of every class. Give another eval_fraction."
+    remedy = "Each class needs at least two examples, and each part one of every class. Give another eval_fraction."
     with explained(f"eval_fraction={fraction}: the split 'train' could not be divided", remedy):
         parts = train.train_test_split(test_size=fraction, stratify_by_column=label_column, seed=seed)
     return parts["train"], parts["test"], f"{fraction:g} of train"
@@ -175,7 +175,7 @@ def _with_labels(dataset: Dataset, split: str, label_column: str, skipped: Count
 def _warn_of_absent_classes(train: Dataset, label_column: str) -> None:
     names, present = train.features[label_column].names, set(_labels(train, label_column))
     if absent := [name for i, name in enumerate(names) if i not in present]:
-        logger.warning(f"Of {len(names)} classes {len(absent)} have no training example: {_some(absent)}.")
+        logger.warning(f"{len(absent)} of {len(names)} classes have no training example: {_some(absent)}.")
 
 
 def _skip_or_raise(split: str, rows: np.ndarray, problem: str, skipped: Counter[str] | None) -> None:

@@ -62,7 +62,7 @@ def checkpoints(output_dir: str | Path) -> list[Path]:
 
 
 def _step(checkpoint: Path) -> int:
-    """-1 for a folder of another name."""
+    """The step in the name of a checkpoint folder; -1 for a folder with another name."""
     number = checkpoint.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")
     return int(number) if number.isdigit() else -1
 

@@ -48,9 +48,9 @@ METHODS = {
 
 
 def refuse_unsupported(trainer: Host, flag: str) -> None:
-    """Raise `ValueError` if `trainer` is configured in a way that the method of `flag` does not support.
+    """Raise `ValueError` if the method of `flag` does not support the configuration of `trainer`.
 
-    `flag` is the one that turns the method off at 0.
+    Setting `flag` to 0 turns the method off.
     """
     reasons = (
         _data(trainer),

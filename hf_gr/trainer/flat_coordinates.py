@@ -173,7 +173,7 @@ class FlatCoordinates(Part):
         state = self._trainer.state
         since_start = state.global_step - self.start_step(state.max_steps)
         ire.active = since_start >= 0
-        # A missing mask, after an overflow or in a resumed run without IRE so far, is chosen without waiting.
+        # A mask may be missing after an overflow, or in a resumed run that had no IRE: it is then chosen at once.
         if ire.active and (since_start % self._flags.ire_interval == 0 or not ire.has_mask):
             self._update_mask(ire, batch_samples)
 

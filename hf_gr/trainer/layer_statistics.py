@@ -27,7 +27,7 @@ MAX_ROWS = 100_000
 class LayerStatisticsCallback(TrainerCallback):
     """Writes `layer_statistics.parquet`, with the columns step, layer, kind and value, and a plot of it.
 
-    A layer is the name of a trainable parameter with at least two dimensions, a kind one of `KINDS`. The gradient is
+    A layer is the name of a trainable parameter with at least two dimensions; a kind is one of `KINDS`. The gradient is
     the one the optimizer uses, after clipping; steps count from 1. The file is written with every checkpoint and at the
     end, and a resumed run continues it.
 

@@ -41,8 +41,8 @@ class RNGState:
 class InputCheck:
     """Checks that a trainer's `_prepare_inputs` returns in the second pass what it returned in the first.
 
-    If it generates, draws or reads from a buffer it does not, and g1 and g2 would be of different data. Only one window
-    is checked, as each comparison makes an accelerator wait.
+    If it generates, samples or reads from a buffer, it does not, and g2 would be of different data than g1. Only one
+    window is checked, as each comparison makes an accelerator wait.
     """
 
     def __init__(self, trainer: Host):

@@ -182,7 +182,7 @@ class GRMixin(Host):
         """As in `Trainer`, but a checkpoint to resume from is checked first: a truncated one changes nothing.
 
         `True` selects the last complete one in `output_dir`; later incomplete ones are named in warnings. A run may
-        resume with a different number of processes, which is warned of, and from an earlier checkpoint than the last:
+        resume with a different number of processes, with a warning, and from an earlier checkpoint than the last:
         later ones are then moved out of its way.
         """
         checkpoint = prepare_to_resume(self, resume_from_checkpoint)

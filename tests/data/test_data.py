@@ -144,7 +144,7 @@ def test_training_data_without_any_class_is_refused():
 def test_a_class_without_training_examples_is_named(caplog):
     with caplog.at_level(logging.WARNING):
         split_train_eval(DatasetDict(train=relabelled([1] * 4), test=relabelled([0, 1])), "kind", None, 0)
-    assert "Of 2 classes 1 have no training example: cat." in caplog.text
+    assert "1 of 2 classes have no training example: cat." in caplog.text
 
 
 def test_a_class_that_cannot_be_divided_is_explained():
