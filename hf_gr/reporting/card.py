@@ -22,15 +22,15 @@ from .plots import PICTURE, plot_curves
 from .record import (
     FILE,
     History,
+    Log,
     ModelFacts,
     Publication,
     Record,
     Span,
     last_entry,
     last_evaluation,
-    last_state,
+    log_of,
     read_record,
-    read_state,
 )
 
 with extra("report"):
@@ -89,27 +89,28 @@ def write_card(folder: str | Path) -> None:
     """Write `README.md` and `curves.png` into the folder of a run, and `.eval_results/hf_gr.yaml` if its dataset is on
     the Hub.
 
-    Reads `run.json` and `trainer_state.json` there; if the run has not finished, the latter from its last checkpoint.
+    Reads `run.json` there. Without a call of `create_model_card` that lacks the log, which is then read from
+    `trainer_state.json` in the folder or in its last checkpoint.
 
     Raises:
-        ValueError: one of the two files is missing or cannot be read.
+        ValueError: a file is missing or cannot be read.
     """
     folder = Path(folder)
     record = read_record(folder)
     if record is None:
         raise ValueError(f"{folder}: there is no {FILE}. Give the output folder of a run of hf_gr.")
-    state = read_state(last_state(folder))
+    log = log_of(record, folder)
     record = replace(record, publication=_completed(record, folder))
-    evaluation = evaluation_of(record, state)
-    if has_curves(state["log_history"]):
-        plot_curves(state["log_history"], folder / PICTURE)
+    evaluation = evaluation_of(record, log)
+    if has_curves(log.history):
+        plot_curves(log.history, folder / PICTURE)
     _write_eval_results(folder, record.publication, evaluation.metrics)
     text = ENVIRONMENT.get_template("card_template.md").render(
         metadata=metadata(record, evaluation.metrics).to_yaml(),
         record=record,
         published=record.publication,
         evaluation=evaluation,
-        picture=PICTURE if has_curves(state["log_history"]) else None,
+        picture=PICTURE if has_curves(log.history) else None,
         methods=methods_of(record),
         is_sam=is_sam(record),
         ascent=ASCENTS["sam"],
@@ -147,28 +148,28 @@ def has_curves(history: History) -> bool:
 # ---- The last evaluation ----
 
 
-def evaluation_of(record: Record, state: dict[str, Any]) -> Evaluation:
+def evaluation_of(record: Record, log: Log) -> Evaluation:
     """The last evaluation; one without metrics if there was none."""
-    history, names = state["log_history"], record.evaluated or [""]
+    history, names = log.history, record.evaluated or [""]
     entries = last_evaluation(history, len(names))
     counts = [entry.get("evaluated_examples") for entry in entries]
     is_counted = record.evaluated is not None and None not in counts and len(counts) == len(names)
-    index, best = last_entry(history, "eval_"), state.get("best_model_checkpoint")
+    index = last_entry(history, "eval_")
     loads_best = record.segments[-1].settings.get("load_best_model_at_end", False)
-    is_of_best = best and loads_best and index > last_entry(history, "train_runtime")
+    is_of_best = loads_best and index > last_entry(history, "train_runtime")
     return Evaluation(
         metrics={name: value for entry in entries for name, value in _metrics(entry)},
         examples=dict(zip(names, counts, strict=True)) if is_counted else {},
         step=history[index]["step"] if index >= 0 else 0,
-        max_steps=state.get("max_steps", 0),
-        best_checkpoint=Path(best).name if is_of_best else None,
+        max_steps=log.max_steps,
+        best_checkpoint=log.best_checkpoint if is_of_best else None,
     )
 
 
 def _metrics(entry: dict[str, float]) -> list[tuple[str, float]]:
-    """The loss first, then in alphabetical order, as the file has them."""
+    """The loss first; `trainer_state.json` has all of them in alphabetical order."""
     names = [name for name in entry if name.startswith("eval_") and not name.endswith(SPEED_METRICS)]
-    names.sort(key=lambda name: (not name.endswith("loss"), name))
+    names.sort(key=lambda name: not name.endswith("loss"))
     return [(name.removeprefix("eval_"), entry[name]) for name in names]
 
 

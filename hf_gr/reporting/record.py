@@ -135,6 +135,15 @@ class Publication:
     date: str | None = None
 
 
+@dataclass(frozen=True)
+class Log:
+    """What was logged, of `max_steps` steps, and the name of the best checkpoint."""
+
+    history: History
+    max_steps: int = 0
+    best_checkpoint: str | None = None
+
+
 @dataclass
 class Record:
     """The content of `run.json`. A fact that an earlier version did not record is at its default.
@@ -149,6 +158,7 @@ class Record:
         ire_reduced_kappa: kappa after the divergence guard reduced it; None if it never did.
         layer_picture: the picture of the layers' norms, if this run has drawn it.
         device: its name; `peak_memory_bytes` is the peak on it.
+        log: when `create_model_card` was called, which may be later than the last `trainer_state.json`.
     """
 
     method: dict[str, Any] = field(default_factory=dict)
@@ -165,6 +175,7 @@ class Record:
     device: str | None = None
     peak_memory_bytes: int | None = None
     publication: Publication | None = None
+    log: Log | None = None
 
     def total(self, count: str) -> int | float:
         """The sum of a count over the segments; passes are exact to a millionth."""
@@ -247,7 +258,7 @@ def _commit() -> str | None:
 
 # ---- Files ----
 
-_PARTS = {"model": ModelFacts, "optimizer": OptimizerFacts, "publication": Publication}
+_PARTS = {"model": ModelFacts, "optimizer": OptimizerFacts, "publication": Publication, "log": Log}
 
 
 def read_record(folder: str | Path) -> Record | None:
@@ -337,6 +348,19 @@ def last_state(folder: Path) -> Path:
 
 
 # ---- The log ----
+
+
+def log_of(record: Record, folder: Path) -> Log:
+    """The log in the record of the run in `folder`, or else in its `trainer_state.json` or that of its last checkpoint.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if record.log is not None:
+        return record.log
+    state = read_state(last_state(folder))
+    best = state.get("best_model_checkpoint")
+    return Log(state["log_history"], state.get("max_steps", 0), best and Path(best).name)
 
 
 def last_entry(history: History, start: str) -> int:

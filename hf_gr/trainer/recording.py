@@ -25,6 +25,7 @@ from transformers.trainer_utils import has_length
 from ..optim import TVLARS
 from ..reporting.arguments import changed_arguments, default_of
 from ..reporting.record import (
+    Log,
     ModelFacts,
     OptimizerFacts,
     Publication,
@@ -348,8 +349,8 @@ class Recorder(TrainerCallback):
     def _folder(self) -> str:
         return self._trainer._get_output_dir(getattr(self._trainer, "_trial", None))
 
-    def write(self, *folders: str | Path) -> None:
-        """Into each of the folders, on the main process."""
+    def write(self, *folders: str | Path, **published: Any) -> None:
+        """Into each of the folders, on the main process. `published` are further fields of `Record`."""
         if not self._trainer.args.should_save:
             return
         if self._stop_clock():
@@ -357,15 +358,16 @@ class Recorder(TrainerCallback):
         self.segment.learning_rates = [None if rate is None else float(rate) for rate in self.segment.learning_rates]
         evaluated = self._trainer.evaluated_dataset
         names = self.record.evaluated if evaluated is None else _names_of(evaluated)
-        record = replace(self.record, evaluated=names, **facts_of(self._trainer))
+        record = replace(self.record, evaluated=names, **facts_of(self._trainer), **published)
         for folder in folders:
             write_record(record, folder)
 
     def publish(self, *args: Any, **kwargs: Any) -> None:
-        """Write the record, with the arguments of `create_model_card`, and the log into the output folder."""
-        self._record = replace(self.record, publication=publication_of(self._trainer, *args, **kwargs))
-        self.write(self._trainer.args.output_dir)
-        self._trainer.save_state()
+        """Write the record into the output folder, with the log and the arguments of `create_model_card`."""
+        trainer, state = self._trainer, self._trainer.state
+        best = state.best_model_checkpoint
+        log = Log(state.log_history, state.max_steps, best and Path(best).name)
+        self.write(trainer.args.output_dir, publication=publication_of(trainer, *args, **kwargs), log=log)
 
     # ---- The clock ----
 

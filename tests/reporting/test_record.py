@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -86,7 +87,7 @@ FACTS = {
 }  # fmt: skip
 #: What may differ from the old card: folder -> lines of a diff, and the reason.
 DIFFERENCES = {
-    # trainer_state.json has its keys in alphabetical order: of the metrics the loss comes first, then the alphabet.
+    # The old record has no log, and trainer_state.json has its keys in alphabetical order: only the loss comes first.
     "lora-gr": ["-- exact_match", "+- exact_match", "-| exact_match | 0 |", "+| exact_match | 0 |"],
 }
 
@@ -129,7 +130,8 @@ def test_a_card_is_made_again_from_disk(tmp_path):
     """Byte for byte, also after the folder was moved; and so are the picture and the file of results."""
     folder, files = tmp_path / "run", ("README.md", "curves.png", ".eval_results/hf_gr.yaml")
     settings = {"ire_kappa": 2.0, "gr_r": 0.07, "gr_warmup": "r", "gr_warmup_steps": 3, "lr_scaling": "sqrt"}
-    trainer = toys.trainer(folder, eval_dataset=toys.images(6), **settings)
+    metrics = {"zeta": 1.0, "alpha": 0.5}
+    trainer = toys.trainer(folder, eval_dataset=toys.images(6), compute_metrics=lambda _: dict(metrics), **settings)
     trainer.train()
     trainer.evaluate()
     trainer.create_model_card(dataset_tags="somebody/pixels", sample=("a", "b"), command="python x.py --gr_r 0.07")
@@ -139,6 +141,8 @@ def test_a_card_is_made_again_from_disk(tmp_path):
         (folder / name).unlink()
     write_card(folder)
     assert [(folder / name).read_bytes() for name in files] == first
+    assert re.findall(r"^\| (\w+) \| [\d.]+ \|$", first[0].decode(), re.MULTILINE) == ["loss", "zeta", "alpha"]
+    assert not (folder / "trainer_state.json").exists()  # the script's own affair
     assert str(tmp_path) not in (folder / "run.json").read_text()
 
 
