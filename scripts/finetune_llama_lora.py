@@ -167,7 +167,7 @@ class Data(NamedTuple):
 
 
 def load_data(args: DataArguments, seed: int, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Data:
-    skipped = Counter() if args.skip_bad_examples else None
+    skipped: Counter[str] | None = Counter() if args.skip_bad_examples else None
     dataset = load_text_dataset(args.dataset_name, args.dataset_config_name)
     dataset = without_bad_examples(dataset, skipped)
     train, questions, eval_split = split_documents(dataset, args.eval_examples, seed, flag="eval_examples")

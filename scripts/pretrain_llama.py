@@ -136,7 +136,7 @@ class Data(NamedTuple):
 
 
 def load_data(model_args: ModelArguments, args: DataArguments, training: ScriptConfig, block_size: int) -> Data:
-    skipped = Counter() if args.skip_bad_examples else None
+    skipped: Counter[str] | None = Counter() if args.skip_bad_examples else None
     dataset = load_text_dataset(args.dataset_name, args.dataset_config_name, args.streaming)
     text_column = find_text_column(features_of(dataset), args.text_column_name)
     dataset = without_null_documents(dataset, text_column, skipped)

@@ -208,7 +208,7 @@ def load_data(args: DataArguments, training: ScriptConfig) -> Data:
     features = next(iter(dataset.values())).features
     image_column = find_image_column(features, args.image_column_name)
     label_column, label_names = find_label_column(features, args.label_column_name)
-    skipped = Counter() if args.skip_bad_examples else None
+    skipped: Counter[str] | None = Counter() if args.skip_bad_examples else None
     train, evaluation, eval_split = split_train_eval(
         number_rows(dataset), label_column, args.eval_fraction, training.seed, skipped
     )

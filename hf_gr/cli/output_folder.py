@@ -101,7 +101,7 @@ def _lock(folder: Path) -> FileLock | None:
 
 
 def _holder(folder: Path) -> dict[str, str | int]:
-    unknown = {"pid": "unknown", "host": "an unknown machine", "since": "an unknown time"}
+    unknown: dict[str, str | int] = {"pid": "unknown", "host": "an unknown machine", "since": "an unknown time"}
     try:
         return unknown | json.loads((folder / HOLDER).read_text(encoding="utf-8"))
     except (OSError, ValueError):  # it has the lock and has not yet said so

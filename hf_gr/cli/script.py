@@ -316,7 +316,7 @@ def _dataset(name: str, embedded: dict[str, str]) -> dict[str, str | None]:
     return {"dataset": name, "dataset_tags": name}
 
 
-def evaluated_examples(trainer: GRTrainer) -> int | None:
+def evaluated_examples(trainer: GRTrainer) -> float | None:
     """How many the last evaluation has counted."""
     return last_evaluation(trainer.state.log_history)[0].get("evaluated_examples")
 

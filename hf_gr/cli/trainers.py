@@ -5,7 +5,7 @@ import math
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import update_bn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import has_length
 
 from ..errors import extra
@@ -70,11 +70,15 @@ class BatchNormReestimation(TrainerCallback):
     def __init__(self, images: Dataset, batch_size: int = 512):
         self.images, self.batch_size = images, batch_size
 
-    def on_train_begin(self, *_, model: PreTrainedModel, **kwargs) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: PreTrainedModel, **kwargs
+    ) -> None:
         if not any(isinstance(module, _BatchNorm) for module in model.modules()):
             raise ValueError(f"reestimate_batch_norm={len(self.images)}: the model has no BatchNorm. Leave it out.")
 
-    def on_train_end(self, args: TrainingArguments, *_, model: PreTrainedModel, **kwargs) -> None:
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: PreTrainedModel, **kwargs
+    ) -> None:
         batches = (batch["pixel_values"] for batch in self.images.iter(self.batch_size))
         update_bn(batches, model.base_model, args.device)
 
