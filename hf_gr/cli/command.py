@@ -88,7 +88,7 @@ COMMANDS = {function.__name__: function for function in (card, plots, compare)}
 
 
 def _parser(command: Callable[[list[str]], None]) -> ArgumentParser:
-    about = inspect.cleandoc(command.__doc__)
+    about = inspect.cleandoc(command.__doc__ or "")
     name = f"hf-gr {command.__name__}"
     return ArgumentParser(prog=name, description=about, formatter_class=RawDescriptionHelpFormatter)
 

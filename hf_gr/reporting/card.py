@@ -128,7 +128,7 @@ def write_card(folder: str | Path) -> None:
 
 def _completed(record: Record, folder: Path) -> Publication:
     """The publication facts, with a default for the name and the task."""
-    published = record.publication or Publication()
+    published = record.publication
     return replace(
         published,
         model_name=published.model_name or folder.resolve().name,

@@ -174,7 +174,7 @@ class Record:
     layer_picture: str | None = None
     device: str | None = None
     peak_memory_bytes: int | None = None
-    publication: Publication | None = None
+    publication: Publication = Publication()
     log: Log | None = None
 
     def total(self, count: str) -> int | float:
