@@ -1,4 +1,4 @@
-.PHONY: style quality test test-lowest third-party bench
+.PHONY: style quality test fast test-lowest third-party bench
 
 style:  ## rewrite the code to the house style
 	ruff check --fix .
@@ -7,9 +7,14 @@ style:  ## rewrite the code to the house style
 quality:  ## what CI checks
 	ruff check .
 	ruff format --check .
+	codespell
+	mypy
 
 test:
 	python -m pytest
+
+fast:  ## the maths and the flags
+	python -m pytest tests/optim tests/test_config.py
 
 LOWEST_PYTHON ?= python3.10
 LOWEST_TESTS ?= $(addprefix tests/,trainer/test_trainer.py optim/test_ire.py trainer/test_ire_training.py cli)
