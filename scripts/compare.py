@@ -21,6 +21,7 @@ import shutil
 import sys
 from dataclasses import is_dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from tqdm.auto import tqdm
 from transformers import TrainingArguments
@@ -113,8 +114,8 @@ def last_line(log: Path) -> str:
     return lines[-1] if lines else "it printed nothing"
 
 
-def _axes(given: list[str]) -> dict[str, list[str]]:
-    axes = {}
+def _axes(given: list[str]) -> dict[str, list[Any]]:
+    axes: dict[str, list[Any]] = {}
     for axis in given:
         flag, _, text = axis.partition("=")
         flag, values = flag.removeprefix("--").replace("-", "_"), text.split(",")
@@ -160,6 +161,8 @@ def check_command_lines(grid: Grid, runs: list[Run]) -> None:
 @functools.cache
 def _parser_of(path: Path) -> script.ArgumentParser:
     spec = importlib.util.spec_from_file_location(f"{path.stem}_arguments", path)
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)

@@ -10,7 +10,6 @@ from typing import Any
 from urllib.parse import quote
 
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
-from torch.optim import Optimizer
 
 from ..config import BASE_BATCH_SIZE
 from ..errors import extra
@@ -152,15 +151,15 @@ def evaluation_of(record: Record, log: Log) -> Evaluation:
     """The last evaluation; one without metrics if there was none."""
     history, names = log.history, record.evaluated or [""]
     entries = last_evaluation(history, len(names))
-    counts = [entry.get("evaluated_examples") for entry in entries]
-    is_counted = record.evaluated is not None and None not in counts and len(counts) == len(names)
+    counts = [int(entry["evaluated_examples"]) for entry in entries if "evaluated_examples" in entry]
+    is_counted = record.evaluated is not None and len(counts) == len(entries) == len(names)
     index = last_entry(history, "eval_")
     loads_best = record.segments[-1].settings.get("load_best_model_at_end", False)
     is_of_best = loads_best and index > last_entry(history, "train_runtime")
     return Evaluation(
         metrics={name: value for entry in entries for name, value in _metrics(entry)},
         examples=dict(zip(names, counts, strict=True)) if is_counted else {},
-        step=history[index]["step"] if index >= 0 else 0,
+        step=int(history[index]["step"]) if index >= 0 else 0,
         max_steps=log.max_steps,
         best_checkpoint=log.best_checkpoint if is_of_best else None,
     )
@@ -188,7 +187,7 @@ def methods_of(record: Record) -> dict[str, str]:
     return methods
 
 
-def own_optimizer(record: Record) -> type[Optimizer] | None:
+def own_optimizer(record: Record) -> Any:
     """The class of the optimizer that ran, if it is one of `OPTIMIZERS`, which have an equation on the card."""
     name = record.method.get("optimizer")
     return next((kind for kind in OPTIMIZERS.values() if kind.__name__ == name), None)

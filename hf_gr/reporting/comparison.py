@@ -29,7 +29,8 @@ AXES = {
 EQUAL_COSTS = {"passes": "train_passes", "seconds": "train_seconds"}
 #: What a run's row of the tidy table has besides its coordinates and the metrics of its last evaluation.
 COSTS = ("train_seconds", "train_passes", "train_tokens", "peak_memory_bytes")
-PUBLISHED_COLUMNS = ("model", "dataset", "optimizer", "method", "mean", "std")
+NAME_COLUMNS = ("model", "dataset", "optimizer")
+PUBLISHED_COLUMNS = (*NAME_COLUMNS, "method", "mean", "std")
 
 # ---- Two groups of runs ----
 
@@ -91,11 +92,11 @@ def speedups(
     result = {}
     for axis, key in AXES.items():
         if all(any(metric in e and key in e for e in run) for run in runs):
-            means = [
+            old, new = (
                 statistics.mean(first_reached(*curve(run, axis, metric, window), target) for run in group)
                 for group in (baseline, candidate)
-            ]
-            result[axis] = (*means, _quotient(*means))
+            )
+            result[axis] = (old, new, _quotient(old, new))
     return result
 
 
@@ -221,8 +222,8 @@ def _cells(grid: Grid, members: Sequence[Run], baseline: Sequence[Run], limits: 
 
 def _mean_cost(members: Sequence[Run], key: str) -> float:
     """Infinite if the script does not count this cost."""
-    costs = [run.results().get(key) for run in members]
-    return math.inf if None in costs else mean(costs)
+    results = [run.results() for run in members]
+    return mean(result[key] for result in results) if all(key in result for result in results) else math.inf
 
 
 def _mean_within(grid: Grid, members: Sequence[Run], key: str, limit: float) -> str:
@@ -297,10 +298,12 @@ def _published(grid: Grid, path: Path | None) -> Callable[[dict[str, Any], str],
 
 def check_published(grid: Grid, path: Path) -> None:
     """Raise `ValueError` if the file of published numbers, or a name that the grid looks up in it, is not there."""
-    rows = _read_published(path)
-    for key, columns in (("arms", ("method",)), ("names", ("model", "dataset", "optimizer"))):
+    rows, published = _read_published(path), grid.published
+    assert published is not None
+    looked_up = {"arms": (published["arms"], PUBLISHED_COLUMNS[3:4]), "names": (published["names"], NAME_COLUMNS)}
+    for key, (names, columns) in looked_up.items():
         there = {row[column] for row in rows for column in columns}
-        if missing := sorted(set(grid.published[key].values()) - there):
+        if missing := sorted(set(names.values()) - there):
             raise ValueError(
                 f"published.{key}: {', '.join(missing)} is not in the column {' or '.join(columns)} of {path}. "
                 f"Write it as it is there: {', '.join(sorted(there))}."
@@ -322,6 +325,7 @@ def _read_published(path: Path) -> list[dict[str, str]]:
 
 
 def _published_key(grid: Grid, at: dict[str, Any], arm: str) -> tuple[str, str, str, str]:
+    assert grid.published is not None
     names = grid.published["names"]
     what = {**(grid.published_like or {}), **at}
     model, dataset, optimizer = (names.get(str(what.get(key)), "") for key in ("model", "dataset_name", "optim"))

@@ -161,8 +161,9 @@ def plot_sensitivity(grid: Grid, runs: Sequence[Run], path: Path) -> None:
     """The metric against the one axis, with its standard deviation over seeds: how much the choice matters."""
     (name,) = grid.axes
     values = grid.axes[name]
-    numbers = [_as_number(value) for value in values]
-    positions = list(range(len(values))) if None in numbers else numbers
+    numbers = [number for value in values if (number := _as_number(value)) is not None]
+    are_numbers = len(numbers) == len(values)
+    positions = numbers if are_numbers else [float(i) for i in range(len(values))]
     figure = Figure(figsize=(6, 4.2), layout="constrained")
     axis = figure.subplots()
     for ((arm,), members), color in zip(grouped(runs, ["arm"]), COLORS * 3, strict=False):
@@ -174,7 +175,7 @@ def plot_sensitivity(grid: Grid, runs: Sequence[Run], path: Path) -> None:
             [positions[i] for i in there], means, spread, color=color, label=arm, marker="o", capsize=3, linewidth=1.2
         )
     axis.set(xlabel=name, ylabel=_label(grid))
-    if None not in numbers and min(numbers) > 0 and max(numbers) >= 10 * min(numbers):
+    if are_numbers and min(numbers) > 0 and max(numbers) >= 10 * min(numbers):
         axis.set_xscale("log")
         axis.minorticks_off()
     axis.set_xticks(positions, [str(value) for value in values])

@@ -130,7 +130,8 @@ def expand(grid: Grid, folder: Path, recipes: Path, extra: Iterable[str] = ()) -
     _refuse_flags_without_effect(grid, extra)
     base = [str(recipes / grid.recipe)] if grid.recipe else []
     base += [*_as_arguments(grid.flags), *extra]
-    names = [folder_names(values) for values in (*grid.axes.values(), list(grid.arms), grid.seeds)]
+    dimensions: list[Iterable[Any]] = [*grid.axes.values(), list(grid.arms), grid.seeds]
+    names = [folder_names(values) for values in dimensions]
     runs = []
     for seed, *values in itertools.product(grid.seeds, *grid.axes.values()):
         at = dict(zip(grid.axes, values, strict=True))

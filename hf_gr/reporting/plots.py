@@ -4,6 +4,8 @@ import math
 import os
 from pathlib import Path
 
+import numpy as np
+
 from ..errors import extra
 
 with extra("report"):
@@ -38,13 +40,14 @@ def plot_curves(log_history: list[dict[str, float]], path: str | Path) -> None:
     for unused in axes[panels:]:
         unused.remove()
     panel = iter(axes)
-    loss, error = next(panel), next(panel) if has_error else None
+    loss = next(panel)
+    error = next(panel) if has_error else None
     norms, schedules = next(panel), next(panel)
 
     _line(loss, log_history, "loss", "training", BLUE)
     _line(loss, log_history, "eval_loss", "evaluation", ORANGE)
     loss.set(title="Loss", ylabel="loss")
-    if has_error:
+    if error is not None:
         _line(error, log_history, "eval_error", "evaluation", ORANGE, scale=100)
         error.set(title="Classification error", ylabel="error (%)")
         error.set_ylim(bottom=0)
@@ -130,7 +133,8 @@ def plot_layer_statistics(table: dict[str, list], path: str | Path) -> None:
 def make_logarithmic(axis: Axes) -> None:
     """The y axis, with plain numbers, also between the powers of ten where there are few of those. It stays linear
     where nothing that is drawn has a logarithm: zeros, NaN."""
-    if not any(0 < y < math.inf for line in axis.get_lines() for y in line.get_ydata()):
+    drawn = [float(y) for line in axis.get_lines() for y in np.asarray(line.get_ydata())]
+    if not any(0 < y < math.inf for y in drawn):
         return
     axis.set_yscale("log")
     axis.yaxis.set_major_formatter("{x:g}")

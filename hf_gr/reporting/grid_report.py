@@ -1,1 +1,0 @@
-"""Moved to `comparison.py` and `comparison_plots.py`."""
