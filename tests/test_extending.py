@@ -1,10 +1,12 @@
 """Warmups, ascents, optimizers and presets from outside the package: one entry each, known everywhere."""
 
+import re
+
 import pytest
 import torch
 from transformers import HfArgumentParser
 
-from helpers import toys
+from helpers import ROOT, toys
 from hf_gr import GRArguments, GRConfig, GRTrainer, create_optimizer, list_optimizers
 from hf_gr.config import IRE_PRESETS
 from hf_gr.models.presets import (
@@ -137,3 +139,23 @@ def test_the_step_and_the_card(tmp_path):
     assert f"$${GR_WARMUPS['half'].latex}$$" in card and f"r_t {ASCENTS['sam'].latex}" in card
     assert f"$${Scaled.latex}$$" in card and "| `scale` | c | 0.25 |" in card
     assert Scaled.citation in card and ASCENTS["sam"].citation in card
+
+
+def test_the_code_of_the_docs():
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "extending.md").read_text(), re.DOTALL)
+    tables = (GR_WARMUPS, ASCENTS, OPTIMIZERS, VIT_PRESETS)
+    before = [set(entries) for entries in tables]
+    try:
+        exec(code, {})
+        args = GRArguments(gr_warmup="cosine", optim="descent")
+        assert args.gr_strength(4, 10).lambda_t == pytest.approx(0.05)  # in the middle of the warmup: half of lambda
+        p = torch.nn.Parameter(torch.ones(2))
+        assert type(create_optimizer("descent", [p], lr=0.1)).__name__ == "Descent"
+        assert create_image_model("vit-nano", ["a", "b"]).config.num_hidden_layers == 1
+        p.grad = torch.tensor([3.0, -4.0])
+        directions, length = ASCENTS["signs"].direction([p], 5.0)
+        torch.testing.assert_close(torch.stack(list(directions)).div(length).norm(), torch.tensor(1.0))
+    finally:
+        for entries, kept in zip(tables, before, strict=True):
+            for name in set(entries) - kept:
+                del entries[name]
