@@ -30,7 +30,8 @@ def multiple_choice(options: argparse.Namespace) -> dict[str, float]:
         raise ValueError(f"split={options.split!r}: the data set has {', '.join(dataset)}. Name one of these.")
     questions = keep_first(dataset[options.split], options.max_examples, 0, "max_examples")
     with explained(f"model={options.model!r} could not be loaded", "Give a folder with a model, or a name on the Hub."):
-        model, tokenizer = (cls.from_pretrained(options.model) for cls in (AutoModelForCausalLM, AutoTokenizer))
+        model = AutoModelForCausalLM.from_pretrained(options.model)
+        tokenizer = AutoTokenizer.from_pretrained(options.model)
     with explained(f"device={options.device!r} cannot be used", "Give cpu, or cuda where there is a GPU."):
         model.to(options.device)
     columns = (options.context_column, options.choices_column, options.label_column)

@@ -12,9 +12,9 @@ import sys
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
-from torch.nn import Linear
+from torch.nn import Embedding, Linear
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -117,7 +117,7 @@ def load_base(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     with explained(f"model_name_or_path={name!r} could not be loaded", remedy):
         model = AutoModelForCausalLM.from_pretrained(name, dtype="float32")
         tokenizer = AutoTokenizer.from_pretrained(name)
-    rows = model.get_input_embeddings().num_embeddings
+    rows = cast(Embedding, model.get_input_embeddings()).num_embeddings
     if len(tokenizer) > rows:
         raise ValueError(
             f"model_name_or_path={name!r}: its tokenizer has {len(tokenizer)} tokens, and the model embeddings for "
@@ -230,7 +230,7 @@ def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     model_args, data_args, args = parse_args(argv)
     with script.claim(args):
-        base, tokenizer = load_base(model_args.model_name_or_path)
+        base, tokenizer = load_base(str(model_args.model_name_or_path))
         model = add_adapters(base, model_args)
         max_length = tokens_per_example(data_args.max_length, base)
         with args.main_process_first(desc="preparing the data"):
@@ -246,7 +246,7 @@ def main(argv: list[str] | None = None) -> None:
             tasks="text-generation",
             dataset_args=data.eval_split,
             command=script.command_line(__file__, argv, args),
-            sample=(prompt, generate_text(model, tokenizer, prompt, data_args.max_new_tokens)),
+            sample=(prompt, generate_text(cast(PreTrainedModel, model), tokenizer, prompt, data_args.max_new_tokens)),
         )
         if model_args.merge_and_save and trainer.is_world_process_zero():
             save_merged(model, tokenizer, folder / "merged")

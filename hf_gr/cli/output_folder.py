@@ -54,12 +54,12 @@ def claim_output_folder(args: TrainingArguments, overwrite: bool = False) -> Ite
         ValueError: on all processes: the folder cannot be written to, another run is at work in it, or it holds the
             results of one and there is neither `overwrite` nor a checkpoint in it to resume from.
     """
-    lock, problem = None, None
+    folder, lock, problem = str(args.output_dir), None, None
     if args.process_index == 0:
         try:
-            require_writable(args.output_dir)
+            require_writable(folder)
             _refuse_overwriting_what_is_resumed(args, overwrite)
-            lock = _lock(Path(args.output_dir))
+            lock = _lock(Path(folder))
             if not overwrite:
                 _refuse_results(args)
         except (ValueError, OSError) as error:
@@ -71,7 +71,7 @@ def claim_output_folder(args: TrainingArguments, overwrite: bool = False) -> Ite
         yield
     finally:
         if lock is not None:
-            Path(args.output_dir, HOLDER).unlink(missing_ok=True)
+            Path(folder, HOLDER).unlink(missing_ok=True)
             lock.release()
 
 
@@ -122,7 +122,7 @@ def _is_alive(holder: dict[str, str | int]) -> bool:
 
 
 def _resumes_here(args: TrainingArguments) -> bool:
-    asked, folder = args.resume_from_checkpoint, Path(args.output_dir).resolve()
+    asked, folder = args.resume_from_checkpoint, Path(str(args.output_dir)).resolve()
     if asked in LAST:
         return bool(checkpoints(folder))
     return asked is not None and folder in Path(asked).resolve().parents
@@ -137,13 +137,14 @@ def _refuse_overwriting_what_is_resumed(args: TrainingArguments, overwrite: bool
 
 
 def _refuse_results(args: TrainingArguments) -> None:
-    found = results(args.output_dir)
+    folder = str(args.output_dir)
+    found = results(folder)
     if not found or _resumes_here(args):
         return
     named = ", ".join(p.name for p in found[:3]) + (", ..." if len(found) > 3 else "")
-    continued = "continue it with --resume_from_checkpoint last, " if checkpoints(args.output_dir) else ""
+    continued = "continue it with --resume_from_checkpoint last, " if checkpoints(folder) else ""
     raise ValueError(
-        f"output_dir={args.output_dir}: the folder has the results of another run ({named}). Choose another one, "
+        f"output_dir={folder}: the folder has the results of another run ({named}). Choose another one, "
         f"{continued}or remove them with --overwrite_output_dir."
     )
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from transformers import TrainingArguments
+from transformers import SchedulerType, TrainingArguments
 from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 
 #: What the names of the flags begin with that say by which method a script trains.
@@ -98,7 +98,8 @@ def check_dicts(values: Any) -> None:
 
 def check_scheduler(args: TrainingArguments) -> None:
     """Raise `ValueError` for a name in `lr_scheduler_kwargs` that the schedule does not know."""
-    schedule = TYPE_TO_SCHEDULER_FUNCTION.get(args.lr_scheduler_type)
+    kind = SchedulerType(args.lr_scheduler_type)
+    schedule: Any = TYPE_TO_SCHEDULER_FUNCTION.get(kind)
     if schedule is None or not args.lr_scheduler_kwargs:
         return
     parameters = inspect.signature(schedule).parameters
@@ -107,7 +108,7 @@ def check_scheduler(args: TrainingArguments) -> None:
     if unknown and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         raise ValueError(
             f"lr_scheduler_kwargs={args.lr_scheduler_kwargs}: {', '.join(unknown)} is unknown to "
-            f"lr_scheduler_type={args.lr_scheduler_type.value}, which reads {', '.join(known)}. Change it, or "
+            f"lr_scheduler_type={kind.value}, which reads {', '.join(known)}. Change it, or "
             "leave it out."
         )
 

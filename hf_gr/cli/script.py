@@ -231,11 +231,11 @@ def checkpoint_to_resume(args: GRConfig) -> str | bool | None:
     asked = args.resume_from_checkpoint
     if asked != "last":
         return True if asked in LAST else asked
-    found = checkpoints(args.output_dir)
-    last = last_complete_checkpoint(args.output_dir)
+    folder = str(args.output_dir)
+    found, last = checkpoints(folder), last_complete_checkpoint(folder)
     if found and last is None:
         raise ValueError(
-            f"resume_from_checkpoint=last: no checkpoint in {args.output_dir} ({', '.join(p.name for p in found)}) is "
+            f"resume_from_checkpoint=last: no checkpoint in {folder} ({', '.join(p.name for p in found)}) is "
             "complete. Start from the beginning with --overwrite_output_dir in place of it, or in another folder."
         )
     return last
@@ -327,11 +327,11 @@ def _upload(trainer: GRTrainer) -> None:
     The client does not retry a commit whose connection breaks, for fear of a second one. Here a second one would have
     what the first has, and the same call goes on with an upload that broke off.
     """
-    folder = Path(trainer.args.output_dir).resolve()
+    folder, repo_id = Path(trainer.args.output_dir).resolve(), str(trainer.hub_model_id)
     for attempt in range(1, UPLOAD_ATTEMPTS + 1):
         try:
             HfApi().upload_folder(
-                repo_id=trainer.hub_model_id,
+                repo_id=repo_id,
                 folder_path=folder,
                 commit_message="End of training",
                 token=trainer.args.hub_token,
@@ -343,8 +343,8 @@ def _upload(trainer: GRTrainer) -> None:
             is_refused = isinstance(error, HfHubHTTPError) and error.response.status_code < 500
             if is_refused or attempt == UPLOAD_ATTEMPTS:
                 raise Failure(
-                    f"The upload to {trainer.hub_model_id} failed ({error}). Nothing is lost: model, card and pictures "
-                    f"are in {folder}; upload them with: hf upload {trainer.hub_model_id} {folder}"
+                    f"The upload to {repo_id} failed ({error}). Nothing is lost: model, card and pictures "
+                    f"are in {folder}; upload them with: hf upload {repo_id} {folder}"
                 ) from error
             logger.warning(f"The upload broke off ({error}). Trying again, {attempt} of {UPLOAD_ATTEMPTS - 1}.")
             time.sleep(2**attempt)

@@ -1,11 +1,12 @@
 """The trainers of the scripts: no example is dropped unseen; perplexity in the log, budgets in tokens; BatchNorm."""
 
 import math
+from typing import Any
 
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import update_bn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import has_length
 
 from ..errors import extra
@@ -46,6 +47,8 @@ class FullEvaluation(GRTrainer):
 class CausalLMTrainer(FullEvaluation):
     """`GRTrainer` with `eval_perplexity` beside `eval_loss`, on every evaluation example."""
 
+    processing_class: PreTrainedTokenizerBase
+
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         if "eval_loss" in logs:
             logs["eval_perplexity"] = perplexity(logs["eval_loss"])
@@ -70,17 +73,13 @@ class BatchNormReestimation(TrainerCallback):
     def __init__(self, images: Dataset, batch_size: int = 512):
         self.images, self.batch_size = images, batch_size
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: PreTrainedModel, **kwargs
-    ) -> None:
-        if not any(isinstance(module, _BatchNorm) for module in model.modules()):
+    def on_train_begin(self, *_: Any, **kwargs: Any) -> None:
+        if not any(isinstance(module, _BatchNorm) for module in kwargs["model"].modules()):
             raise ValueError(f"reestimate_batch_norm={len(self.images)}: the model has no BatchNorm. Leave it out.")
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: PreTrainedModel, **kwargs
-    ) -> None:
+    def on_train_end(self, args: TrainingArguments, *_: Any, **kwargs: Any) -> None:
         batches = (batch["pixel_values"] for batch in self.images.iter(self.batch_size))
-        update_bn(batches, model.base_model, args.device)
+        update_bn(batches, kwargs["model"].base_model, args.device)
 
 
 def perplexity(loss: float) -> float:
