@@ -1,1 +1,1 @@
-"""What the training scripts share."""
+"""Shared code of the training scripts, and the `hf-gr` command."""

@@ -1,7 +1,7 @@
-"""`hf-gr`: cards, pictures and comparisons of finished runs, from what they left in their folders.
+"""`hf-gr`: cards, plots and comparisons of finished runs, from their output folders.
 
-    hf-gr card FOLDER                                      # writes README.md anew
-    hf-gr plots FOLDER                                     # draws curves.png anew
+    hf-gr card FOLDER                                      # rewrites README.md
+    hf-gr plots FOLDER                                     # redraws curves.png
     hf-gr compare --baseline FOLDERS --candidate FOLDERS   # how much sooner a loss is reached
 
 hf-gr COMMAND --help lists the flags of a command.
@@ -17,7 +17,7 @@ from ..errors import ArgumentParser, run
 
 
 def card(argv: list[str]) -> None:
-    """Write the model card of a run anew, from its run.json and trainer_state.json."""
+    """Rewrite the model card of a run, from its run.json and trainer_state.json."""
     from ..reporting.card import write_card
 
     parser = _parser(card)
@@ -26,7 +26,7 @@ def card(argv: list[str]) -> None:
 
 
 def plots(argv: list[str]) -> None:
-    """Draw the curves of a run anew, from its trainer_state.json or that of its last checkpoint."""
+    """Redraw the curves of a run, from its trainer_state.json or that of its last checkpoint."""
     from ..reporting.plots import PICTURE, plot_curves, require_picture
     from ..reporting.record import last_state, read_history
 
@@ -36,19 +36,19 @@ def plots(argv: list[str]) -> None:
     options = parser.parse_args(argv)
     history = read_history(last_state(options.folder))
     if not history:
-        raise ValueError(f"folder={options.folder}: the run has logged nothing to draw. Give one that has.")
+        raise ValueError(f"folder={options.folder}: the run has logged nothing to plot. Give another run.")
     picture = options.picture or options.folder / PICTURE
     require_picture("picture", picture)
     plot_curves(history, picture)
 
 
 def compare(argv: list[str]) -> None:
-    """How much sooner one way of training reaches a loss than another, from the folders of finished runs.
+    """Compare how soon two ways of training reach a loss, from the folders of finished runs.
 
         hf-gr compare --baseline out/adamw-* --candidate out/admire-* --window 5 --picture curves.png
 
-    Each group is one setting with several seeds. The target is a loss, or the lowest that all runs reach; curves are
-    smoothed by a running mean, so that one lucky batch does not count.
+    Each group is one setting with several seeds. The target is a loss, by default the lowest that all runs reach.
+    Curves are smoothed by a running mean, so that one lucky batch does not count.
     """
     from ..reporting.comparison import common_target, read_curves, speedups
     from ..reporting.comparison_plots import plot_comparison
@@ -58,13 +58,13 @@ def compare(argv: list[str]) -> None:
     parser.add_argument("--baseline", nargs="+", action="extend", required=True, help="output folders")
     parser.add_argument("--candidate", nargs="+", action="extend", required=True, help="output folders")
     parser.add_argument("--names", nargs=2, default=["baseline", "candidate"])
-    parser.add_argument("--metric", default="loss", help="loss, or eval_loss")
+    parser.add_argument("--metric", default="loss", help="loss or eval_loss")
     parser.add_argument("--window", type=int, default=1, help="points in the running mean")
     parser.add_argument("--target", type=float)
     parser.add_argument("--picture", type=Path, help="where to draw the curves")
     options = parser.parse_args(argv)
     if options.names[0] == options.names[1]:
-        raise ValueError(f"names={' '.join(options.names)}: the groups could not be told apart. Give two names.")
+        raise ValueError(f"names={' '.join(options.names)}: both groups have the same name. Give two names.")
     if options.picture:
         require_picture("picture", options.picture)
     smoothed = options.metric, options.window
@@ -72,13 +72,13 @@ def compare(argv: list[str]) -> None:
     lowest = common_target([*baseline, *candidate], *smoothed)
     target = lowest if options.target is None else options.target
     if not math.isfinite(target):
-        raise ValueError(f"target={target}: this is not a loss. Give a number, or leave it out for {lowest:.4g}.")
-    found = speedups(baseline, candidate, target, *smoothed)
-    if all(math.isnan(quotient) for _, _, quotient in found.values()):
-        raise ValueError(f"target={target:g}: neither group reaches it. All runs reach {lowest:.4g}: leave it out.")
+        raise ValueError(f"target={target}: a loss is finite. Give a number, or leave it out for {lowest:.4g}.")
+    results = speedups(baseline, candidate, target, *smoothed)
+    if all(math.isnan(quotient) for _, _, quotient in results.values()):
+        raise ValueError(f"target={target:g}: neither group reaches it. All runs reach {lowest:.4g}: leave target out.")
     lines = [f"Target: {options.metric} {target:.4g}, running mean of {options.window} points.", ""]
     lines += [f"| to the target | {' | '.join(options.names)} | quotient |", "|---|---|---|---|"]
-    lines += [f"| {axis} | {a:,.4g} | {b:,.4g} | {quotient:.2f} |" for axis, (a, b, quotient) in found.items()]
+    lines += [f"| {axis} | {a:,.4g} | {b:,.4g} | {quotient:.2f} |" for axis, (a, b, quotient) in results.items()]
     print("\n".join(lines))  # noqa: T201
     if options.picture:
         plot_comparison(baseline, candidate, options.picture, tuple(options.names), target, *smoothed)
@@ -88,9 +88,9 @@ COMMANDS = {function.__name__: function for function in (card, plots, compare)}
 
 
 def _parser(command: Callable[[list[str]], None]) -> ArgumentParser:
-    about = inspect.cleandoc(command.__doc__ or "")
+    description = inspect.cleandoc(command.__doc__ or "")
     name = f"hf-gr {command.__name__}"
-    return ArgumentParser(prog=name, description=about, formatter_class=RawDescriptionHelpFormatter)
+    return ArgumentParser(prog=name, description=description, formatter_class=RawDescriptionHelpFormatter)
 
 
 def main(argv: list[str]) -> None:
@@ -103,7 +103,7 @@ def main(argv: list[str]) -> None:
 
 
 def entry() -> None:
-    """What `hf-gr` calls."""
+    """Entry point of `hf-gr`."""
     run(main)
 
 

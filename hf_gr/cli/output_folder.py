@@ -1,4 +1,4 @@
-"""An output folder belongs to one run: to one at a time, and never with the results of another."""
+"""An output folder belongs to one run at a time, and never mixes the results of two."""
 
 import json
 import logging
@@ -20,11 +20,11 @@ from ..trainer.checkpoints import LAST, SUPERSEDED, checkpoints
 
 logger = logging.getLogger(__name__)
 
-#: What begins with an underscore is not uploaded.
+#: Files whose names begin with an underscore are not uploaded.
 LOCK, HOLDER = "_lock", "_lock.json"
-#: Seconds that the processes which a killed run has started, such as those of its data loader, may outlive it.
+#: Seconds by which child processes of a killed run, such as data loader workers, may outlive it.
 GRACE = 30
-#: What a run leaves besides its checkpoints, and what makes a folder that of a run.
+#: Files that a run writes besides its checkpoints, and by which its folder is recognized.
 RESULTS = (
     "model.safetensors",
     "model-*.safetensors",
@@ -36,23 +36,23 @@ RESULTS = (
     "*_results.json",
     FILE,
 )
-#: What describes the results, and goes with them.
+#: Files that describe the results, and are removed with them.
 DESCRIPTIONS = ("README.md", ".eval_results", "curves.png", "layer_statistics.*", "merged", SUPERSEDED)
 
 
 @contextmanager
 def claim_output_folder(args: TrainingArguments, overwrite: bool = False) -> Iterator[None]:
-    """Within, the output folder is this run's: no other run, on any machine that sees the folder, can claim it.
+    """Inside this context no other run, on any machine that shares the output folder, can claim it.
 
-    Of several processes the main one takes the lock. The operating system takes it back from a process that is killed.
+    The main process holds the lock; the operating system releases the lock of a killed process.
 
     Args:
-        args: the arguments of the run, which say where it writes and what it resumes from.
-        overwrite: whether the results of another run may be there. They stay until `clear` is called.
+        args: determine where the run writes and what it resumes from.
+        overwrite: whether the folder may contain the results of another run. They stay until `clear` is called.
 
     Raises:
-        ValueError: on all processes: the folder cannot be written to, another run is at work in it, or it holds the
-            results of one and there is neither `overwrite` nor a checkpoint in it to resume from.
+        ValueError: on all processes: the folder cannot be written to, another run is using it, or it contains results
+            that this run neither may overwrite nor resumes from.
     """
     folder, lock, problem = str(args.output_dir), None, None
     if args.process_index == 0:
@@ -76,7 +76,7 @@ def claim_output_folder(args: TrainingArguments, overwrite: bool = False) -> Ite
 
 
 def _lock(folder: Path) -> FileLock | None:
-    """Locked, by flock, which Linux hands on to the server of NFS; None where the file system has no locks."""
+    """An acquired flock, which Linux forwards to NFS servers; None where the file system has no locks."""
     lock = FileLock(folder / LOCK)
     try:
         try:
@@ -87,13 +87,12 @@ def _lock(folder: Path) -> FileLock | None:
                 raise
             lock.acquire(timeout=GRACE)
     except Timeout:
-        who = "process {pid} on {host}, since {since}".format(**_holder(folder))
+        owner = "process {pid} on {host}, since {since}".format(**_holder(folder))
         raise ValueError(
-            f"output_dir={folder}: another run is at work in this folder ({who}). Wait for its end, or choose another "
-            "folder."
+            f"output_dir={folder}: another run is using this folder ({owner}). Wait until it ends, or choose another."
         ) from None
     except (NotImplementedError, OSError) as error:
-        logger.warning(f"output_dir={folder} has no lock ({error}). Make sure that no other run writes here.")
+        logger.warning(f"output_dir={folder} cannot be locked ({error}). Make sure that no other run writes to it.")
         return None
     holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S %z")}
     (folder / HOLDER).write_text(json.dumps(holder), encoding="utf-8")
@@ -104,12 +103,12 @@ def _holder(folder: Path) -> dict[str, str | int]:
     unknown: dict[str, str | int] = {"pid": "unknown", "host": "an unknown machine", "since": "an unknown time"}
     try:
         return unknown | json.loads((folder / HOLDER).read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # it has the lock and has not yet said so
+    except (OSError, ValueError):  # a run that has just acquired the lock has not written it yet
         return unknown
 
 
 def _is_alive(holder: dict[str, str | int]) -> bool:
-    """Whether it may be: of processes on other machines nobody knows here."""
+    """Whether the process may still be running; on another machine it always may."""
     if holder["host"] != socket.gethostname():
         return True
     try:
@@ -122,17 +121,17 @@ def _is_alive(holder: dict[str, str | int]) -> bool:
 
 
 def _resumes_here(args: TrainingArguments) -> bool:
-    asked, folder = args.resume_from_checkpoint, Path(str(args.output_dir)).resolve()
-    if asked in LAST:
+    checkpoint, folder = args.resume_from_checkpoint, Path(str(args.output_dir)).resolve()
+    if checkpoint in LAST:
         return bool(checkpoints(folder))
-    return asked is not None and folder in Path(asked).resolve().parents
+    return checkpoint is not None and folder in Path(checkpoint).resolve().parents
 
 
 def _refuse_overwriting_what_is_resumed(args: TrainingArguments, overwrite: bool) -> None:
     if overwrite and (args.resume_from_checkpoint in LAST or _resumes_here(args)):
         raise ValueError(
-            "overwrite_output_dir=True: it would remove the checkpoints that resume_from_checkpoint="
-            f"{args.resume_from_checkpoint} asks for. Leave one of them out."
+            "overwrite_output_dir=True: this would remove the checkpoints that resume_from_checkpoint="
+            f"{args.resume_from_checkpoint} needs. Leave one of them out."
         )
 
 
@@ -141,16 +140,16 @@ def _refuse_results(args: TrainingArguments) -> None:
     found = results(folder)
     if not found or _resumes_here(args):
         return
-    named = ", ".join(p.name for p in found[:3]) + (", ..." if len(found) > 3 else "")
-    continued = "continue it with --resume_from_checkpoint last, " if checkpoints(folder) else ""
+    names = ", ".join(p.name for p in found[:3]) + (", ..." if len(found) > 3 else "")
+    resume = "resume it with --resume_from_checkpoint last, " if checkpoints(folder) else ""
     raise ValueError(
-        f"output_dir={folder}: the folder has the results of another run ({named}). Choose another one, "
-        f"{continued}or remove them with --overwrite_output_dir."
+        f"output_dir={folder}: the folder contains the results of another run ({names}). Choose another folder, "
+        f"{resume}or remove them with --overwrite_output_dir."
     )
 
 
 def results(folder: str | Path) -> list[Path]:
-    """What a run has left in `folder`: checkpoints, weights and records."""
+    """The checkpoints, weights and records of a run in `folder`."""
     return [*checkpoints(folder), *sorted(p for pattern in RESULTS for p in Path(folder).glob(pattern))]
 
 
@@ -159,19 +158,19 @@ def _everything(folder: str | Path) -> list[Path]:
 
 
 def refuse_removing(folder: str | Path, sources: Iterable[str]) -> None:
-    """Raise `ValueError` if one of `sources`, names and paths of what a run starts from, would go with `clear`."""
+    """Raise `ValueError` if `clear` would remove one of `sources`, the names and paths that a run starts from."""
     targets = [target.resolve() for target in _everything(folder)]
     for source in filter(None, sources):
         path = Path(source).resolve()
         if targets and (path == Path(folder).resolve() or not {path, *path.parents}.isdisjoint(targets)):
             raise ValueError(
-                f"overwrite_output_dir=True: {source}, which this run starts from, would be removed with what is in "
-                f"{folder}. Choose another output_dir."
+                f"overwrite_output_dir=True: this would remove {source}, from which this run starts, with the results "
+                f"in {folder}. Choose another output_dir."
             )
 
 
 def clear(folder: str | Path) -> None:
-    """Remove what an earlier run has left in `folder`, and nothing else."""
+    """Remove the results of an earlier run, and nothing else, from `folder`."""
     targets = _everything(folder)
     for target in targets:
         shutil.rmtree(target) if target.is_dir() else target.unlink()
@@ -180,7 +179,7 @@ def clear(folder: str | Path) -> None:
 
 
 def require_writable(output_dir: str) -> None:
-    """Raise `ValueError` if `output_dir` cannot be made or written to: before the data is loaded, not after."""
+    """Raise `ValueError` if `output_dir` cannot be created or written to, before the data is loaded."""
     try:
         os.makedirs(output_dir, exist_ok=True)
         tempfile.TemporaryFile(dir=output_dir).close()

@@ -1,4 +1,4 @@
-"""Recipes, files of flags, and how they and the flags of the command line come together."""
+"""Recipes, which are files of flags, and how flags on the command line override them."""
 
 import inspect
 import json
@@ -10,11 +10,11 @@ import yaml
 from transformers import SchedulerType, TrainingArguments
 from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 
-#: What the names of the flags begin with that say by which method a script trains.
+#: Prefixes of the flags that determine the training method.
 METHOD = ("gr_", "ire_", "optim")
 LENGTHS = ("max_steps", "num_train_epochs", "max_train_tokens")
-_CHECKPOINT_HAS = ("model", "dropout", "stem", "weight_init", "image_size", "image_mean", "image_std")
-#: What a flag of the command line takes out of the recipe, besides the recipe's own value of it: its contradictions.
+_SET_BY_CHECKPOINT = ("model", "dropout", "stem", "weight_init", "image_size", "image_mean", "image_std")
+#: For a flag on the command line, the flags of a recipe that contradict it and are dropped.
 SUPERSEDES: dict[str, tuple[str, ...]] = {
     **{flag: tuple(other for other in LENGTHS if other != flag) for flag in LENGTHS},
     "ire_preset": ("ire_kappa", "ire_gamma", "ire_start_step"),
@@ -24,7 +24,7 @@ SUPERSEDES: dict[str, tuple[str, ...]] = {
     "fp16": ("bf16",),
     "dataset_name": ("dataset_config_name",),
     "model": ("model_name_or_path",),
-    "model_name_or_path": _CHECKPOINT_HAS,
+    "model_name_or_path": _SET_BY_CHECKPOINT,
     "tokenizer_name": ("vocab_size",),
     "vocab_size": ("tokenizer_name",),
     "adapter_name_or_path": ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"),
@@ -33,41 +33,41 @@ SUPERSEDES: dict[str, tuple[str, ...]] = {
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a name that is there twice, of which YAML would take the last."""
+    """Refuses duplicate names, of which YAML would keep the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         names = [self.construct_object(key, deep=True) for key, _ in node.value]
-        if twice := [name for name in names if names.count(name) > 1]:
-            raise ValueError(f"{twice[0]} is there twice")
+        if duplicates := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"{duplicates[0]} is listed twice")
         return super().construct_mapping(node, deep)
 
 
-def read_recipe(path: str | Path, known: set[str]) -> dict[str, Any]:
-    """The flags in a file of YAML or JSON.
+def read_recipe(path: str | Path, flags: set[str]) -> dict[str, Any]:
+    """The flags and values in a YAML or JSON file.
 
     Raises:
-        ValueError: there is no such file, it is something else, or it has a name that is not in `known`.
+        ValueError: the file is missing or malformed, or contains a name that is not in `flags`.
     """
     try:
-        content = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)  # JSON is YAML, too
+        content = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)  # JSON is YAML
     except (OSError, ValueError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
-        raise ValueError(f"{path}: this recipe cannot be read ({reason}). Give a file of YAML or JSON.") from error
+        raise ValueError(f"{path}: this recipe cannot be read ({reason}). Give a YAML or JSON file.") from error
     content = {} if content is None else content
     if not isinstance(content, dict):
-        raise ValueError(f"{path}: a recipe has a line FLAG: VALUE for each flag; this is a {type(content).__name__}.")
-    if unknown := sorted(str(name) for name in content if name not in known):
-        raise ValueError(f"{path}: unknown argument {', '.join(unknown)}; see --help for the known ones.")
+        raise ValueError(f"{path}: a recipe has one line FLAG: VALUE per flag; this is a {type(content).__name__}.")
+    if unknown := sorted(str(name) for name in content if name not in flags):
+        raise ValueError(f"{path}: unknown flag {', '.join(unknown)}; see --help for all flags.")
     return content
 
 
 def method_of(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of the flags that say by which method is trained."""
+    """The flags of `recipe` that determine the training method."""
     return {name: value for name, value in recipe.items() if name.startswith(METHOD)}
 
 
 def under(flags: Mapping[str, Any], recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """What is left of `recipe` where `flags` are given: all that none of them contradicts."""
+    """`recipe` without what `flags`, those on the command line, contradict."""
     changed = {
         flag for flag, value in flags.items() if value is not None and value is not False and recipe.get(flag) != value
     }
@@ -76,16 +76,16 @@ def under(flags: Mapping[str, Any], recipe: Mapping[str, Any]) -> dict[str, Any]
 
 
 def check_length(given: Mapping[str, Any]) -> None:
-    """Raise `ValueError` where two flags say how long to train: one of them would have no effect."""
+    """Raise `ValueError` if several flags set the length of training: only one would have an effect."""
     if (steps := given.get("max_steps")) is not None and steps < 1 and steps != -1:
         raise ValueError(f"max_steps={steps}: give at least 1, or leave it out to train for num_train_epochs.")
     lengths = [f"{name}={given[name]}" for name in LENGTHS if given.get(name) not in (None, -1)]
     if len(lengths) > 1:
-        raise ValueError(f"{' and '.join(lengths)} both say how long to train. Leave one of them out.")
+        raise ValueError(f"{' and '.join(lengths)} both set the length of training. Leave one of them out.")
 
 
 def check_dicts(values: Any) -> None:
-    """Raise `ValueError` for a flag of transformers that holds a dict, in JSON, if it holds something else."""
+    """Raise `ValueError` for a dict flag of transformers whose value is neither a dict nor JSON for one."""
     for flag in ("lr_scheduler_kwargs", "gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"):
         value = getattr(values, flag, None)
         try:
@@ -93,31 +93,30 @@ def check_dicts(values: Any) -> None:
         except ValueError:
             is_dict = False
         if value is not None and not is_dict:
-            raise ValueError(f"{flag}={value!r}: give JSON with names and values, such as '{{\"min_lr_rate\": 0.1}}'.")
+            raise ValueError(f"{flag}={value!r}: give a JSON object, such as '{{\"min_lr_rate\": 0.1}}'.")
 
 
 def check_scheduler(args: TrainingArguments) -> None:
-    """Raise `ValueError` for a name in `lr_scheduler_kwargs` that the schedule does not know."""
+    """Raise `ValueError` for a name in `lr_scheduler_kwargs` that the schedule does not support."""
     kind = SchedulerType(args.lr_scheduler_type)
     schedule: Any = TYPE_TO_SCHEDULER_FUNCTION.get(kind)
     if schedule is None or not args.lr_scheduler_kwargs:
         return
     parameters = inspect.signature(schedule).parameters
-    known = [name for name in parameters if name not in ("optimizer", "num_warmup_steps", "num_training_steps")]
-    unknown = [name for name in args.lr_scheduler_kwargs if name not in known]
+    supported = [name for name in parameters if name not in ("optimizer", "num_warmup_steps", "num_training_steps")]
+    unknown = [name for name in args.lr_scheduler_kwargs if name not in supported]
     if unknown and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         raise ValueError(
             f"lr_scheduler_kwargs={args.lr_scheduler_kwargs}: {', '.join(unknown)} is unknown to "
-            f"lr_scheduler_type={kind.value}, which reads {', '.join(known)}. Change it, or "
-            "leave it out."
+            f"lr_scheduler_type={kind.value}, which supports {', '.join(supported)}. "
+            "Change it, or leave it out."
         )
 
 
 def check_gr_is_on(given: Mapping[str, Any], values: Any) -> None:
-    """Raise `ValueError` for a flag of GR on the command line where the recipe has turned GR off."""
-    idle = [flag for flag in ("gr_r", "gr_warmup", "gr_warmup_steps", "gr_scope", "gr_interval") if flag in given]
-    if idle and "gr_lambda" not in given and getattr(values, "gr_lambda", None) == 0:
+    """Raise `ValueError` for a GR flag on the command line if the recipe turns GR off."""
+    flag = next((f for f in ("gr_r", "gr_warmup", "gr_warmup_steps", "gr_scope", "gr_interval") if f in given), None)
+    if flag and "gr_lambda" not in given and getattr(values, "gr_lambda", None) == 0:
         raise ValueError(
-            f"{idle[0]}={given[idle[0]]} has no effect with gr_lambda=0, which is in the recipe. Give gr_lambda, too: "
-            "the value of gr_r makes it SAM."
+            f"{flag}={given[flag]} has no effect with gr_lambda=0 in the recipe. Give gr_lambda, too; for SAM, gr_r."
         )

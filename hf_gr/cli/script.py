@@ -1,4 +1,4 @@
-"""What the training scripts share: arguments from a recipe and flags, and where the results go."""
+"""What the training scripts share: arguments from a recipe and flags, training, and publishing the results."""
 
 import logging
 import os
@@ -53,7 +53,7 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 UPLOAD_ATTEMPTS = 4
-#: Of flags of transformers, which takes any number.
+#: Ranges of flags for which transformers accepts any number.
 LIMITS = {
     **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size"), COUNT),
     **dict.fromkeys(("gradient_accumulation_steps", "eval_accumulation_steps"), COUNT),
@@ -68,39 +68,39 @@ LIMITS = {
 
 @dataclass
 class ScriptConfig(GRConfig):
-    """`GRConfig` with what the scripts alone have."""
+    """`GRConfig` plus what only the scripts have."""
 
     overwrite_output_dir: bool = field(
         default=False,
         metadata={
-            "help": "Remove what an earlier run has left in output_dir (checkpoints, weights, metrics, card) before "
-            "training starts. Without it such a folder is refused, unless resume_from_checkpoint continues the run."
+            "help": "Before training, remove the checkpoints, weights, metrics and card of an earlier run from "
+            "output_dir. Otherwise such a folder is refused, unless resume_from_checkpoint continues the run."
         },
     )
 
 
 @dataclass
 class ModelArguments:
-    """What is trained. A script adds its own."""
+    """The model to train. Each script adds its own flags."""
 
     license: str | None = field(
-        default=None, metadata={"help": "License of the trained model, for its card, as the Hub writes it: apache-2.0."}
+        default=None, metadata={"help": "License of the trained model, for its card, as named on the Hub: apache-2.0."}
     )
 
 
 @dataclass
 class DataArguments:
-    """What a model is trained and evaluated on. A script adds its own, and gives `dataset_name` a default."""
+    """The data to train and evaluate on. Each script adds its own flags and a default for `dataset_name`."""
 
     dataset_name: str
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the dataset."})
     skip_bad_examples: bool = field(
-        default=False, metadata={"help": "Leave out, and count, examples whose text is missing (null)."}
+        default=False, metadata={"help": "Skip and count examples whose text is missing (null)."}
     )
 
 
 def refuse(args: Any, flags: Iterable[str], reason: str) -> None:
-    """Raise `ValueError` if one of `flags`, None by default, is given in `args`."""
+    """Raise `ValueError` if one of `flags`, all None by default, is set in `args`."""
     for flag in flags:
         if (value := getattr(args, flag)) is not None:
             raise ValueError(f"{flag}={value} has no effect with {reason}. Leave one of them out.")
@@ -109,25 +109,25 @@ def refuse(args: Any, flags: Iterable[str], reason: str) -> None:
 def parse_args(
     kinds: tuple[type, ...], argv: list[str], default_recipe: Path | None, without_it: tuple[str, ...] = ()
 ) -> tuple[Any, ...]:
-    """One instance of each dataclass in `kinds`, from a recipe in YAML or JSON and flags that overrule it.
+    """One instance of each dataclass in `kinds`, from a recipe in YAML or JSON and flags that override it.
 
-    A flag also takes out of the recipe what contradicts it (`recipes.SUPERSEDES`).
+    A flag also removes from the recipe what contradicts it (`recipes.SUPERSEDES`).
 
     Args:
-        argv: the command line. A recipe may come first.
-        default_recipe: used if none comes. With one of the flags `without_it`, only its method is; so it is for a
-            recipe that says nothing about the method.
+        argv: the command line, which may begin with a recipe.
+        default_recipe: used if it does not. Only its method is used with one of the flags `without_it`, or for a recipe
+            that does not set the method.
 
     Raises:
-        ValueError: a recipe or a flag that makes no sense.
+        ValueError: a recipe or a flag is invalid.
     """
-    about = sys.modules[kinds[0].__module__].__doc__
-    parser = ArgumentParser(kinds, description=about, formatter_class=_HelpFormatter)
-    known = {argument.name for kind in kinds for argument in fields(kind)}
-    default = recipes.read_recipe(default_recipe, known) if default_recipe is not None else {}
+    description = sys.modules[kinds[0].__module__].__doc__
+    parser = ArgumentParser(kinds, description=description, formatter_class=_HelpFormatter)
+    flags = {argument.name for kind in kinds for argument in fields(kind)}
+    default = recipes.read_recipe(default_recipe, flags) if default_recipe is not None else {}
     recipe = None
     if argv and argv[0].endswith((".yaml", ".yml", ".json")):
-        recipe, argv = recipes.read_recipe(argv[0], known), argv[1:]
+        recipe, argv = recipes.read_recipe(argv[0], flags), argv[1:]
     given = _given(parser, argv)
     if recipe is None:
         recipe = default if given.keys().isdisjoint(without_it) else recipes.method_of(default)
@@ -151,22 +151,22 @@ def parse_args(
 
 
 class _HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
-    """Defaults with the flags, and the script's own words as they are."""
+    """Shows the defaults of flags, and the script's docstring as it is written."""
 
 
 def _given(parser: ArgumentParser, argv: list[str]) -> dict[str, Any]:
-    """The flags on the command line, whether their values are the defaults or not."""
+    """The flags on the command line, including those set to their defaults."""
     missing = object()
     blank = Namespace(**dict.fromkeys((action.dest for action in parser._actions), missing))
     values, rest = parser.parse_known_args(argv, blank)
-    parser.refuse(rest)  # first: a misspelled flag may be why another one is wrong
+    parser.refuse(rest)  # first: a misspelled flag may be why another is wrong
     return {name: value for name, value in vars(values).items() if value is not missing}
 
 
 @contextmanager
 def claim(args: ScriptConfig) -> Iterator[None]:
-    """Within, no other run can write into the output folder (see `claim_output_folder`, also for what is refused).
-    Seeds the random numbers, and prints by which method the run trains."""
+    """Inside this context no other run can write to the output folder (see `claim_output_folder`, also for errors).
+    Seeds the random number generators and prints the training method."""
     with claim_output_folder(args, args.overwrite_output_dir):
         set_seed(args.seed)
         if args.process_index == 0:
@@ -175,34 +175,33 @@ def claim(args: ScriptConfig) -> Iterator[None]:
 
 
 def begin(trainer: GRTrainer, *script_args: Any) -> None:
-    """When everything is loaded and nothing has been written: tell the trainer the script's own arguments, and with
-    `overwrite_output_dir` remove what an earlier run has left."""
+    """Once everything is loaded, before anything is written: pass the script's own arguments to the trainer, and with
+    `overwrite_output_dir` remove the results of an earlier run."""
     trainer.script_args = script_args
     folder = trainer.args.output_dir
     if trainer.args.overwrite_output_dir:
-        refuse_removing(folder, [v for own in script_args for v in asdict(own).values() if isinstance(v, str)])
-        trainer.accelerator.wait_for_everyone()  # they look at what is there
+        refuse_removing(folder, [v for group in script_args for v in asdict(group).values() if isinstance(v, str)])
+        trainer.accelerator.wait_for_everyone()  # all check the folder before it is cleared
         if trainer.is_world_process_zero():
             clear(folder)
         trainer.accelerator.wait_for_everyone()
 
 
 def keep_token_out_of_files(args: TrainingArguments) -> None:
-    """Move `hub_token` to the environment, where the Hub's client finds it. Trainer writes its arguments into
-    `training_args.bin`, as they are, and uploads that."""
+    """Move `hub_token` to the environment, where the Hub's client finds it. Trainer writes all its arguments to
+    `training_args.bin`, and uploads that."""
     if args.hub_token:
         os.environ["HF_TOKEN"] = args.hub_token
         args.hub_token = None
 
 
 def command_line(script: str, argv: list[str], args: GRConfig) -> str:
-    """What the run was started with, to be read by others: without its token and without folders of this machine.
+    """The command that started the run, for publication: without its token and without folders of this machine.
 
     Args:
-        script: its file.
+        script: the script's file.
         argv: its arguments.
-        args: what came of them. How several processes were started is not known in them; a single one needs no
-            launcher.
+        args: the parsed arguments. How several processes were started is not recorded; one needs no launcher.
     """
     launcher = f"accelerate launch --num_processes {args.world_size}" if args.world_size > 1 else "python"
     words = redact([_shown_script(script), *argv], known=(args.hub_token,))
@@ -220,34 +219,34 @@ def _without_folders(argument: str) -> str:
 
 
 def checkpoint_to_resume(args: GRConfig) -> str | bool | None:
-    """What `resume_from_checkpoint` says; for "last" the last complete checkpoint in the output folder, or None if the
-    folder has no checkpoint at all.
+    """The value of `resume_from_checkpoint`; for "last", the last complete checkpoint in the output folder, or None if
+    it contains no checkpoint.
 
-    So the same command can be given again and again, until a run that is killed on the way has ended.
+    So a run that was killed resumes when the same command is run again.
 
     Raises:
-        ValueError: there are checkpoints, and none is complete. A start from the beginning would overwrite them.
+        ValueError: there are checkpoints, but none is complete. Starting over would overwrite them.
     """
-    asked = args.resume_from_checkpoint
-    if asked != "last":
-        return True if asked in LAST else asked
+    checkpoint = args.resume_from_checkpoint
+    if checkpoint != "last":
+        return True if checkpoint in LAST else checkpoint
     folder = str(args.output_dir)
     found, last = checkpoints(folder), last_complete_checkpoint(folder)
     if found and last is None:
         raise ValueError(
             f"resume_from_checkpoint=last: no checkpoint in {folder} ({', '.join(p.name for p in found)}) is "
-            "complete. Start from the beginning with --overwrite_output_dir in place of it, or in another folder."
+            "complete. Start over with --overwrite_output_dir instead, or in another folder."
         )
     return last
 
 
 def save_model(trainer: GRTrainer) -> None:
-    """Into the output folder. `publish` uploads it, once, with everything else."""
+    """Save the model to the output folder. `publish` uploads it once, with everything else."""
     trainer.save_model(_internal_call=True)
 
 
 def save_metrics(trainer: GRTrainer, split: str, metrics: dict[str, float], combined: bool = True) -> None:
-    """Print them, and write them into the output folder."""
+    """Print `metrics`, and write them to the output folder."""
     trainer.log_metrics(split, metrics)
     trainer.save_metrics(split, metrics, combined=combined)
 
@@ -255,10 +254,10 @@ def save_metrics(trainer: GRTrainer, split: str, metrics: dict[str, float], comb
 def train(
     trainer: GRTrainer, counts: dict[str, int], evaluate: Callable[[], dict[str, float]] | None = None
 ) -> dict[str, float]:
-    """Train, save the model and evaluate it. Returns the metrics of the evaluation, which the output folder gets, too.
+    """Train, save the model and evaluate it. Returns the evaluation's metrics, which are also saved.
 
     Args:
-        counts: further metrics of the training, such as examples left out.
+        counts: further training metrics, such as the number of skipped examples.
         evaluate: `trainer.evaluate` by default.
     """
     result = trainer.train(resume_from_checkpoint=checkpoint_to_resume(trainer.args))
@@ -277,19 +276,20 @@ def publish(
     kind: str = "Model",
     **card: Any,
 ) -> Path:
-    """Write the card, with `push_to_hub` upload all, and print what there is. Returns the output folder.
+    """Write the card, upload everything with `push_to_hub`, and print the paths. Returns the output folder.
 
     Args:
-        dataset_name: as the flag has it; `embedded`, names of data that come with a dependency, and what they are.
-        kind: what was trained, in a word.
-        card: further arguments of `create_model_card`, besides those that the script's own arguments say.
+        dataset_name: the flag's value.
+        embedded: name -> description of the datasets that come with a dependency.
+        kind: what was trained, in one word.
+        card: further arguments of `create_model_card`; they override those taken from the script's arguments.
     """
     folder = Path(trainer.args.output_dir).resolve()
-    own = {flag: value for args in trainer.script_args for flag, value in vars(args).items()}
+    flags = {flag: value for args in trainer.script_args for flag, value in vars(args).items()}
     card = {
-        "dataset_config": own.get("dataset_config_name"),
-        "finetuned_from": own.get("model_name_or_path"),
-        "license": own.get("license"),
+        "dataset_config": flags.get("dataset_config_name"),
+        "finetuned_from": flags.get("model_name_or_path"),
+        "license": flags.get("license"),
         "script_args": trainer.script_args,
         **_dataset(dataset_name, embedded or {}),
         **card,
@@ -299,15 +299,15 @@ def publish(
         if trainer.args.push_to_hub:
             _upload(trainer)
         picture = folder / PICTURE if has_curves(trainer.state.log_history) else None
-        written = {kind: folder, "Card": folder / "README.md", "Picture": picture}
-        for what, path in written.items():
+        outputs = {kind: folder, "Card": folder / "README.md", "Picture": picture}
+        for label, path in outputs.items():
             if path is not None:
-                print(f"{what:8} {path}")  # noqa: T201
+                print(f"{label:8} {path}")  # noqa: T201
     return folder
 
 
 def _dataset(name: str, embedded: dict[str, str]) -> dict[str, str | None]:
-    """What the card says of the data: only a name on the Hub is an id there."""
+    """The card's arguments for the dataset: only one from the Hub is linked to its page there."""
     path = Path(name)
     if name in embedded:
         return {"dataset": embedded[name]}
@@ -317,15 +317,15 @@ def _dataset(name: str, embedded: dict[str, str]) -> dict[str, str | None]:
 
 
 def evaluated_examples(trainer: GRTrainer) -> float | None:
-    """How many the last evaluation has counted."""
+    """The number of examples in the last evaluation."""
     return last_evaluation(trainer.state.log_history)[0].get("evaluated_examples")
 
 
 def _upload(trainer: GRTrainer) -> None:
-    """Push the output folder: what `trainer.push_to_hub` does, without saving the model and writing the card again.
+    """Push the output folder as `trainer.push_to_hub` does, without saving the model and writing the card again.
 
-    The client does not retry a commit whose connection breaks, for fear of a second one. Here a second one would have
-    what the first has, and the same call goes on with an upload that broke off.
+    The client does not retry a commit if the connection fails, since that could commit twice. Here a second commit
+    would have the same content, and the same call resumes an interrupted upload.
     """
     folder, repo_id = Path(trainer.args.output_dir).resolve(), str(trainer.hub_model_id)
     for attempt in range(1, UPLOAD_ATTEMPTS + 1):
@@ -339,12 +339,12 @@ def _upload(trainer: GRTrainer) -> None:
                 ignore_patterns=list(LEFT_OUT),
             )
             return
-        except Exception as error:  # noqa: PERF203  whatever it is, the files are there
+        except Exception as error:  # noqa: PERF203  whatever the error, the files are saved
             is_refused = isinstance(error, HfHubHTTPError) and error.response.status_code < 500
             if is_refused or attempt == UPLOAD_ATTEMPTS:
                 raise Failure(
-                    f"The upload to {repo_id} failed ({error}). Nothing is lost: model, card and pictures "
+                    f"The upload to {repo_id} failed ({error}). Nothing is lost: model, card and plots "
                     f"are in {folder}; upload them with: hf upload {repo_id} {folder}"
                 ) from error
-            logger.warning(f"The upload broke off ({error}). Trying again, {attempt} of {UPLOAD_ATTEMPTS - 1}.")
+            logger.warning(f"The upload failed ({error}). Retry {attempt} of {UPLOAD_ATTEMPTS - 1}.")
             time.sleep(2**attempt)

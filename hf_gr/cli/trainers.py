@@ -1,4 +1,4 @@
-"""The trainers of the scripts: no example is dropped unseen; perplexity in the log, budgets in tokens; BatchNorm."""
+"""The scripts' trainers, which evaluate on every example and log perplexity; token budgets; BatchNorm statistics."""
 
 import math
 from typing import Any
@@ -17,8 +17,8 @@ with extra("scripts"):
 
 
 class FullEvaluation(GRTrainer):
-    """`GRTrainer` in which `dataloader_drop_last`, which Trainer applies to evaluations, too, drops training examples
-    only, and not all of them."""
+    """`GRTrainer` whose `dataloader_drop_last` drops training examples only, and never all of them. Trainer applies it
+    to evaluation, too."""
 
     def get_eval_dataloader(self, *args, **kwargs) -> DataLoader:
         drop_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
@@ -35,7 +35,7 @@ class FullEvaluation(GRTrainer):
     def _require_full_batch(self, examples: int) -> None:
         size, processes = self.args.train_batch_size, self.args.world_size
         if examples == 0:
-            raise ValueError("There is no training example. Look at the dataset and at the flags that select from it.")
+            raise ValueError("There are no training examples. Check the dataset and the flags that select from it.")
         if self.args.dataloader_drop_last and examples < size * processes:
             raise ValueError(
                 f"dataloader_drop_last=True: the {examples} training examples do not fill one batch of "
@@ -45,7 +45,7 @@ class FullEvaluation(GRTrainer):
 
 
 class CausalLMTrainer(FullEvaluation):
-    """`GRTrainer` with `eval_perplexity` beside `eval_loss`, on every evaluation example."""
+    """`GRTrainer` that logs `eval_perplexity` with `eval_loss`, over every evaluation example."""
 
     processing_class: PreTrainedTokenizerBase
 
@@ -55,19 +55,19 @@ class CausalLMTrainer(FullEvaluation):
         super().log(logs, *args, **kwargs)
 
     def add_to_last_evaluation(self, metrics: dict[str, float]) -> None:
-        """Put further results beside the last ones in the log, where the model card finds them."""
+        """Add `metrics` to the last evaluation in the log, where the model card finds them."""
         index = max(i for i, entry in enumerate(self.state.log_history) if "eval_loss" in entry)
         self.state.log_history[index].update(metrics)
 
 
 class BatchNormReestimation(TrainerCallback):
-    """Computes BatchNorm's running statistics anew at the end of training, as means over batches of `images`.
+    """Recomputes BatchNorm's running statistics at the end of training, as means over batches of `images`.
 
-    After few steps they are those of earlier weights, and an accuracy measured with them says little.
+    After few steps they still reflect earlier weights, and so does an accuracy measured with them.
 
     Args:
-        images: rows with `pixel_values`. The augmentation of training images, a hook of the whole model, is left out.
-        batch_size: images in a batch.
+        images: rows with `pixel_values`. They are not augmented: augmentation is a hook of the whole model.
+        batch_size: images per batch.
     """
 
     def __init__(self, images: Dataset, batch_size: int = 512):
@@ -83,7 +83,7 @@ class BatchNormReestimation(TrainerCallback):
 
 
 def perplexity(loss: float) -> float:
-    """exp(loss), infinite where that overflows."""
+    """exp(loss), or infinity on overflow."""
     try:
         return math.exp(loss)
     except OverflowError:
@@ -91,13 +91,13 @@ def perplexity(loss: float) -> float:
 
 
 def steps_for_tokens(max_train_tokens: int, args: TrainingArguments, block_size: int) -> int:
-    """The optimizer steps that see at least `max_train_tokens` tokens."""
+    """The number of optimizer steps that train on at least `max_train_tokens` tokens."""
     if max_train_tokens < 1:
         raise ValueError(f"max_train_tokens={max_train_tokens}: give at least 1, or leave it out.")
     if args.max_steps > 0:
         raise ValueError(
-            f"max_train_tokens={max_train_tokens} and max_steps={args.max_steps} both say how long to train. Leave one "
-            "of them out."
+            f"max_train_tokens={max_train_tokens} and max_steps={args.max_steps} both set the length of training. "
+            "Leave one of them out."
         )
     per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size * block_size
     return math.ceil(max_train_tokens / per_step)

@@ -250,7 +250,7 @@ def test_comparisons(argv, words, place):
         (["{}/checkpoints"], ["checkpoint-3/trainer_state.json", "not valid JSON", "run again"]),
         (["{}/other"], ["other/trainer_state.json", "log_history", "Give the output folder"]),
         (["{}/stepless"], ["stepless/trainer_state.json", "log_history", "Give the output folder"]),
-        (["{}/silent"], ["folder=", "silent", "nothing to draw", "Give one"]),
+        (["{}/silent"], ["folder=", "silent", "nothing to plot", "Give another"]),
         (["{}/run", "--picture", "{}/x.txt1"], ["picture=", "x.txt1", "Use .png"]),
         (["{}/run", "--picture", "{}/run"], ["picture=", "run", "Use .png"]),
         (["{}/run", "--picture", "{}/none/x.png"], ["picture=", "none/x.png", "Choose a file"]),

@@ -175,7 +175,7 @@ def test_a_flag_beats_the_recipe_and_what_contradicts_it_there(flags, expected, 
     ("flags", "message"),
     [
         (["--max_steps", 3, "--num_train_epochs", 2], "max_steps=3 and num_train_epochs=2.0 both say how long"),
-        (["--gr_r", 0.1], "gr_r=0.1 has no effect with gr_lambda=0, which is in the recipe. Give gr_lambda, too"),
+        (["--gr_r", 0.1], "gr_r=0.1 has no effect with gr_lambda=0 in the recipe. Give gr_lambda, too"),
     ],
     ids=str,
 )

@@ -36,7 +36,7 @@ sys.stdin.read()
 
 
 def refusal(folder):
-    with pytest.raises(ValueError, match="another run is at work in this folder") as error:
+    with pytest.raises(ValueError, match="another run is using this folder") as error:
         claim_output_folder(arguments(folder)).__enter__()
     return str(error.value)
 
@@ -61,7 +61,7 @@ def test_a_file_system_without_locks_is_named(error, tmp_path, monkeypatch, capl
 
     monkeypatch.setattr("hf_gr.cli.output_folder.FileLock.acquire", acquire)
     with claim_output_folder(arguments(tmp_path)):
-        assert "has no lock (" in caplog.text
+        assert "cannot be locked (" in caplog.text
 
 
 @pytest.mark.parametrize("left", ["model.safetensors", "adapter_model.safetensors", "run.json", "checkpoint-4/any"])
@@ -74,12 +74,12 @@ def test_results_of_another_run_are_refused(left, resume, tmp_path):
     if resume == "last" and left.startswith("checkpoint"):
         with claim_output_folder(args):
             return
-    with pytest.raises(ValueError, match=r"the folder has the results of another run .* --overwrite_output_dir"):
+    with pytest.raises(ValueError, match=r"the folder contains the results of another run .* --overwrite_output_dir"):
         claim_output_folder(args).__enter__()
     args.resume_from_checkpoint = str(tmp_path / "checkpoint-4")
     with claim_output_folder(args):
         pass
-    with pytest.raises(ValueError, match=r"would remove the checkpoints that resume_from_checkpoint=.* asks for"):
+    with pytest.raises(ValueError, match=r"would remove the checkpoints that resume_from_checkpoint=.* needs"):
         claim_output_folder(args, overwrite=True).__enter__()
 
 
@@ -91,7 +91,7 @@ def test_what_is_removed_is_of_a_run(tmp_path, caplog):
     for name in kept:
         (tmp_path / name).touch()
     for source in (tmp_path, tmp_path / "checkpoint-4", tmp_path / "checkpoint-4" / "x"):
-        with pytest.raises(ValueError, match="which this run starts from, would be removed"):
+        with pytest.raises(ValueError, match=r"this would remove .*, from which this run starts"):
             refuse_removing(tmp_path, [str(source)])
     refuse_removing(tmp_path, ["digits", str(tmp_path / "data"), ""])
     clear(tmp_path)

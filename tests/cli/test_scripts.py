@@ -287,7 +287,7 @@ def unwritable(folder):
         (["--model", "vit-s", "--stem", "cifar"], "stem=cifar has no effect with model='vit-s', which is not a ResNet"),
         (["--model_name_or_path", "x", "--weight_init", "xavier_normal"], "weight_init=xavier_normal has no effect"),
         (["--optim", "lars", "--optim_args", "momentun=0.9"], "optim_args: momentun is unknown to optim=lars, which"),
-        (lambda f: [recipe_with_a_typo(f)], "unknown argument gr_radius; see --help"),
+        (lambda f: [recipe_with_a_typo(f)], "unknown flag gr_radius; see --help"),
     ],
 )
 def test_mistakes_are_named(arguments, message, main, tmp_path):

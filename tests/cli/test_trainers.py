@@ -31,7 +31,7 @@ def test_evaluation_sees_the_last_batch(tmp_path):
 
 @pytest.mark.parametrize(
     ("count", "message"),
-    [(3, r"the 3 training examples do not fill one batch of 4 \(4 on each of 1"), (0, "There is no training example")],
+    [(3, r"the 3 training examples do not fill one batch of 4 \(4 on each of 1"), (0, "are no training examples")],
 )
 def test_training_data_without_a_batch_is_refused(count, message, tmp_path):
     with pytest.raises(ValueError, match=message):
@@ -72,5 +72,5 @@ def test_steps_for_tokens(tmp_path):
     with pytest.raises(ValueError, match="max_train_tokens=0: give at least 1"):
         steps_for_tokens(0, args, 100)
     args.max_steps = 5
-    with pytest.raises(ValueError, match="max_train_tokens=9 and max_steps=5 both say how long to train"):
+    with pytest.raises(ValueError, match="max_train_tokens=9 and max_steps=5 both set the length of training"):
         steps_for_tokens(9, args, 100)

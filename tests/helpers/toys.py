@@ -1,4 +1,4 @@
-"""Small real models and data sets, the same in every process."""
+"""Small real models and datasets, the same in every process."""
 
 import inspect
 
