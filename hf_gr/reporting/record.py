@@ -1,8 +1,8 @@
-"""What a run leaves in its folder: `run.json`, its record, and `trainer_state.json`, its log.
+"""The files of a run: `run.json`, its record, and `trainer_state.json`, its log.
 
-Cards, pictures and tables are functions of these files. The record holds facts only: what was counted while the run
-happened, the settings in force, and the arguments of `create_model_card`. Every checkpoint has a copy, which a resumed
-run continues.
+Cards, pictures and tables are functions of these files. The record contains only facts: counts made during
+the run, the settings in force, and the arguments of `create_model_card`. Every checkpoint contains a copy, which a
+resumed run continues.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from .. import __version__
 FILE = "run.json"
 STATE = "trainer_state.json"
 FORMAT = 1
-#: Those that a result depends on.
+#: Packages that can affect a result.
 PACKAGES = ("transformers", "torch", "accelerate", "datasets", "peft")
 
 History = list[dict[str, float]]
@@ -33,16 +33,16 @@ class Segment:
     """The steps from one start of training to its end, or to the checkpoint that the next start resumed from.
 
     Attributes:
-        first_step: the first one, counted from 1 over the whole run; `last_step` is one less as long as there is none.
-        settings: the arguments in force, by their flag's name; one that is at its default is left out. What a resumed
-            optimizer has brought along (learning rate, weight decay) is as it is in the optimizer.
+        first_step: counted from 1 over the whole run; `last_step` is `first_step - 1` until the segment has a step.
+        settings: flag -> argument in force, except those at their defaults. After a resume, the learning rate and
+            weight decay are those of the loaded optimizer.
         learning_rates: of the first and the last step.
-        steps: optimizer steps; of these `regularized_steps` took a second pass, in `ire_steps` IRE acted, and
+        steps: optimizer steps; `regularized_steps` of them took a second pass, IRE acted in `ire_steps`, and
             `skipped_steps` changed nothing because the gradient was not finite.
-        passes: forward and backward passes over the batch of a step; of these `ire_passes` for the estimates of IRE.
-        ire_estimates: how many of them there were; `ire_choices`, how often IRE chose its coordinates.
-        seconds: of training, evaluations not counted.
-        is_recorded: False for steps of which nothing is known, from a checkpoint without a record.
+        passes: forward and backward passes over the batch of a step, including `ire_passes` for IRE's estimates.
+        ire_estimates: the number of IRE's estimates; `ire_choices`, how often IRE chose its coordinates.
+        seconds: training time without evaluations.
+        is_recorded: False for steps from a checkpoint without a record, whose settings and counts are unknown.
     """
 
     first_step: int = 1
@@ -77,10 +77,10 @@ class ModelFacts:
     """The model that was trained.
 
     Attributes:
-        class_name: without the adapter around it.
+        class_name: the class inside the adapter, if there is one.
         adapter: its `type` in peft, and for LoRA `rank`, `alpha` and `modules`; None without an adapter.
-        is_new: whether it was created from a configuration written in code, with random weights.
-        has_code: whether its code is saved beside the weights, because transformers does not have it.
+        is_new: whether it was created from a configuration in code, with random weights.
+        has_code: whether its code is saved with the weights, because transformers does not contain it.
         has_processor: whether a tokenizer or an image processor is saved with it.
     """
 
@@ -99,7 +99,7 @@ class OptimizerFacts:
 
     Attributes:
         settings: those of its first parameter group, except the ones that schedules change.
-        phi: of TVLARS, at the first and the last step.
+        phi: the phi of TVLARS at the first and the last step.
         lr_factor: the factor that `lr_scaling` applied to the learning rate; None without scaling.
     """
 
@@ -113,8 +113,8 @@ class Publication:
     """The arguments of `create_model_card`, and the time of the call; see `hf_gr.trainer.recording.publication_of`.
 
     Attributes:
-        base_model: its name on the Hub; `has_local_base` is True if it is a folder on somebody's disk instead.
-        arguments: those of a script that the trainer did not know while it trained.
+        base_model: its name on the Hub; `has_local_base` is True if it is a local folder instead.
+        arguments: those of the script that the trainer did not have during training.
     """
 
     model_name: str = ""
@@ -137,7 +137,7 @@ class Publication:
 
 @dataclass(frozen=True)
 class Log:
-    """What was logged, of `max_steps` steps, and the name of the best checkpoint."""
+    """The log of a run of `max_steps` steps, and the name of its best checkpoint."""
 
     history: History
     max_steps: int = 0
@@ -146,19 +146,19 @@ class Log:
 
 @dataclass
 class Record:
-    """The content of `run.json`. A fact that an earlier version did not record is at its default.
+    """The content of `run.json`. Facts that an earlier version did not record have their default values.
 
     Attributes:
-        method: what the last start trained with: `gr` and `ire`, whether they were on, and `optimizer`, its class.
-        data: what it trained on, as far as it is known: `dataset_name`, `dataset_config_name`, `train_examples`; of a
-            local folder the last part of the path, and `is_local`.
-        defaults: of the settings that some segments have and others leave out.
+        method: that of the last start: whether `gr` and `ire` were on, and the class name of the `optimizer`.
+        data: the training data, as far as known: `dataset_name` (for a local folder, which `is_local` marks, the last
+            part of its path), `dataset_config_name`, `train_examples`.
+        defaults: of the settings that some segments contain and others omit.
         evaluated: the names of the datasets in the last evaluation; "" for a single dataset without a name.
-        ire_flat_fractions: kind of layer -> the share of its coordinates in IRE's last choice.
+        ire_flat_fractions: kind of layer -> the fraction of its coordinates in IRE's last choice.
         ire_reduced_kappa: kappa after the divergence guard reduced it; None if it never did.
-        layer_picture: the picture of the layers' norms, if this run has drawn it.
-        device: its name; `peak_memory_bytes` is the peak on it.
-        log: when `create_model_card` was called, which may be later than the last `trainer_state.json`.
+        layer_picture: the plot of the layer norms, if this run drew it.
+        device: its name; `peak_memory_bytes` is its peak memory use.
+        log: the one when `create_model_card` was called, which may be later than the last `trainer_state.json`.
     """
 
     method: dict[str, Any] = field(default_factory=dict)
@@ -199,7 +199,7 @@ class Record:
         return _spans(self.recorded, lambda segment: getattr(segment, attribute))
 
     def setting(self, name: str, segments: Iterable[Segment] | None = None) -> list[Span]:
-        """The values of a setting in `segments` (default: all), each with its steps; its default if left out."""
+        """The values of a setting in `segments` (default: all), each with its steps. Where omitted, its default."""
         default = self.defaults.get(name, "its default")
         segments = self.recorded if segments is None else segments
         return _spans(segments, lambda segment: segment.settings.get(name, default))
@@ -216,7 +216,7 @@ def _spans(segments: Iterable[Segment], value: Callable[[Segment], Any]) -> list
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Name -> (old, new) of the settings that differ; "default" stands for what is at its default."""
+    """Name -> (old, new) of the settings that differ; "default" stands for an omitted one."""
     pairs = {name: (old.get(name, "default"), new.get(name, "default")) for name in {**old, **new}}
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
@@ -225,10 +225,10 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any
 
 
 def versions() -> dict[str, str]:
-    """Of this library, with the commit of its checkout, of Python, and of the packages that a result depends on."""
+    """The versions of this library (with the commit of its checkout), of Python, and of `PACKAGES`."""
     commit = _commit()
-    own = __version__ + (f" (commit {commit})" if commit else "")
-    return {"hf_gr": own, "Python": platform.python_version(), **_installed(*PACKAGES)}
+    library = __version__ + (f" (commit {commit})" if commit else "")
+    return {"hf_gr": library, "Python": platform.python_version(), **_installed(*PACKAGES)}
 
 
 def _installed(*packages: str) -> dict[str, str]:
@@ -240,12 +240,12 @@ def _installed(*packages: str) -> dict[str, str]:
 
 
 def _commit() -> str | None:
-    """Of the checkout that this package runs from, marked if its files differ from it; None where there is none."""
+    """The commit of the checkout this package runs from, marked if it has changes; None without a checkout."""
     root = Path(__file__).parents[2]
     if not (root / ".git").exists():
         return None
     try:
-        done = subprocess.run(
+        result = subprocess.run(
             ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude", "*"],
             capture_output=True,
             text=True,
@@ -253,7 +253,7 @@ def _commit() -> str | None:
         )
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return done.stdout.strip() or None
+    return result.stdout.strip() or None
 
 
 # ---- Files ----
@@ -265,7 +265,7 @@ def read_record(folder: str | Path) -> Record | None:
     """The record in an output folder or checkpoint; None if there is none.
 
     Raises:
-        ValueError: it cannot be read, or a later version of hf_gr wrote it.
+        ValueError: it cannot be read, or was written by a later version of hf_gr.
     """
     path = Path(folder) / FILE
     if not path.is_file():
@@ -279,12 +279,12 @@ def read_record(folder: str | Path) -> Record | None:
         return Record(**{**content, **parts})
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(
-            f"{path} cannot be read ({error}). Delete it, and the steps so far count as not recorded."
+            f"{path} cannot be read ({error}). Delete it; the steps so far then count as not recorded."
         ) from error
 
 
 def write_record(record: Record, folder: str | Path) -> None:
-    """Write `run.json` into `folder`. Whoever reads it at the same time gets the old one or the new one, whole."""
+    """Write `run.json` into `folder` atomically: a concurrent reader gets the old or the new file, complete."""
     path = Path(folder) / FILE
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(".tmp")
@@ -293,10 +293,10 @@ def write_record(record: Record, folder: str | Path) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """The content of a file.
+    """The content of a JSON file.
 
     Raises:
-        ValueError: it is not there, or was cut off.
+        ValueError: it cannot be read, or is not valid JSON.
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
@@ -312,7 +312,7 @@ def read_json(path: Path) -> Any:
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
-    """The same, for a file with names and values."""
+    """The content of a JSON file of names and values; see `read_json`."""
     content = read_json(path)
     if not isinstance(content, dict):
         raise ValueError(f"{path} has {type(content).__name__} where names and values belong. Delete it and run again.")
@@ -323,7 +323,7 @@ def read_state(folder: Path) -> dict[str, Any]:
     """The state of the run in `folder`, with its `log_history`.
 
     Raises:
-        ValueError: there is none, or it is not what Trainer writes.
+        ValueError: there is none, or it is not in the format that `Trainer` writes.
     """
     path = folder / STATE
     if not path.is_file():
@@ -342,8 +342,8 @@ def read_history(folder: Path) -> History:
 
 def last_state(folder: Path) -> Path:
     """`folder`, or its last checkpoint if the run has not finished."""
-    found = [path for path in folder.glob("checkpoint-*") if path.name[11:].isdigit()]
-    folders = [folder, *sorted(found, key=lambda path: -int(path.name[11:]))]
+    checkpoints = [path for path in folder.glob("checkpoint-*") if path.name[11:].isdigit()]
+    folders = [folder, *sorted(checkpoints, key=lambda path: -int(path.name[11:]))]
     return next((path for path in folders if (path / STATE).is_file()), folder)
 
 
@@ -351,7 +351,7 @@ def last_state(folder: Path) -> Path:
 
 
 def log_of(record: Record, folder: Path) -> Log:
-    """The log in the record of the run in `folder`, or else in its `trainer_state.json` or that of its last checkpoint.
+    """The log in `record`, or else in the `trainer_state.json` of `folder` or of its last checkpoint.
 
     Raises:
         ValueError: there is none.
@@ -363,11 +363,11 @@ def log_of(record: Record, folder: Path) -> Log:
     return Log(state["log_history"], state.get("max_steps", 0), best and Path(best).name)
 
 
-def last_entry(history: History, start: str) -> int:
-    """Index of the last entry with a key that starts with `start`; -1 if there is none."""
-    return max((i for i, entry in enumerate(history) if any(key.startswith(start) for key in entry)), default=-1)
+def last_entry(history: History, prefix: str) -> int:
+    """Index of the last entry with a key that starts with `prefix`; -1 if there is none."""
+    return max((i for i, entry in enumerate(history) if any(key.startswith(prefix) for key in entry)), default=-1)
 
 
 def last_evaluation(history: History, count: int = 1) -> History:
-    """The entries of the last evaluation; of `count` datasets each has its own."""
+    """The entries of the last evaluation, one for each of `count` datasets."""
     return [entry for entry in history if any(key.startswith("eval_") for key in entry)][-count:]

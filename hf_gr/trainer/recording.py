@@ -1,8 +1,8 @@
-"""Filling the record of a run (`hf_gr.reporting.record`) from the live trainer.
+"""The record of a run (`hf_gr.reporting.record`), filled from the live trainer.
 
-What is counted is counted as it happens; the settings are those in force once optimizer and schedule are made and a
-checkpoint is loaded. A run consists of segments, one per start: a run that is resumed with other flags has done some
-of its steps with the old ones.
+Events are counted as they happen; the settings are those in force once the optimizer and schedule are created and a
+checkpoint is loaded. A run consists of segments, one per start: if it is resumed with other flags, its earlier steps
+used the old ones.
 """
 
 import dataclasses
@@ -39,28 +39,28 @@ from ..reporting.redaction import redact
 from .layerwise import innermost
 from .part import Host
 
-# ---- What a trainer is about to do ----
+# ---- Method, data and settings ----
 
 
 def method_of(trainer: Host) -> dict[str, Any]:
-    """What the run of a trainer is identified by; known before its optimizer is made."""
+    """`Record.method`; available before the optimizer is created."""
     flags = trainer.gr_args
     is_ire = flags.ire_kappa != 0 or trainer.ire_optimizer is not None
     return {"gr": flags.is_active, "ire": is_ire, "optimizer": _optimizer_name(trainer)}
 
 
 def _optimizer_name(trainer: Host) -> str | None:
-    made = innermost(trainer.optimizer)
-    if made is not None:
-        return type(made).__name__
-    given = getattr(trainer, "optimizer_cls_and_kwargs", None)
-    kind, _ = given or trainer.get_optimizer_cls_and_kwargs(trainer.args, trainer.model)
-    # A factory (Muon) makes a class of which only the optimizer itself tells.
+    optimizer = innermost(trainer.optimizer)
+    if optimizer is not None:
+        return type(optimizer).__name__
+    cls_and_kwargs = getattr(trainer, "optimizer_cls_and_kwargs", None)
+    kind, _ = cls_and_kwargs or trainer.get_optimizer_cls_and_kwargs(trainer.args, trainer.model)
+    # The class that a factory (Muon) creates is known only from the optimizer itself.
     return kind.__name__ if isinstance(kind, type) and issubclass(kind, Optimizer) else None
 
 
 def data_of(trainer: Host) -> dict[str, Any]:
-    """What it trains on: its `script_args` say the name, where a script has set them."""
+    """`Record.data`; the name of the dataset is in `script_args`, if a script set them."""
     data: dict[str, Any] = {}
     for args in trainer.script_args:
         name = getattr(args, "dataset_name", None)
@@ -72,12 +72,12 @@ def data_of(trainer: Host) -> dict[str, Any]:
 
 
 def count_of(dataset: Any) -> int | None:
-    """How many examples it has; None if it does not know."""
+    """The number of examples; None if the dataset has no length."""
     return len(dataset) if dataset is not None and has_length(dataset) else None
 
 
 def settings_of(trainer: Host) -> dict[str, Any]:
-    """The settings in force, once optimizer and schedule are made and a checkpoint is loaded."""
+    """`Segment.settings`, once the optimizer and schedule are created and a checkpoint is loaded."""
     settings: dict[str, Any] = {}
     for args in (*trainer.script_args, trainer.args):
         settings |= changed_arguments(args)
@@ -85,7 +85,7 @@ def settings_of(trainer: Host) -> dict[str, Any]:
 
 
 def _optimizer_settings(trainer: Host) -> dict[str, Any]:
-    """What an optimizer that has loaded a checkpoint has from there, whatever the flags say."""
+    """The optimizer's learning rate and weight decay, which a loaded checkpoint sets regardless of the flags."""
     optimizer = innermost(trainer.optimizer)
     if optimizer is None:
         return {}
@@ -94,8 +94,8 @@ def _optimizer_settings(trainer: Host) -> dict[str, Any]:
     rate = group.get("initial_lr", group.get("lr"))
     if rate is not None:
         rate = float(rate) / trainer.layerwise.lr_factor
-        given = trainer.args.learning_rate
-        settings["learning_rate"] = given if abs(rate - given) <= 1e-9 * abs(given) else rate
+        flag_value = trainer.args.learning_rate
+        settings["learning_rate"] = flag_value if abs(rate - flag_value) <= 1e-9 * abs(flag_value) else rate
     decays = [group["weight_decay"] for group in optimizer.param_groups if "weight_decay" in group]
     if decays:
         settings["weight_decay"] = max(decays)
@@ -110,7 +110,7 @@ def _gr_settings(trainer: Host) -> dict[str, Any]:
     if gr.gr_warmup != "none":
         settings["gr_warmup_steps"] = trainer.gr.warmup_steps(trainer.state.max_steps)
     settings |= {"gr_scope": gr.gr_scope, "gr_interval": gr.gr_interval}
-    return settings | _others(gr, "gr_", settings)
+    return settings | _other_flags(gr, "gr_", settings)
 
 
 def _ire_settings(trainer: Host) -> dict[str, Any]:
@@ -124,28 +124,28 @@ def _ire_settings(trainer: Host) -> dict[str, Any]:
         "ire_interval": flags.ire_interval,
         "ire_start_step": trainer.ire.start_step(trainer.state.max_steps),
     }
-    return settings | _others(flags, "ire_", settings)
+    return settings | _other_flags(flags, "ire_", settings)
 
 
-def _others(flags: Any, prefix: str, known: Iterable[str]) -> dict[str, Any]:
-    """The flags of a method that are neither `known` nor at their defaults."""
-    idle = {"ire_gamma", "gr_warmup_steps"}  # where they are not known they have no effect
-    fields = [f for f in dataclasses.fields(flags) if f.name.startswith(prefix) and f.name not in {*known, *idle}]
+def _other_flags(flags: Any, prefix: str, recorded: Iterable[str]) -> dict[str, Any]:
+    """The flags of a method that are neither `recorded` yet nor at their defaults."""
+    skipped = {*recorded, "ire_gamma", "gr_warmup_steps"}  # these two have no effect unless recorded
+    fields = [f for f in dataclasses.fields(flags) if f.name.startswith(prefix) and f.name not in skipped]
     return {f.name: getattr(flags, f.name) for f in fields if getattr(flags, f.name) != f.default}
 
 
-# ---- What it has done ----
+# ---- Facts ----
 
 
 def facts_of(trainer: Host) -> dict[str, Any]:
-    """What a record has besides the counts, as it is now: fields of `Record`."""
+    """The fields of `Record` that describe the current state of the trainer."""
     device, ire, callbacks = trainer.args.device, trainer.ire_optimizer, trainer.callback_handler.callbacks
     return {
         "model": model_facts(trainer.model, has_processor=trainer.processing_class is not None),
         "optimizer": optimizer_facts(trainer),
         "ire_flat_fractions": {} if ire is None else trainer.ire.flat_fractions(),
         "ire_reduced_kappa": ire.kappa * ire.kappa_scale if ire is not None and ire.kappa_scale != 1 else None,
-        # Of this run, and not of an earlier one in the same folder.
+        # A picture in the folder may be from an earlier run.
         "layer_picture": next((c.picture for c in callbacks if getattr(c, "has_drawn", False)), None),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper(),
         "peak_memory_bytes": trainer.costs()["peak_memory_bytes"],
@@ -177,16 +177,16 @@ def _adapter_facts(config: Any) -> dict[str, Any]:
 
 
 def optimizer_facts(trainer: Host) -> OptimizerFacts | None:
-    """None before it is made."""
+    """None before the optimizer is created."""
     optimizer = innermost(trainer.optimizer)
     if optimizer is None:
         return None
     group = optimizer.param_groups[0]
-    by_schedules = {"params", "lr", "initial_lr", "weight_decay", "step"}
-    settings = {key: value for key, value in group.items() if key not in by_schedules and value is not None}
+    excluded = {"params", "lr", "initial_lr", "weight_decay", "step"}
+    settings = {key: value for key, value in group.items() if key not in excluded and value is not None}
     is_tvlars = isinstance(optimizer, TVLARS)
     return OptimizerFacts(
-        # Whatever a group has: it is written down with every checkpoint, and must not stop a run.
+        # Values that JSON does not support must not stop a run, which writes this with every checkpoint.
         settings=json.loads(json.dumps(settings, default=str, skipkeys=True)),
         phi=[optimizer.phi(group, step) for step in (1, trainer.state.global_step)] if is_tvlars else None,
         lr_factor=None if trainer.gr_args.lr_scaling == "none" else trainer.layerwise.lr_factor,
@@ -194,20 +194,20 @@ def optimizer_facts(trainer: Host) -> OptimizerFacts | None:
 
 
 def _names_of(data: Any) -> list[str]:
-    """The names of datasets to evaluate: one, one of several by its name, or several by their names."""
+    """The names of the evaluated datasets, given as a dict, as the name of one, or as a dataset without a name."""
     return list(data) if isinstance(data, dict) else [data if isinstance(data, str) else ""]
 
 
 def defaults_of(trainer: Host, segments: list[Segment]) -> dict[str, Any]:
-    """The defaults of the settings that some segments have and others leave out."""
+    """The defaults of the settings that some segments contain and others omit."""
     recorded = [segment for segment in segments if segment.is_recorded]
     counts = Counter(name for segment in recorded for name in segment.settings)
     arguments = (*trainer.script_args, trainer.gr_args, trainer.args)
-    known = {argument.name: default_of(argument) for args in arguments for argument in dataclasses.fields(args)}
-    return {name: known[name] for name, count in counts.items() if count < len(recorded) and name in known}
+    defaults = {argument.name: default_of(argument) for args in arguments for argument in dataclasses.fields(args)}
+    return {name: defaults[name] for name, count in counts.items() if count < len(recorded) and name in defaults}
 
 
-# ---- What others may know of it ----
+# ---- Publication ----
 
 
 def publication_of(
@@ -226,18 +226,18 @@ def publication_of(
     sample: tuple[str, str] | None = None,
     command: str | None = None,
 ) -> Publication:
-    """The arguments of `create_model_card`: those of `Trainer`'s and four more. What is left out is taken from the run,
-    or not mentioned on the card.
+    """The arguments of `create_model_card`: those of `Trainer`'s and four more. Omitted ones are taken from the run, or
+    left off the card.
 
     Args:
-        dataset: the dataset's name for people; `dataset_tags`, its id on the Hub; `dataset_config`, its
+        dataset: the dataset's display name; `dataset_tags`, its id on the Hub; `dataset_config`, its
             configuration; `dataset_args`, its split.
-        script_args: dataclasses with further arguments of the run, to be listed like those of the trainer.
-        sample: a prompt, and what the model has written after it.
-        command: what the run was started with.
+        script_args: dataclasses with further arguments of the run, listed on the card like the trainer's.
+        sample: a prompt, and the text that the model generated from it.
+        command: the command line that started the run.
     """
     base_model = _hub_name(finetuned_from)
-    late = [args for args in script_args if not any(args is other for other in trainer.script_args)]
+    unrecorded = [args for args in script_args if not any(args is other for other in trainer.script_args)]
     return Publication(
         model_name=model_name or (trainer.hub_model_id or str(Path(trainer.args.output_dir).resolve())).split("/")[-1],
         hub_model_id=trainer.hub_model_id,
@@ -251,7 +251,7 @@ def publication_of(
         dataset_ids=_listed(dataset_tags),
         dataset_config=dataset_config,
         split=", ".join(_listed(dataset_args)),
-        arguments={name: value for args in late for name, value in changed_arguments(args).items()},
+        arguments={name: value for args in unrecorded for name, value in changed_arguments(args).items()},
         sample=None if sample is None else "".join(sample),
         command=redact([command])[0] if command else None,
         date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -259,7 +259,7 @@ def publication_of(
 
 
 def _hub_name(finetuned_from: str | None) -> str | None:
-    """`finetuned_from`, if that is a name on the Hub and not a folder on somebody's disk."""
+    """`finetuned_from`, if it is a name on the Hub and not a local folder."""
     is_name = finetuned_from and not Path(finetuned_from).exists() and finetuned_from.count("/") <= 1
     return finetuned_from if is_name else None
 
@@ -270,14 +270,14 @@ def _listed(value: str | Iterable[str] | None) -> list[str]:
     return [value] if isinstance(value, str) else list(value)
 
 
-# ---- While it runs ----
+# ---- During the run ----
 
 
 class Recorder(TrainerCallback):
-    """Keeps the record of a trainer. What happens elsewhere is counted there, in `segment`.
+    """Keeps the record of a trainer. Other parts of the trainer count their own events in `segment`.
 
     Attributes:
-        segment: the one that is being trained.
+        segment: the current one.
         resumed_from: the checkpoint that the next start resumes from.
     """
 
@@ -290,24 +290,24 @@ class Recorder(TrainerCallback):
 
     @property
     def record(self) -> Record:
-        """Of the run so far; of a trainer that has not trained, of what it would do."""
+        """The record of the run so far; before training, of the run to come."""
         if not self.segment.settings:
             self._begin(0)
         return self._record
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
-        """A second `train()` is a new run, and so is a start with a smaller batch after one that ran out of memory."""
+        """A second `train()` is a new run, as is a restart with a smaller batch after running out of memory."""
         self._begin(state.global_step)
         self._running_since = time.perf_counter()
 
     def _begin(self, done: int) -> None:
-        """A new segment, after `done` steps."""
+        """Begin a new segment after `done` steps."""
         trainer = self._trainer
         earlier = read_record(self.resumed_from) if self.resumed_from else None
         segments = [s for s in earlier.segments if s.steps or not s.is_recorded] if earlier else []
-        recorded = segments[-1].last_step if segments else 0
-        if recorded < done:
-            segments.append(Segment(recorded + 1, done, is_recorded=False))
+        last_step = segments[-1].last_step if segments else 0
+        if last_step < done:
+            segments.append(Segment(last_step + 1, done, is_recorded=False))
         self.segment = Segment(
             first_step=done + 1,
             last_step=done,
@@ -330,7 +330,7 @@ class Recorder(TrainerCallback):
         if trainer.accelerator.optimizer_step_was_skipped:  # by the gradient scaler
             segment.skipped_steps += 1
         rate = trainer.optimizer.param_groups[0].get("lr")
-        if isinstance(rate, Tensor):  # schedulers change it in place; it is read only when it is written down
+        if isinstance(rate, Tensor):  # schedulers change it in place; `write` converts it to a float
             rate = rate.detach().clone()
         segment.learning_rates = [*segment.learning_rates[:1], rate]
 
@@ -342,7 +342,7 @@ class Recorder(TrainerCallback):
         self.finish()
 
     def finish(self) -> None:
-        """Stop the clock, and write down what there is."""
+        """Stop the clock, and write the record if there were any steps."""
         if self._stop_clock() and self.segment.steps:
             self.write(self._folder())
 
@@ -350,7 +350,7 @@ class Recorder(TrainerCallback):
         return self._trainer._get_output_dir(getattr(self._trainer, "_trial", None))
 
     def write(self, *folders: str | Path, **published: Any) -> None:
-        """Into each of the folders, on the main process. `published` are further fields of `Record`."""
+        """Write the record, with `published` as further fields, into each folder, on the main process only."""
         if not self._trainer.args.should_save:
             return
         if self._stop_clock():
@@ -372,7 +372,7 @@ class Recorder(TrainerCallback):
     # ---- The clock ----
 
     def _stop_clock(self) -> bool:
-        """Whether it was running."""
+        """Stop the clock; returns whether it was running."""
         if self._running_since is None:
             return False
         self.segment.seconds += time.perf_counter() - self._running_since
@@ -381,7 +381,7 @@ class Recorder(TrainerCallback):
 
     @contextmanager
     def clock_stopped(self) -> Iterator[None]:
-        """The body is not training."""
+        """Within the context, time does not count as training."""
         was_running = self._stop_clock()
         try:
             yield
@@ -391,11 +391,11 @@ class Recorder(TrainerCallback):
 
     @property
     def seconds(self) -> float:
-        """Of training so far, in all segments."""
+        """Training time so far, in all segments."""
         running = 0.0 if self._running_since is None else time.perf_counter() - self._running_since
         return sum(segment.seconds for segment in self._record.segments) + running
 
     @property
     def passes(self) -> float:
-        """Over the batch of a step so far, in all segments."""
+        """Passes over the batch of a step so far, in all segments."""
         return self._record.total("passes")
