@@ -1,4 +1,4 @@
-"""Whether a flag may have the value that it was given (its type, choices and range), and whether the value matters.
+"""Whether a flag's value has an allowed type, choice or range, and whether it has an effect.
 
 `flag` puts the choices or the range of a flag into the field's metadata, and `check_fields` checks them. A table of
 `Needs` lists the flags that have an effect only with others, and `without_effect` checks that.
@@ -14,7 +14,7 @@ from numbers import Real
 from typing import Any, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 NoneType = type(None)
-#: How messages call the types that are checked. A flag of any other type takes what its own code makes of it.
+#: Names of the checked types in messages. Values of other types are checked by the code that uses them.
 TYPE_NAMES = {float: "a number", int: "a whole number", bool: "true or false", str: "a text", list: "a list"}
 YAML_BOOLEANS = 'YAML reads no, off, yes and on as booleans: write "no" in quotes.'
 
@@ -53,26 +53,26 @@ STEPS = Limit(0, whole_from=1, rule="give a whole number of steps, or a fraction
 
 
 class _Metadata(Mapping):
-    """The metadata of a flag. `HfArgumentParser` passes every key that it sees on to argparse: it sees `help` and
-    `choices`, while `limit` can only be asked for.
+    """The metadata of a flag. `HfArgumentParser` passes every key it iterates over to argparse: `help` and
+    `choices`, but not `limit`, which can only be looked up.
 
     Choices may be a table of entries that describe themselves. The help then ends with their descriptions, including
     those of entries that were added after the field was made.
     """
 
-    def __init__(self, **known: Any):
-        self._known = {name: value for name, value in known.items() if value is not None}
+    def __init__(self, **entries: Any):
+        self._entries = {name: value for name, value in entries.items() if value is not None}
 
     def __iter__(self) -> Iterator[str]:
-        return (name for name in self._known if name != "limit")
+        return (name for name in self._entries if name != "limit")
 
     def __len__(self) -> int:
         return len(list(iter(self)))
 
     def __getitem__(self, name: str) -> Any:
-        value = self._known[name]
-        if name == "help" and isinstance(entries := self._known.get("choices"), Mapping):
-            about = [f"{key}: {entry.help}" for key, entry in entries.items() if getattr(entry, "help", None)]
+        value = self._entries[name]
+        if name == "help" and isinstance(choices := self._entries.get("choices"), Mapping):
+            about = [f"{key}: {entry.help}" for key, entry in choices.items() if getattr(entry, "help", None)]
             value = " ".join([value, *(["; ".join(about) + "."] if about else [])])
         return value
 
@@ -84,8 +84,8 @@ def flag(default: Any, help: str, allowed: Limit | Collection[Any] | None = None
         allowed: its range or its choices. Choices may be a table whose entries have a `help` of their own.
     """
     is_limit = isinstance(allowed, Limit)
-    known = _Metadata(help=help, choices=None if is_limit else allowed, limit=allowed if is_limit else None)
-    return field(default=default, metadata=known)
+    metadata = _Metadata(help=help, choices=None if is_limit else allowed, limit=allowed if is_limit else None)
+    return field(default=default, metadata=metadata)
 
 
 def check_value(name: str, value: Any, allowed: Limit | Collection[Any]) -> None:
@@ -107,10 +107,10 @@ def check_ranges(args: Any, limits: Mapping[str, Limit]) -> None:
 def check_fields(args: Any, cls: type, names: Iterable[str] | None = None) -> None:
     """Raise `ValueError` for an attribute of `args` whose type, choices or range are not those of the dataclass `cls`.
 
-    A boolean is no number, though Python has it so, and a string is none either.
+    Neither a boolean, despite Python, nor a string counts as a number.
 
     Args:
-        names: of the fields to look at. Default: those that `cls` adds to its parents.
+        names: of the fields to check. Default: those that `cls` adds to its parents.
     """
     hints = _hints(cls)
     names = set(cls.__annotations__ if names is None else names)
@@ -121,13 +121,13 @@ def check_fields(args: Any, cls: type, names: Iterable[str] | None = None) -> No
 
 
 def check_numbers(args: Any, cls: type, limits: Mapping[str, Limit]) -> None:
-    """Raise `ValueError` for a number of a foreign dataclass that is a boolean, NaN, or outside `limits`."""
+    """Raise `ValueError` for a number of a library's dataclass that is a boolean, NaN, or outside `limits`."""
     numeric = [name for name, hint in _hints(cls).items() if _kinds(hint) <= {int, float, NoneType}]
     check_fields(args, cls, [name for name in numeric if name in limits or isinstance(getattr(args, name, None), bool)])
     for f in fields(cls):
         value = getattr(args, f.name, None)
         if isinstance(value, float) and math.isnan(value):
-            raise ValueError(f"{f.name}={value}: give a number. NaN is none.")
+            raise ValueError(f"{f.name}={value}: give a number, not NaN.")
     check_ranges(args, limits)
 
 
@@ -143,16 +143,16 @@ def without_effect(args: Any, table: Iterable[Needs]) -> Iterator[str]:
     """A message for each row of a table whose flags were set but change nothing; each flag is named once."""
     set_flags = [f.name for f in fields(args) if getattr(args, f.name) != f.default]
     for flags, are_met, reason in table:
-        idle = [name for name in set_flags if name in flags]
-        if idle and not are_met(args):
-            set_flags = [name for name in set_flags if name not in idle]
-            values = ", ".join(f"{name}={getattr(args, name)}" for name in idle)
-            yield f"{values} {'has' if len(idle) == 1 else 'have'} no effect with {reason.format(args)}."
+        unused = [name for name in set_flags if name in flags]
+        if unused and not are_met(args):
+            set_flags = [name for name in set_flags if name not in unused]
+            values = ", ".join(f"{name}={getattr(args, name)}" for name in unused)
+            yield f"{values} {'has' if len(unused) == 1 else 'have'} no effect with {reason.format(args)}."
 
 
 @functools.cache
 def _hints(cls: type) -> dict[str, Any]:
-    """The types of the fields as they were written: HfArgumentParser changes those that the fields have."""
+    """The fields' types as they were written: HfArgumentParser changes the types in the fields themselves."""
     return get_type_hints(cls)
 
 
@@ -169,7 +169,7 @@ def _check_type(field: Field, value: Any, hint: Any) -> None:
 
 
 def _kinds(hint: Any) -> set[Any]:
-    """The types of an annotation. Next to an enumeration a string is only a name of its members."""
+    """The types of an annotation. Beside an enumeration, `str` stands for the names of its members."""
     parts = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
     kinds = {get_origin(part) or part for part in parts}
     return kinds - {str} if any(map(_is_enumeration, kinds)) else kinds

@@ -1,6 +1,6 @@
-"""What evaluations measure: classes of images, generated text and answers, multiple choice.
+"""Evaluation metrics: image classification, generated text and answers, multiple choice.
 
-The metrics need no download: `evaluate.load("accuracy")` fetches its code from the Hub.
+They need no download, unlike `evaluate.load("accuracy")`, which fetches its code from the Hub.
 """
 
 import tempfile
@@ -17,14 +17,14 @@ with extra("scripts"):
     import datasets
     import evaluate
 
-#: The label that PyTorch's cross entropy leaves out.
+#: The label that PyTorch's cross entropy ignores.
 IGNORED = -100
 
 
 class TopKAccuracy(evaluate.Metric):
-    """Top-1 accuracy and error; top-5 accuracy too, if the predictions rank at least five classes.
+    """Top-1 accuracy and error, and top-5 accuracy if the predictions rank at least five classes.
 
-    `compute(predictions=..., references=...)`: class ids, best first, of shape (examples, k), and the true ids of shape
+    `compute(predictions=..., references=...)`: class ids, best first, of shape (examples, k), and true ids of shape
     (examples,). All values are fractions between 0 and 1.
     """
 
@@ -48,30 +48,30 @@ class TopKAccuracy(evaluate.Metric):
 
 
 def rank_classes(logits: Tensor | tuple, labels: Tensor) -> Tensor:
-    """For `Trainer(preprocess_logits_for_metrics=...)`: the ids of the best classes, one or, of more than ten, five.
+    """For `Trainer(preprocess_logits_for_metrics=...)`: the id of the best class, or the best five of more than ten.
 
-    Only these travel between processes and stay in memory, not the logits.
+    Only these, not the logits, are gathered from all processes and kept in memory.
     """
     first: Tensor = logits[0] if isinstance(logits, tuple) else logits
     return torch.topk(first, 5 if first.shape[-1] > 10 else 1, dim=-1).indices
 
 
 def classification_metrics(prediction: EvalPrediction) -> dict[str, float]:
-    """For `Trainer(compute_metrics=...)`, after `rank_classes`. `Trainer` has gathered all processes' examples.
+    """For `Trainer(compute_metrics=...)`, after `rank_classes`, on the examples of all processes.
 
-    Those labelled `IGNORED` do not count, as in the loss.
+    Examples labeled `IGNORED` do not count, as in the loss.
     """
     counted = np.asarray(prediction.label_ids) != IGNORED
     if not counted.any():
-        raise ValueError("The evaluation data has no labelled example.")
+        raise ValueError("The evaluation data has no labeled examples.")
     return compute(TopKAccuracy, predictions=prediction.predictions[counted], references=prediction.label_ids[counted])
 
 
 def compute(kind: type[evaluate.Metric], **inputs: Any) -> dict[str, float]:
-    """What a metric of the class `kind` says of `inputs`.
+    """The value of the metric class `kind` on `inputs`.
 
-    `evaluate` makes a cache folder in the home directory, into which a metric that is kept in memory writes nothing;
-    here it need not be writable.
+    `evaluate` creates a cache folder in the home directory, even for a metric that is kept in memory and writes nothing
+    there. With a temporary one the home directory need not be writable.
     """
     with tempfile.TemporaryDirectory() as folder:
         return kind(keep_in_memory=True, cache_dir=folder).compute(**inputs)
@@ -80,9 +80,9 @@ def compute(kind: type[evaluate.Metric], **inputs: Any) -> dict[str, float]:
 class AnswerMatch(evaluate.Metric):
     """Exact match and ROUGE-L of generated texts.
 
-    `compute(predictions=..., references=...)`: one text and one reference each. Words are compared in lower case.
-    ROUGE-L is the F-measure of the longest common subsequence of words (Lin, 2004), with equal weights of precision and
-    recall.
+    `compute(predictions=..., references=...)`: one text and one reference per example. Words are lowercased.
+    ROUGE-L is the F-measure of the longest common subsequence of words (Lin, 2004), weighting precision and recall
+    equally.
     """
 
     def _info(self) -> evaluate.MetricInfo:
@@ -106,11 +106,11 @@ class AnswerMatch(evaluate.Metric):
 def _rouge_l(prediction: list[str], reference: list[str]) -> float:
     if not prediction or not reference:
         return float(prediction == reference)
-    lengths = np.zeros(len(reference) + 1, dtype=int)  # of the longest common subsequence with each beginning
+    lengths = np.zeros(len(reference) + 1, dtype=int)  # of the longest common subsequence with each prefix
     for word in prediction:
         previous = lengths.copy()
-        for j, other in enumerate(reference):
-            lengths[j + 1] = previous[j] + 1 if word == other else max(previous[j + 1], lengths[j])
+        for j, reference_word in enumerate(reference):
+            lengths[j + 1] = previous[j] + 1 if word == reference_word else max(previous[j + 1], lengths[j])
     common = lengths[-1]
     return 2 * common / (len(prediction) + len(reference))
 
@@ -124,7 +124,7 @@ def generate_text(
     seed: int | None = None,
     **kwargs: Any,
 ) -> str:
-    """What `model` writes after `prompt`: greedily, or sampled if a seed is given. Leaves the random state alone."""
+    """The continuation of `prompt`, greedy or, with a seed, sampled. Leaves the random state alone."""
     was_training = model.training
     model.eval()
     inputs = tokenizer(prompt or tokenizer.eos_token, add_special_tokens=False, return_tensors="pt").to(model.device)
@@ -148,19 +148,19 @@ def generate_text(
     return str(tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 
 
-# ---- Multiple choice, zero-shot: the answer is the choice to which the model gives the highest probability ----
+# ---- Multiple choice, zero-shot: the answer is the choice with the highest probability ----
 
 
 @torch.no_grad()
 def choice_log_likelihoods(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, context: str, choices: list[str]
 ) -> list[float]:
-    """log p(choice | context) of each choice: the sum over its tokens, natural logarithm.
+    """log p(choice | context) of each choice: the sum over its tokens, in nats.
 
-    A context that is too long for the model loses its beginning.
+    A context too long for the model is truncated at its beginning.
 
     Raises:
-        ValueError: a choice is empty, or alone too long for the model.
+        ValueError: a choice is empty, or too long for the model by itself.
     """
     limit = getattr(model.config, "max_position_embeddings", None)
     scores = []
@@ -173,7 +173,7 @@ def choice_log_likelihoods(
             ids = ids[-limit:]
             if len(choice_ids) >= limit:
                 raise ValueError(
-                    f"The choice {choice[:40]!r}... has {len(choice_ids)} tokens, the model room for {limit}."
+                    f"The choice {choice[:40]!r}... has {len(choice_ids)} tokens; the model's context is {limit}."
                 )
         inputs = torch.tensor([ids], device=model.device)
         log_probabilities = model(input_ids=inputs).logits[0, :-1].float().log_softmax(-1)
@@ -183,12 +183,12 @@ def choice_log_likelihoods(
 
 
 def _split(tokenizer: PreTrainedTokenizerBase, context: str, choice: str) -> tuple[list[int], list[int]]:
-    """Tokens of the context, of which there is at least one, and of the choice as it goes on from there."""
+    """Tokens of the context, at least one, and of the choice as its continuation."""
     ids = tokenizer(context, add_special_tokens=False)["input_ids"] if context else [tokenizer.eos_token_id]
     whole = tokenizer(context + choice, add_special_tokens=False)["input_ids"]
     if context and whole[: len(ids)] == ids:
         return ids, whole[len(ids) :]
-    return ids, tokenizer(choice, add_special_tokens=False)["input_ids"]  # a token spans the border
+    return ids, tokenizer(choice, add_special_tokens=False)["input_ids"]  # a token spans the boundary
 
 
 def evaluate_multiple_choice(
@@ -199,44 +199,44 @@ def evaluate_multiple_choice(
     choices_column: str = "choices",
     label_column: str = "label",
 ) -> dict[str, float]:
-    """`accuracy`, and `accuracy_norm`, for which each log-likelihood is divided by the bytes of its choice.
+    """`accuracy`, and `accuracy_norm`, which divides each log-likelihood by the number of bytes of its choice.
 
     Args:
-        dataset: one question per row: a text, a list of texts, and the index of the right one.
+        dataset: one question per row: a text, a list of texts, and the index of the correct one.
 
     Raises:
-        ValueError: a column is missing, or a row is not a question with choices and the index of the right one.
+        ValueError: a column is missing, or a row is not a question with choices and the index of the correct one.
     """
     for flag, column in (("context", context_column), ("choices", choices_column), ("label", label_column)):
         if column not in dataset.column_names:
-            listed = ", ".join(dataset.column_names)
+            columns = ", ".join(dataset.column_names)
             raise ValueError(
-                f"{flag}_column={column!r} is not a column of the dataset, which has {listed}. Name one of these."
+                f"{flag}_column={column!r} is not a column of the dataset, which has {columns}. Name one of these."
             )
     if not len(dataset):
-        raise ValueError("The dataset has no questions. Give another split, or look at the data.")
+        raise ValueError("The dataset has no questions. Give another split, or check the data.")
     for row, question in enumerate(dataset):
         if (reason := _why_bad(question[context_column], question[choices_column], question[label_column])) is not None:
             raise ValueError(f"row {row}: {reason}. Fix or remove it.")
     model.eval()
-    right = right_norm = 0
+    correct = correct_norm = 0
     for row in dataset:
         choices, label = row[choices_column], int(row[label_column])
         scores = choice_log_likelihoods(model, tokenizer, row[context_column], choices)
         per_byte = [score / len(choice.encode()) for score, choice in zip(scores, choices, strict=True)]
-        right += max(range(len(choices)), key=scores.__getitem__) == label
-        right_norm += max(range(len(choices)), key=per_byte.__getitem__) == label
-    return {"accuracy": right / len(dataset), "accuracy_norm": right_norm / len(dataset), "examples": len(dataset)}
+        correct += max(range(len(choices)), key=scores.__getitem__) == label
+        correct_norm += max(range(len(choices)), key=per_byte.__getitem__) == label
+    return {"accuracy": correct / len(dataset), "accuracy_norm": correct_norm / len(dataset), "examples": len(dataset)}
 
 
 def _why_bad(context: Any, choices: Any, label: Any) -> str | None:
-    """Why this is not a question."""
+    """Why the row is not a valid question, or None."""
     if not isinstance(context, str):
         return f"the context is {context!r}, not a text"
     if not isinstance(choices, list) or not choices or not all(isinstance(c, str) and c for c in choices):
         return f"the choices are {choices!r}, not a list of texts"
     if not _is_index(label, len(choices)):
-        return f"The label {label!r} is not the index of one of {len(choices)} choices, 0 to {len(choices) - 1}"
+        return f"the label {label!r} is not the index of one of {len(choices)} choices, 0 to {len(choices) - 1}"
     return None
 
 

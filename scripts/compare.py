@@ -1,15 +1,15 @@
-"""Compare ways of training: run a grid of one of the training scripts, and write what it says.
+"""Compare training methods: run a grid of one of the training scripts, and report the results.
 
     python scripts/compare.py --preset gr-table2 --scale cpu --workers 2
     python scripts/compare.py --preset gr-table2 --scale cpu --dataset_name FOLDER --axis gr_r=0.02,0.05
 
-A grid (scripts/grids, or a file of your own) has arms, which are compared with each other, axes, seeds and scales. Any
-other flag is passed on to the script; `--axis FLAG=VALUE,VALUE` makes an axis of one. Give the same command again to go
-on after an interruption: what is finished is not run again. Workers on other machines that see the same folder join in
-by the same command.
+A grid (scripts/grids, or a file of your own) contains arms, which are compared with each other, axes, seeds and scales.
+Other flags are passed to the script; `--axis FLAG=VALUE,VALUE` makes one an axis. Rerun the same command to continue
+after an interruption: finished runs are not repeated. On another machine that shares the folder, the same command adds
+workers.
 
-Written to the output folder: results.csv (a row per run), table.md, curves.png, and with one axis sensitivity.png, with
-two heat_map.png.
+The output folder gets results.csv (a row per run), table.md and curves.png; also sensitivity.png for one axis,
+heat_map.png for two.
 """
 
 import argparse
@@ -43,7 +43,7 @@ from hf_gr.reporting.grid_file import Grid, load_grid
 from hf_gr.reporting.redaction import redact
 
 SCRIPTS = Path(__file__).parent
-#: What our scripts report of which less is better. Those of another script are known after its first run.
+#: Metrics of our scripts for which lower is better. Those of other scripts are known after the first run.
 METRICS = {
     "train_vit.py": ("eval_error", "eval_loss"),
     "pretrain_llama.py": ("eval_loss", "eval_perplexity"),
@@ -58,7 +58,7 @@ def parse_args(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--output_dir", type=Path, help="default: outputs/GRID-SCALE")
     parser.add_argument("--seeds", type=int, nargs="+", action="extend", help="instead of the grid's")
     parser.add_argument("--axis", action="append", default=[], metavar="FLAG=VALUE,VALUE")
-    parser.add_argument("--workers", type=int, default=1, help="runs at a time, with one CPU thread each")
+    parser.add_argument("--workers", type=int, default=1, help="number of parallel runs, with one CPU thread each")
     parser.add_argument("--launcher", default=sys.executable, help="e.g. 'accelerate launch --num_processes 8'")
     return parser.parse_known_args(with_underscores(argv))
 
@@ -94,7 +94,7 @@ def main(argv: list[str] | None = None) -> None:
             if went_well:
                 require_metric(grid, run)
             else:
-                progress.write(f"{run.name} failed: {last_line(log := run.folder / 'log.txt')}\n  All of it: {log}")
+                progress.write(f"{run.name} failed: {last_line(log := run.folder / 'log.txt')}\n  Full log: {log}")
 
         run_grid(SCRIPTS / grid.script, runs, options.workers, on_end, launcher)
 
@@ -109,7 +109,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def last_line(log: Path) -> str:
-    """Of a script that fails: why."""
+    """The last line of a failed script's output: the error."""
     lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
     return lines[-1] if lines else "it printed nothing"
 
@@ -138,19 +138,19 @@ def _launcher(text: str) -> list[str]:
 
 
 def check_command_lines(grid: Grid, runs: list[Run]) -> None:
-    """Raise `ValueError` for what would make every run fail: a flag, a value, a file, or a metric."""
+    """Raise `ValueError` for a flag, value, file or metric that would make every run fail."""
     path = SCRIPTS / grid.script
     for key, file in (("script", path), ("recipe", grid.recipe and SCRIPTS / "recipes" / grid.recipe)):
         if file and not file.is_file():
-            raise ValueError(f"{key}={getattr(grid, key)!r}: there is no file {file}. Give one that is there.")
+            raise ValueError(f"{key}={getattr(grid, key)!r}: there is no file {file}. Give an existing one.")
     if path.parent != SCRIPTS:
-        return  # who knows what happens if it is imported
+        return  # importing a script of someone else may have any effect
     if grid.script not in METRICS:
         raise ValueError(f"script={grid.script!r} does not train. Choose one of {', '.join(METRICS)}.")
     if grid.metric not in METRICS[grid.script]:
         raise ValueError(
-            f"metric={grid.metric!r}: {grid.script} reports nothing of that name of which less is better. Choose one "
-            f"of {', '.join(METRICS[grid.script])}."
+            f"metric={grid.metric!r}: {grid.script} reports no such metric for which lower is better. Choose one of "
+            f"{', '.join(METRICS[grid.script])}."
         )
     parser = _parser_of(path)
     for run in (run for run in runs if run.point["seed"] == grid.seeds[0]):
@@ -164,16 +164,16 @@ def _parser_of(path: Path) -> script.ArgumentParser:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
+    sys.modules[spec.name] = module  # dataclasses look up their module
     spec.loader.exec_module(module)
     kinds = [kind for kind in vars(module).values() if isinstance(kind, type) and is_dataclass(kind)]
-    own = [kind for kind in kinds if kind.__module__ == module.__name__]
+    defined = [kind for kind in kinds if kind.__module__ == module.__name__]
     configs = [kind for kind in kinds if issubclass(kind, TrainingArguments)]
-    return script.ArgumentParser([*own, max(configs, key=lambda kind: len(kind.__mro__))])
+    return script.ArgumentParser([*defined, max(configs, key=lambda kind: len(kind.__mro__))])
 
 
 def report(grid: Grid, runs: list[Run], folder: Path, published: Path | None, command: str) -> str:
-    """Write what the finished runs say, and return the table."""
+    """Write the results of the finished runs, and return the table."""
     write_results(runs, folder / "results.csv")
     table = markdown_table(grid, runs, published)
     if len(grid.axes) > 1:

@@ -1,10 +1,10 @@
-"""Evaluate a causal language model, or its adapters, without training it for the task.
+"""Evaluate a causal language model, or its adapters, zero-shot.
 
     python scripts/evaluate_llama.py FOLDER --dataset_name questions.parquet --context_column question
     python scripts/evaluate_llama.py FOLDER --lm_eval_tasks hellaswag arc_easy      # needs `pip install lm_eval`
 
-The first is multiple choice by log-likelihood on any data set with a text, a list of choices and the index of the right
-one. The results are printed, and written to FOLDER/evaluation.json.
+The first is multiple choice by log-likelihood, on any dataset with a text, a list of choices and the index of the
+correct one. Results are printed and written to FOLDER/evaluation.json.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from hf_gr.reporting.record import read_mapping
 def multiple_choice(options: argparse.Namespace) -> dict[str, float]:
     dataset = load_text_dataset(options.dataset_name, options.dataset_config_name)
     if options.split not in dataset:
-        raise ValueError(f"split={options.split!r}: the data set has {', '.join(dataset)}. Name one of these.")
+        raise ValueError(f"split={options.split!r}: the dataset has {', '.join(dataset)}. Name one of these.")
     questions = keep_first(dataset[options.split], options.max_examples, 0, "max_examples")
     with explained(f"model={options.model!r} could not be loaded", "Give a folder with a model, or a name on the Hub."):
         model = AutoModelForCausalLM.from_pretrained(options.model)
@@ -44,23 +44,22 @@ def harness(options: argparse.Namespace) -> dict:
     import lm_eval
 
     adapters = Path(options.model) / "adapter_config.json"
-    where = f"pretrained={options.model}"
+    source = f"pretrained={options.model}"
     if adapters.is_file():
-        base = read_mapping(adapters).get("base_model_name_or_path")
-        if not base:
+        if not (base := read_mapping(adapters).get("base_model_name_or_path")):
             raise ValueError(f"{adapters} has no base_model_name_or_path. Write the name of the base model into it.")
-        where = f"pretrained={base},peft={options.model}"
-    found = lm_eval.simple_evaluate(
-        model="hf", model_args=where, tasks=options.lm_eval_tasks, device=options.device, limit=options.max_examples
+        source = f"pretrained={base},peft={options.model}"
+    output = lm_eval.simple_evaluate(
+        model="hf", model_args=source, tasks=options.lm_eval_tasks, device=options.device, limit=options.max_examples
     )
-    return found["results"]
+    return output["results"]
 
 
 def refuse_flags_of_datasets(parser: script.ArgumentParser, options: argparse.Namespace) -> None:
     for flag in ("dataset_config_name", "split", "context_column", "choices_column", "label_column"):
         value = getattr(options, flag)
         if value != parser.get_default(flag):
-            raise ValueError(f"{flag}={value!r}: no effect with --lm_eval_tasks, which bring their data. Leave it out.")
+            raise ValueError(f"{flag}={value!r}: no effect with --lm_eval_tasks, which have data. Leave it out.")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -68,7 +67,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("model", help="a folder, or a name on the Hub")
     parser.add_argument("--dataset_name", help="a parquet or JSON file, a folder, or a name on the Hub")
     parser.add_argument("--dataset_config_name")
-    parser.add_argument("--split", default="train", help="train is what a file is")
+    parser.add_argument("--split", default="train", help="a single file is the split train")
     parser.add_argument("--context_column", default="context")
     parser.add_argument("--choices_column", default="choices")
     parser.add_argument("--label_column", default="label")

@@ -3,9 +3,9 @@
     accelerate launch scripts/finetune_llama_lora.py --model_name_or_path FOLDER_OR_HUB_NAME
     accelerate launch scripts/finetune_llama_lora.py --model_name_or_path ... --gr_lambda 0 --ire_preset llama
 
-Only the adapters are trained: GR perturbs them alone, and IRE amplifies their steps alone. The loss is that of the
-answers. A recipe (YAML or JSON) may come first; flags overrule it, and whatever in it contradicts them. Without one the
-recipe is scripts/recipes/lora_alpaca.yaml.
+Only the adapters are trained: GR perturbs only them, and IRE amplifies only their steps. The loss is that of the
+answers. A recipe (YAML or JSON) may come first; flags override it, along with whatever in it contradicts them. The
+default recipe is scripts/recipes/lora_alpaca.yaml.
 """
 
 import sys
@@ -44,12 +44,12 @@ DEFAULT_RECIPE = Path(__file__).parent / "recipes" / "lora_alpaca.yaml"
 @dataclass
 class ModelArguments(script.ModelArguments):
     model_name_or_path: str | None = field(
-        default=None, metadata={"help": "The base model, on the Hub or in a folder. There is no default."}
+        default=None, metadata={"help": "The base model, on the Hub or in a folder. Required."}
     )
     adapter_name_or_path: str | None = field(
-        default=None, metadata={"help": "Adapters to go on from, of this base model. Default: new ones."}
+        default=None, metadata={"help": "Adapters of this base model to continue training. Default: new ones."}
     )
-    # Adapters that are there bring their own values of the next four.
+    # Existing adapters have their own values of the next four.
     lora_r: int | None = field(default=None, metadata={"help": "Rank of the adapters. Default: 8."})
     lora_alpha: int | None = field(
         default=None, metadata={"help": "Their output is scaled by lora_alpha / lora_r. Default: 16."}
@@ -58,10 +58,10 @@ class ModelArguments(script.ModelArguments):
         default=None, metadata={"help": "Dropout on the input of the adapters. Default: 0."}
     )
     lora_target_modules: list[str] | None = field(
-        default=None, metadata={"help": "Names of the layers that get adapters. Default: all linear ones but the head."}
+        default=None, metadata={"help": "Names of the layers with adapters. Default: all linear ones but the head."}
     )
     merge_and_save: bool = field(
-        default=False, metadata={"help": "Save the base model with the adapters merged into it, too, in merged/."}
+        default=False, metadata={"help": "Also save the base model with the adapters merged into it, in merged/."}
     )
 
     def __post_init__(self):
@@ -87,11 +87,11 @@ class DataArguments(script.DataArguments):
         },
     )
     max_length: int | None = field(default=None, metadata={"help": "Tokens per example. Default: the model's context."})
-    max_train_samples: int | None = field(default=None, metadata={"help": "Train on this many examples only."})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on this many examples only."})
-    generate_samples: int = field(default=20, metadata={"help": "Write and compare the answers of so many of them."})
-    max_new_tokens: int = field(default=64, metadata={"help": "Length of an answer that is written."})
-    preprocessing_num_workers: int | None = field(default=None, metadata={"help": "Processes that tokenize."})
+    max_train_samples: int | None = field(default=None, metadata={"help": "Train on at most this many examples."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on at most this many examples."})
+    generate_samples: int = field(default=20, metadata={"help": "Number of answers to generate and compare."})
+    max_new_tokens: int = field(default=64, metadata={"help": "Maximum tokens of a generated answer."})
+    preprocessing_num_workers: int | None = field(default=None, metadata={"help": "Number of tokenizing processes."})
 
     def __post_init__(self):
         counts = ("eval_examples", "max_length", "max_train_samples", "max_eval_samples", "max_new_tokens")
@@ -110,7 +110,7 @@ def load_base(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     if has_adapters:
         base = PeftConfig.from_pretrained(name).base_model_name_or_path
         raise ValueError(
-            f"model_name_or_path={name!r} has adapters, which would be lost. To go on training them, give "
+            f"model_name_or_path={name!r} has adapters, which would be lost. To continue training them, give "
             f"--model_name_or_path {base} --adapter_name_or_path {name}; to train new ones on top of them, give the "
             "model that they are merged into (--merge_and_save True)."
         )
@@ -120,11 +120,11 @@ def load_base(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     rows = cast(Embedding, model.get_input_embeddings()).num_embeddings
     if len(tokenizer) > rows:
         raise ValueError(
-            f"model_name_or_path={name!r}: its tokenizer has {len(tokenizer)} tokens, and the model embeddings for "
+            f"model_name_or_path={name!r}: its tokenizer has {len(tokenizer)} tokens, but the model embeddings for "
             f"{rows}. They do not belong together."
         )
     if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token  # masked wherever it pads
+        tokenizer.pad_token = tokenizer.eos_token  # padding is masked
     return model, tokenizer
 
 
@@ -162,7 +162,7 @@ class Data(NamedTuple):
     train: Dataset
     evaluation: Dataset
     eval_split: str
-    questions: Dataset  # the evaluation's, as text
+    questions: Dataset  # of the evaluation, as text
     counts: dict[str, int]  # examples left out, as metrics
 
 

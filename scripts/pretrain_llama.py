@@ -5,9 +5,9 @@
     accelerate launch scripts/pretrain_llama.py scripts/recipes/llama_60m_wikitext103.yaml
     accelerate launch scripts/pretrain_llama.py --dataset_name FILE_FOLDER_OR_HUB_NAME --model llama-60m
 
-A recipe (YAML or JSON) may come first; flags overrule it, and whatever in it contradicts them. Without one the recipe
-is scripts/recipes/llama_tiny_python.yaml. With --dataset_name only its method (gr_*, ire_*, optim*) is used, and so it
-is with a recipe that does not mention the method: the data never changes the method.
+A recipe (YAML or JSON) may come first; flags override it, along with whatever in it contradicts them. The default
+recipe is scripts/recipes/llama_tiny_python.yaml. With --dataset_name, or a recipe that does not set the method, only
+its method (gr_*, ire_*, optim*) is used: the data never changes the method.
 """
 
 import sys
@@ -51,7 +51,7 @@ class ModelArguments(script.ModelArguments):
         metadata={"help": "Tokenizer of a checkpoint, on the Hub or in a folder. Default: one trained on the data."},
     )
     vocab_size: int | None = field(
-        default=None, metadata={"help": "Size of the byte-level BPE that is trained on the data. Default: 4096."}
+        default=None, metadata={"help": "Size of the byte-level BPE trained on the data. Default: 4096."}
     )
     block_size: int | None = field(
         default=None, metadata={"help": "Tokens per example. Default: the context of the architecture."}
@@ -75,21 +75,21 @@ class DataArguments(script.DataArguments):
         metadata={"help": "'python' (embedded), a text, parquet or JSON file, a folder, or a name on the Hub."},
     )
     text_column_name: str | None = field(
-        default=None, metadata={"help": "Default: 'text', or the only one of strings."}
+        default=None, metadata={"help": "Default: 'text', or the only column of strings."}
     )
-    streaming: bool = field(default=False, metadata={"help": "Read the data as it is needed, without storing it."})
+    streaming: bool = field(default=False, metadata={"help": "Read the data as needed, without storing it."})
     eval_documents: int | None = field(
         default=None,
         metadata={
             "help": "Documents of train to evaluate on, if there is no validation or test split. Default: one in 100."
         },
     )
-    preprocessing_num_workers: int | None = field(default=None, metadata={"help": "Processes that tokenize."})
+    preprocessing_num_workers: int | None = field(default=None, metadata={"help": "Number of tokenizing processes."})
     max_train_tokens: int | None = field(
-        default=None, metadata={"help": "Train on so many tokens, in place of epochs or steps."}
+        default=None, metadata={"help": "Train on this many tokens, instead of epochs or steps."}
     )
-    max_eval_blocks: int | None = field(default=None, metadata={"help": "Evaluate on this many blocks only."})
-    sample_prompt: str = field(default="", metadata={"help": "What the sample of generated text begins with."})
+    max_eval_blocks: int | None = field(default=None, metadata={"help": "Evaluate on at most this many blocks."})
+    sample_prompt: str = field(default="", metadata={"help": "The beginning of the sample of generated text."})
 
     def __post_init__(self):
         counts = ("eval_documents", "preprocessing_num_workers", "max_train_tokens", "max_eval_blocks")
@@ -117,13 +117,13 @@ def create_tokenizer(args: ModelArguments, documents, text_column: str) -> PreTr
 
 
 def tokens_per_example(model_args: ModelArguments, data_args: DataArguments, args: ScriptConfig) -> int:
-    """And, of budgets in tokens, the number of steps."""
+    """The block size. Also converts a token budget to `max_steps`."""
     context, size = LLAMA_PRESETS[model_args.model].context, model_args.block_size
     block_size = context if size is None else size
     if data_args.max_train_tokens is not None:
         args.max_steps = steps_for_tokens(data_args.max_train_tokens, args, block_size)
     elif data_args.streaming and args.max_steps <= 0:
-        raise ValueError("streaming=True: the length of a stream is not known. Set max_train_tokens or max_steps.")
+        raise ValueError("streaming=True: a stream has no known length. Set max_train_tokens or max_steps.")
     return block_size
 
 
@@ -132,7 +132,7 @@ class Data(NamedTuple):
     evaluation: Dataset | IterableDataset
     eval_split: str
     tokenizer: PreTrainedTokenizerBase
-    counts: dict[str, int]  # examples left out, as metrics; a stream has them in the log
+    counts: dict[str, int]  # skipped examples, as metrics; a stream logs them
 
 
 def load_data(model_args: ModelArguments, args: DataArguments, training: ScriptConfig, block_size: int) -> Data:
@@ -155,7 +155,7 @@ def load_data(model_args: ModelArguments, args: DataArguments, training: ScriptC
 
 
 def create_trainer(model_args: ModelArguments, args: ScriptConfig, data: Data) -> CausalLMTrainer:
-    args.include_num_input_tokens_seen = "all"  # for the tokens, and tokens per second, in the log
+    args.include_num_input_tokens_seen = "all"  # logs tokens, and tokens per second
     context = LLAMA_PRESETS[model_args.model].context
     return CausalLMTrainer(
         model=create_llama(model_args.model, len(data.tokenizer), context, data.tokenizer.eos_token_id),
@@ -163,7 +163,7 @@ def create_trainer(model_args: ModelArguments, args: ScriptConfig, data: Data) -
         train_dataset=data.train,
         eval_dataset=data.evaluation,
         processing_class=data.tokenizer,
-        data_collator=default_data_collator,  # blocks of one length need no padding
+        data_collator=default_data_collator,  # blocks of equal length need no padding
     )
 
 

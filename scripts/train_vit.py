@@ -5,9 +5,9 @@
     accelerate launch scripts/train_vit.py scripts/recipes/vit_ti_cifar10.yaml --seed 1
     accelerate launch scripts/train_vit.py --dataset_name PATH_OR_HUB_NAME --model vit-s --output_dir out
 
-A recipe (YAML or JSON) may come first; flags overrule it, and whatever in it contradicts them. Without one the recipe
-is scripts/recipes/vit_digits.yaml. With --dataset_name or --model_name_or_path only its method (gr_*, ire_*, optim*) is
-used, and so it is with a recipe that does not mention the method: the data never changes the method.
+A recipe (YAML or JSON) may come first; flags override it, along with whatever in it contradicts them. The default
+recipe is scripts/recipes/vit_digits.yaml. With --dataset_name or --model_name_or_path, or a recipe that does not set
+the method, only its method (gr_*, ire_*, optim*) is used: the data never changes the method.
 """
 
 import math
@@ -65,10 +65,10 @@ class ModelArguments(script.ModelArguments):
     model_name_or_path: str | None = field(
         default=None, metadata={"help": "Pretrained checkpoint to start from, on the Hub or in a folder."}
     )
-    # A checkpoint brings its own values of these; they describe a model that is trained from scratch.
+    # A checkpoint has its own values of these; they describe a model trained from scratch.
     dropout: float | None = field(
         default=None,
-        metadata={"help": "Dropout, on attention weights too (Swin: there alone). Default: 0.1; 0 for CaiT."},
+        metadata={"help": "Dropout, also of attention weights (Swin: only those). Default: 0.1; 0 for CaiT."},
     )
     stem: str | None = field(
         default=None,
@@ -80,7 +80,7 @@ class ModelArguments(script.ModelArguments):
     weight_init: str | None = field(
         default=None,
         metadata={
-            "help": "How all linear and convolutional weights are drawn. Default: the architecture's way.",
+            "help": "Initialization of linear and convolutional weights. Default: the architecture's.",
             "choices": list(WEIGHT_INITS),
         },
     )
@@ -122,31 +122,31 @@ class DataArguments(script.DataArguments):
         default=None,
         metadata={"help": "Share of train to evaluate on, if there is no test or validation split. Default: 0.1."},
     )
-    max_train_samples: int | None = field(default=None, metadata={"help": "Train on this many examples only."})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on this many examples only."})
+    max_train_samples: int | None = field(default=None, metadata={"help": "Train on at most this many examples."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on at most this many examples."})
     image_max_value: float | None = field(
         default=None,
         metadata={
-            "help": "What is white in images of more than 8 bits, which are scaled by it to 8: 65535 for 16 bits, 4095 "
-            "for 12 bits, 1 for shares of white. Scale such images alike before the trained model gets them."
+            "help": "Value of white in images of more than 8 bits, used to scale them to 8: 65535 for 16 bits, 4095 "
+            "for 12 bits, 1 for values from 0 to 1. Scale images the same way before inference."
         },
     )
     skip_bad_examples: bool = field(
         default=False,
         metadata={
-            "help": "Leave out, and count, examples without a class or with an image that cannot be read. All images "
-            "are read before training, to find out."
+            "help": "Skip and count examples without a class or with an unreadable image. To find them, all images are "
+            "read before training."
         },
     )
     random_flip: bool = field(default=True, metadata={"help": "Mirror training images at random."})
     crop_padding: int = field(
-        default=4, metadata={"help": "Shift training images by up to so many pixels, border reflected; 0 is off."}
+        default=4, metadata={"help": "Shift training images by up to this many pixels, reflecting the border; 0: off."}
     )
     reestimate_batch_norm: int | None = field(
         default=None,
         metadata={
-            "help": "When training ends, compute BatchNorm's running statistics anew from this many training images, "
-            "without augmentation. After few steps they are those of earlier weights."
+            "help": "After training, recompute BatchNorm's running statistics from this many training images without "
+            "augmentation. After few steps they still reflect earlier weights."
         },
     )
 
@@ -172,7 +172,7 @@ def _load_model(name: str, label_names: list[str]) -> tuple[PreTrainedModel, Bas
             name,
             id2label=dict(enumerate(label_names)),
             label2id={name: i for i, name in enumerate(label_names)},
-            ignore_mismatched_sizes=True,  # the head, where the number of classes is another
+            ignore_mismatched_sizes=True,  # the head, if the number of classes differs
         )
         return model, AutoImageProcessor.from_pretrained(name)
 
@@ -200,7 +200,7 @@ class Data(NamedTuple):
     image_column: str
     label_column: str
     label_names: list[str]
-    skipped: dict[str, int]  # examples left out, as metrics; empty unless asked for
+    skipped: dict[str, int]  # skipped examples, as metrics; empty without skip_bad_examples
 
 
 def load_data(args: DataArguments, training: ScriptConfig) -> Data:
@@ -231,7 +231,7 @@ def create_trainer(model_args: ModelArguments, data_args: DataArguments, args: S
     )
     check_first_example(train, data.image_column, data_args.image_max_value, data_args.crop_padding)
     add_augmentation(model, flip=data_args.random_flip, crop_padding=data_args.crop_padding)
-    args.remove_unused_columns = False  # the image column is read when an example is asked for
+    args.remove_unused_columns = False  # preprocessing reads the image column
     args.label_names = ["labels"]
     callbacks = []
     if (count := data_args.reestimate_batch_norm) is not None:

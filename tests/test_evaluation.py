@@ -38,7 +38,7 @@ def test_unlabelled_examples_do_not_count_as_errors():
     labels = np.array([1, -100, 0])
     metrics = classification_metrics(EvalPrediction(predictions=np.array([[1], [1], [0]]), label_ids=labels))
     assert metrics == {"accuracy": 1.0, "error": 0.0}
-    with pytest.raises(ValueError, match="no labelled example"):
+    with pytest.raises(ValueError, match="no labeled examples"):
         classification_metrics(EvalPrediction(predictions=np.zeros((1, 1)), label_ids=np.array([-100])))
 
 
@@ -91,7 +91,7 @@ def test_multiple_choice_counts(talker):
     assert result["accuracy"] == expected and result["examples"] == 2
     with pytest.raises(ValueError, match="choices_column='options' is not a column of the dataset, which has context"):
         evaluate_multiple_choice(model, tokenizer, Dataset.from_dict(questions), choices_column="options")
-    with pytest.raises(ValueError, match="The label 2 is not the index of one of 2 choices, 0 to 1"):
+    with pytest.raises(ValueError, match="the label 2 is not the index of one of 2 choices, 0 to 1"):
         evaluate_multiple_choice(model, tokenizer, Dataset.from_dict({**questions, "label": [2, 0]}))
 
 
@@ -101,8 +101,8 @@ def test_multiple_choice_counts(talker):
         ({"context": None}, "row 1: the context is None, not a text"),
         ({"choices": ["a", None]}, "row 1: the choices are ['a', None], not a list of texts"),
         ({"choices": []}, "row 1: the choices are [], not a list of texts"),
-        ({"label": 0.5}, "row 1: The label 0.5 is not the index"),
-        ({"label": None}, "row 1: The label None is not the index"),
+        ({"label": 0.5}, "row 1: the label 0.5 is not the index"),
+        ({"label": None}, "row 1: the label None is not the index"),
     ],
     ids=str,
 )

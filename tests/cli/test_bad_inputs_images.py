@@ -90,8 +90,8 @@ FLAGS = [
     ("--lr 0.1", "--lr", "Did you mean"),
     ("--batch_size 8", "--batch_size", "there is no such flag"),
     ("--epochs 8", "--epochs", "--help"),
-    ("--gr_r", "--gr_r", "Write the value behind the flag"),
-    ("--image_mean", "--image_mean", "Write the value behind the flag"),
+    ("--gr_r", "--gr_r", "Write the value after the flag"),
+    ("--image_mean", "--image_mean", "Write the value after the flag"),
     ("--gr_r 0.1 0.2", "'0.2'", "--FLAG VALUE"),
     ("--seed 1 recipe.yaml", "'recipe.yaml'", "a recipe comes first"),
     # of another type

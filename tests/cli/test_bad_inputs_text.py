@@ -81,7 +81,7 @@ SHARED = [
     ("--max_steps 3 --num_train_epochs 2", "max_steps=3", "num_train_epochs=2.0", "Leave one of them out"),
     ("--gr-lamda 0", "--gr-lamda", "Did you mean --gr_lambda?"),
     ("--max_step 3", "--max_step", "Did you mean --max_steps?"),
-    ("--gr_r", "--gr_r", "Write the value behind the flag"),
+    ("--gr_r", "--gr_r", "Write the value after the flag"),
     ("stray", "'stray'", "Write --FLAG VALUE"),
     ("@none.yaml", "none.yaml", "No such file", "Give a YAML or JSON file"),
     ("@list.yaml", "list.yaml", "FLAG: VALUE"),
@@ -217,10 +217,10 @@ EVALUATE = [
     ("--dataset_name @text-choices.json", "row 0", "the choices are 'abc'", "Fix or remove it"),
     ("--dataset_name @no-choices.json", "row 1", "the choices are []", "Fix or remove it"),
     ("--dataset_name @null-choice.json", "row 1", "the choices are ['a', None]", "Fix or remove it"),
-    ("--dataset_name @label.json", "row 1", "The label 2", "Fix or remove it"),
-    ("--dataset_name @null-label.json", "row 1", "The label None", "Fix or remove it"),
-    ("--dataset_name @half-label.json", "row 1", "The label 0.5", "Fix or remove it"),
-    ("--dataset_name @letter-label.json", "row 0", "The label 'B'", "Fix or remove it"),
+    ("--dataset_name @label.json", "row 1", "the label 2", "Fix or remove it"),
+    ("--dataset_name @null-label.json", "row 1", "the label None", "Fix or remove it"),
+    ("--dataset_name @half-label.json", "row 1", "the label 0.5", "Fix or remove it"),
+    ("--dataset_name @letter-label.json", "row 0", "the label 'B'", "Fix or remove it"),
 ]
 
 
