@@ -1,4 +1,4 @@
-"""The arguments of a run, as its record has them: those that differ from their defaults."""
+"""The arguments of a run that its record contains: those that differ from their defaults."""
 
 import dataclasses
 from enum import Enum
@@ -8,9 +8,9 @@ from transformers import TrainingArguments
 
 from .redaction import redact, without_folders
 
-#: Recorded even at their default: without them nobody can read the rest.
+#: Recorded even at their defaults: the other arguments mean little without them.
 ALWAYS_SHOWN = ("seed", "learning_rate", "per_device_train_batch_size", "num_train_epochs", "weight_decay")
-#: Where the run was kept, watched and published, not what it computed.
+#: Where the run was stored, logged and published, not what it computed.
 BOOKKEEPING = frozenset(
     """
     output_dir run_name project report_to disable_tqdm log_level log_level_replica log_on_each_node logging_strategy
@@ -21,12 +21,12 @@ BOOKKEEPING = frozenset(
     overwrite_output_dir
     """.split()  # noqa: SIM905
 )
-#: Flags of the Hub, and those whose values in force are recorded as a group.
+#: Prefixes of the flags of the Hub, and of those whose values in force are recorded as a group.
 ELSEWHERE = ("hub_", "gr_", "ire_")
 
 
 def changed_arguments(args: Any) -> dict[str, Any]:
-    """Of a dataclass what differs from its default, and `ALWAYS_SHOWN`. New flags appear by themselves."""
+    """The fields of a dataclass that differ from their defaults, and `ALWAYS_SHOWN`. New flags need no entry."""
     values = args.to_dict() if isinstance(args, TrainingArguments) else dataclasses.asdict(args)
     changed = {}
     for argument in dataclasses.fields(args):
@@ -34,7 +34,7 @@ def changed_arguments(args: Any) -> dict[str, Any]:
         if name not in values or name in BOOKKEEPING or name.startswith(ELSEWHERE):
             continue
         if name == "num_train_epochs" and values.get("max_steps", -1) > 0:
-            continue  # it is not what ends the run
+            continue  # max_steps ends the run
         default = default_of(argument)
         differs = values[name] != default and not (_is_unset(values[name]) and _is_unset(default))
         if differs or name in ALWAYS_SHOWN:
@@ -49,5 +49,5 @@ def default_of(argument: dataclasses.Field) -> Any:
 
 
 def _is_unset(value: Any) -> bool:
-    """None, False and empty: `TrainingArguments.__post_init__` turns one into another."""
+    """Whether it is None, False or empty; `TrainingArguments.__post_init__` turns one into another."""
     return value is None or value is False or value in ("", [], {})

@@ -36,7 +36,7 @@ with extra("report"):
     import yaml
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-#: Where the Hub looks for results that go on the leaderboard of a dataset.
+#: Where the Hub looks for the results to show on a dataset's leaderboard.
 EVAL_RESULTS = Path(".eval_results") / "hf_gr.yaml"
 #: The first of these that was measured goes on a leaderboard.
 HEADLINE_METRICS = ("accuracy", "perplexity", "loss")
@@ -62,7 +62,7 @@ SPEED_METRICS = (
 SYMBOLS = {"gr_r": "r", "gr_lambda": "lambda", "gr_warmup_steps": "T_w"} | {
     f"ire_{name}": symbol for name, symbol in IRE.symbols.items()
 }
-#: Settings that a segment leaves out because they have no effect, not because they are at their defaults.
+#: Settings that a segment omits because they have no effect, not because they are at their defaults.
 WITHOUT_DEFAULT = ("gr_warmup_steps", "ire_gamma")
 
 
@@ -88,7 +88,7 @@ def write_card(folder: str | Path) -> None:
     """Write `README.md` and `curves.png` into the folder of a run, and `.eval_results/hf_gr.yaml` if its dataset is on
     the Hub.
 
-    Reads `run.json` there. Without a call of `create_model_card` that lacks the log, which is then read from
+    Reads `run.json` there. If `create_model_card` was not called, the log is not in it and is read from
     `trainer_state.json` in the folder or in its last checkpoint.
 
     Raises:
@@ -140,7 +140,7 @@ def _pipeline_tag(model: ModelFacts | None) -> str | None:
 
 
 def has_curves(history: History) -> bool:
-    """Whether the log has something to draw. (A picture in the folder may be an earlier run's.)"""
+    """Whether the log contains a training loss to plot. (A picture in the folder may be from an earlier run.)"""
     return any("loss" in entry for entry in history)
 
 
@@ -148,7 +148,7 @@ def has_curves(history: History) -> bool:
 
 
 def evaluation_of(record: Record, log: Log) -> Evaluation:
-    """The last evaluation; one without metrics if there was none."""
+    """The last evaluation; an `Evaluation` without metrics if there was none."""
     history, names = log.history, record.evaluated or [""]
     entries = last_evaluation(history, len(names))
     counts = [int(entry["evaluated_examples"]) for entry in entries if "evaluated_examples" in entry]
@@ -166,7 +166,7 @@ def evaluation_of(record: Record, log: Log) -> Evaluation:
 
 
 def _metrics(entry: dict[str, float]) -> list[tuple[str, float]]:
-    """The loss first; `trainer_state.json` has all of them in alphabetical order."""
+    """The metrics, loss first; `trainer_state.json` lists them in alphabetical order."""
     names = [name for name in entry if name.startswith("eval_") and not name.endswith(SPEED_METRICS)]
     names.sort(key=lambda name: not name.endswith("loss"))
     return [(name.removeprefix("eval_"), entry[name]) for name in names]
@@ -176,7 +176,7 @@ def _metrics(entry: dict[str, float]) -> list[tuple[str, float]]:
 
 
 def methods_of(record: Record) -> dict[str, str]:
-    """Tag -> name of the methods that the run used, in any of its steps."""
+    """Tag -> name of each method that the run used in any step."""
     methods = {}
     if record.segments_with("gr_lambda"):
         methods["gradient-regularization"] = "gradient regularization"
@@ -188,7 +188,7 @@ def methods_of(record: Record) -> dict[str, str]:
 
 
 def own_optimizer(record: Record) -> Any:
-    """The class of the optimizer that ran, if it is one of `OPTIMIZERS`, which have an equation on the card."""
+    """The class of the run's optimizer, if it is one of `OPTIMIZERS`, whose equations the card shows."""
     name = record.method.get("optimizer")
     return next((kind for kind in OPTIMIZERS.values() if kind.__name__ == name), None)
 
@@ -210,7 +210,7 @@ def citations(record: Record) -> list[str]:
 
 
 def method_rows(record: Record, degree: str) -> list[tuple[str, str, list[Span]]]:
-    """(flag, symbol, values) of a method: its degree over all steps, the others over those with the method turned on.
+    """(flag, symbol, values) of a method: its degree over all steps, its other flags over those with the method on.
 
     Args:
         degree: the flag that turns the method off at 0, `gr_lambda` or `ire_kappa`.
@@ -219,13 +219,13 @@ def method_rows(record: Record, degree: str) -> list[tuple[str, str, list[Span]]
     names = dict.fromkeys(name for s in segments for name in s.settings if name.startswith(degree.split("_")[0] + "_"))
     rows = []
     for name in names:
-        among = [s for s in segments if name in s.settings or name not in WITHOUT_DEFAULT]
-        rows.append((name, SYMBOLS.get(name, ""), record.setting(name, None if name == degree else among)))
+        relevant = [s for s in segments if name in s.settings or name not in WITHOUT_DEFAULT]
+        rows.append((name, SYMBOLS.get(name, ""), record.setting(name, None if name == degree else relevant)))
     return rows
 
 
 def hyperparameters(record: Record) -> dict[str, list[Span]]:
-    """The arguments that were not at their defaults in all steps. Those of GR and IRE have their own tables."""
+    """The arguments that were not always at their defaults. Those of GR and IRE have their own tables."""
     rows = {name: [Span(value, 0, 0)] for name, value in record.publication.arguments.items()}
     names = dict.fromkeys(name for segment in reversed(record.recorded) for name in segment.settings)
     return rows | {name: record.setting(name) for name in names if not name.startswith(("gr_", "ire_"))}
@@ -269,7 +269,7 @@ def _eval_results(published: Publication, metrics: dict[str, float]) -> list[Eva
 
 
 def _write_eval_results(folder: Path, published: Publication, metrics: dict[str, float]) -> None:
-    """The newer form: one file with one number for one dataset on the Hub. Removes an earlier run's."""
+    """The newer format: a file with one number for one dataset on the Hub. Removes that of an earlier run."""
     path = folder / EVAL_RESULTS
     metric = next((name for name in HEADLINE_METRICS if name in metrics), None)
     if metric is None or len(published.dataset_ids) != 1:
@@ -286,9 +286,9 @@ def _write_eval_results(folder: Path, published: Publication, metrics: dict[str,
     path.write_text(yaml.safe_dump(eval_result_entries_to_yaml([entry]), sort_keys=False), encoding="utf-8")
 
 
-# ---- Text as it is ----
+# ---- Literal text ----
 
-#: Markdown's syntax. An underscore within a word is not, nor are brackets without an address.
+#: Markdown syntax. Underscores within a word are literal, and so are brackets without an address.
 _MARKDOWN = re.compile(r"[\\`*|#$~&]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])|\](?=\()|<(?=[A-Za-z/!?])")
 
 
@@ -317,7 +317,7 @@ def python_string(text: str) -> str:
 
 
 def as_tuple(value: Any) -> Any:
-    """Optimizers have tuples, which JSON turns into lists."""
+    """Restore the tuples in optimizer settings, which JSON turns into lists."""
     return tuple(value) if isinstance(value, list) else value
 
 

@@ -1,5 +1,5 @@
-"""Comparisons of runs in numbers: how much sooner one group reaches a loss than another, and the tables of a grid, with
-published numbers beside ours. The pictures are in `comparison_plots.py`."""
+"""Comparisons of runs: how much sooner one group reaches a loss than another, and the tables of a grid, with published
+numbers beside ours. Plots are in `comparison_plots.py`."""
 
 import csv
 import math
@@ -18,16 +18,16 @@ from .record import History, read_history
 with extra("report"):
     from scipy import stats
 
-#: What a run is measured in -> its key in the log.
+#: Measure of training -> its key in the log.
 AXES = {
     "steps": "step",
     "tokens": "num_input_tokens_seen",
     "passes": "train_passes",
     "seconds": "train_seconds",
 }
-#: What the arms of a grid are compared at, besides at equal steps -> its key in the log.
+#: Cost at which arms of a grid are compared, besides equal steps -> its key in the log.
 EQUAL_COSTS = {"passes": "train_passes", "seconds": "train_seconds"}
-#: What a run's row of the tidy table has besides its coordinates and the metrics of its last evaluation.
+#: Columns of the tidy table besides a run's coordinates and the metrics of its last evaluation.
 COSTS = ("train_seconds", "train_passes", "train_tokens", "peak_memory_bytes")
 NAME_COLUMNS = ("model", "dataset", "optimizer")
 PUBLISHED_COLUMNS = (*NAME_COLUMNS, "method", "mean", "std")
@@ -42,25 +42,23 @@ def curve(history: History, axis: str, metric: str = "loss", window: int = 1) ->
         ValueError: the run has fewer than `window` points, or none that is finite.
     """
     if window < 1:
-        raise ValueError(f"window={window}: a mean needs points. Give 1 or more.")
+        raise ValueError(f"window={window}: a mean needs at least one point. Give 1 or more.")
     points = [(e[AXES[axis]], e[metric]) for e in history if metric in e and AXES[axis] in e]
     if not points:
         found = ", ".join(sorted({key for entry in history for key in entry if key.endswith(("loss", "error"))}))
-        raise ValueError(
-            f"metric={metric!r}: the run has not logged it. Choose one of {found or 'none, it has no log'}."
-        )
+        raise ValueError(f"metric={metric!r}: the run did not log it. Choose one of {found or 'none, it has no log'}.")
     if len(points) < window:
         raise ValueError(f"window={window}: the run has logged {metric!r} {len(points)} times. Give that or less.")
     x, y = np.array(points, dtype=float).T
     y = np.convolve(y, np.ones(window) / window, mode="valid")
     if not np.isfinite(y).any():
-        raise ValueError(f"metric={metric!r}: the run has no finite value of it. Leave the run out.")
+        raise ValueError(f"metric={metric!r}: the run logged no finite value. Leave the run out.")
     return x[window - 1 :], y
 
 
 def first_reached(x: np.ndarray, y: np.ndarray, target: float) -> float:
-    """Where the curve, interpolated linearly, first reaches `target`; infinite if it never does. Points that are not
-    finite do not reach it and are not interpolated from."""
+    """Where the curve, interpolated linearly, first reaches `target`; infinite if it never does. Non-finite points
+    do not reach it and are not used for interpolation."""
     below = np.flatnonzero(y <= target)
     if not len(below):
         return math.inf
@@ -82,10 +80,10 @@ def speedups(
     metric: str = "loss",
     window: int = 1,
 ) -> dict[str, tuple[float, float, float]]:
-    """For each axis that was logged: (mean where the baseline reaches `target`, mean of the candidate, their quotient).
+    """For each axis that all runs logged: (mean where the baseline reaches `target`, the candidate's, their quotient).
 
-    A group has a run per seed; a run that misses the target makes the mean of its group infinite. The quotient is NaN
-    if neither mean is finite. The target defaults to `common_target`.
+    A group has one run per seed; a run that misses the target makes its group's mean infinite. The quotient is NaN if
+    neither mean is finite. The target defaults to `common_target`.
     """
     runs = [*baseline, *candidate]
     target = common_target(runs, metric, window) if target is None else target
@@ -107,10 +105,10 @@ def _quotient(baseline: float, candidate: float) -> float:
 
 
 def read_curves(flag: str, folders: Sequence[str], metric: str, window: int) -> list[History]:
-    """The logs of the runs in `folders`. Raises `ValueError` if one has no such curve or is listed twice."""
+    """The logs of the runs in `folders`. Raises `ValueError` if one has no such curve or is given twice."""
     paths = [Path(folder).resolve() for folder in folders]
-    if twice := sorted({str(path) for path in paths if paths.count(path) > 1}):
-        raise ValueError(f"{flag}: {', '.join(twice)} is there twice, and would count as two seeds. Give it once.")
+    if repeated := sorted({str(path) for path in paths if paths.count(path) > 1}):
+        raise ValueError(f"{flag}: {', '.join(repeated)} is given twice, and would count as two seeds. Give it once.")
     return [_with_curve(flag, path, metric, window) for path in paths]
 
 
@@ -127,18 +125,18 @@ def _with_curve(flag: str, folder: Path, metric: str, window: int) -> History:
 
 
 def require_metric(grid: Grid, run: Run) -> None:
-    """Raise `ValueError` if the results of a finished run do not have the grid's metric."""
+    """Raise `ValueError` if the results of a finished run lack the grid's metric."""
     results = run.results()
     if grid.metric not in results:
         found = ", ".join(sorted(key for key in results if key.startswith("eval_")))
         raise ValueError(
             f"metric={grid.metric!r}: {run.folder} does not have it. Change it in the grid to one of "
-            f"{found or 'none'}, and give the command again: finished runs are kept."
+            f"{found or 'none'}, and rerun the command: finished runs are kept."
         )
 
 
 def write_results(runs: Sequence[Run], path: Path) -> None:
-    """One row per finished run: coordinates, metrics, costs. A CSV."""
+    """Write a CSV with a row per finished run: coordinates, metrics, costs."""
     rows = []
     for run in runs:
         results = run.results()
@@ -154,26 +152,26 @@ def write_results(runs: Sequence[Run], path: Path) -> None:
 def markdown_table(grid: Grid, runs: Sequence[Run], published: Path | None = None) -> str:
     """Mean and standard deviation of each arm at each combination of the axes.
 
-    Beside them: the difference to the baseline over the seeds that both have, with the p-value of a paired t-test (two
-    seeds or more); the metric at equal passes and at equal seconds, which is that of the last evaluation within what
-    the cheapest arm took on average, on a schedule made for more; the costs; and the published numbers, marked as such.
-    What does not come from all seeds says from how many.
+    Further columns: the difference from the baseline over the seeds that both have, with the p-value of a paired t-test
+    (two seeds or more); the metric at equal passes and at equal seconds, from the last evaluation within the mean cost
+    of the cheapest arm, on a schedule planned for more; the costs; and the published numbers, marked as such. A number
+    that does not come from all seeds is followed by their count.
     """
     unit = " (%)" if grid.percent else ""
     metric = grid.metric.removeprefix("eval_")
     head = [*grid.axes, "", f"{metric}{unit}, mean ± std", "each seed", f"against {grid.baseline}", "p",
             *(f"{metric}{unit} at equal {cost}" for cost in EQUAL_COSTS), *EQUAL_COSTS]  # fmt: skip
-    known = _published(grid, published)
+    published_number = _published(grid, published)
     if grid.published:
         head.append("published, **not ours**")
     lines = [_row(head), "|---" * len(head) + "|"]
-    for at, group in grouped(runs, grid.axes):
+    for on_axes, group in grouped(runs, grid.axes):
         arms = {arm: list(members) for (arm,), members in grouped(group, ["arm"])}
         limits = {key: min(_mean_cost(members, key) for members in arms.values()) for key in EQUAL_COSTS.values()}
         for arm, members in arms.items():
-            cells = [*at, arm, *_cells(grid, members, arms.get(grid.baseline, []), limits)]
+            cells = [*on_axes, arm, *_cells(grid, members, arms.get(grid.baseline, []), limits)]
             if grid.published:
-                cells.append(known(dict(zip(grid.axes, at, strict=True)), arm))
+                cells.append(published_number(dict(zip(grid.axes, on_axes, strict=True)), arm))
             lines.append(_row(cells))
     return "\n".join(lines) + "\n"
 
@@ -184,17 +182,18 @@ def _row(cells: Iterable[Any]) -> str:
 
 def table_like_the_papers(grid: Grid, runs: Sequence[Run], published: Path | None = None) -> str:
     """The same numbers as a paper prints them: models (the first axis) and arms down, the other axes across."""
-    first, *others = grid.axes
-    known = _published(grid, published)
-    columns = [at for at, _ in grouped(runs, others)]
-    lines = [_row([first, "", *(", ".join(map(str, at)) for at in columns)]), "|---" * (2 + len(columns)) + "|"]
+    first, *across = grid.axes
+    published_number = _published(grid, published)
+    columns = [column for column, _ in grouped(runs, across)]
+    lines = [_row([first, "", *(", ".join(map(str, column)) for column in columns)]), "|---" * (2 + len(columns)) + "|"]
     for (value, arm), group in grouped(runs, [first, "arm"]):
-        cells = dict(grouped(group, others))
+        cells = dict(grouped(group, across))
         row = []
-        for at in columns:
-            cell = _mean_and_std([metric_of(grid, run) for run in cells[at]], len(grid.seeds)) if at in cells else ""
-            beside = known({first: value, **dict(zip(others, at, strict=True))}, arm)
-            row.append(f"{cell}<br>published: {beside}" if beside else cell)
+        for column in columns:
+            values = [metric_of(grid, run) for run in cells.get(column, [])]
+            cell = _mean_and_std(values, len(grid.seeds)) if values else ""
+            number = published_number({first: value, **dict(zip(across, column, strict=True))}, arm)
+            row.append(f"{cell}<br>published: {number}" if number else cell)
         lines.append(_row([value, arm, *row]))
     return "\n".join(lines) + "\n"
 
@@ -203,12 +202,11 @@ def _cells(grid: Grid, members: Sequence[Run], baseline: Sequence[Run], limits: 
     values = {run.point["seed"]: metric_of(grid, run) for run in members}
     reference = {run.point["seed"]: metric_of(grid, run) for run in baseline}
     shared = [] if members is baseline else sorted(set(values) & set(reference))
-    common = [seed for seed in shared if math.isfinite(values[seed] - reference[seed])]
-    differences = [values[seed] - reference[seed] for seed in common]
+    paired = [seed for seed in shared if math.isfinite(values[seed] - reference[seed])]
+    differences = [values[seed] - reference[seed] for seed in paired]
     p = ""
-    if len(common) > 1:
-        same = max(differences) == min(differences)  # the test divides by their spread
-        p = "" if same else f"{stats.ttest_rel([values[s] for s in common], [reference[s] for s in common]).pvalue:.2g}"
+    if len(paired) > 1 and max(differences) > min(differences):  # the test divides by their spread
+        p = f"{stats.ttest_rel([values[s] for s in paired], [reference[s] for s in paired]).pvalue:.2g}"
     seeds = len(grid.seeds)
     return [
         _mean_and_std(list(values.values()), seeds),
@@ -221,14 +219,14 @@ def _cells(grid: Grid, members: Sequence[Run], baseline: Sequence[Run], limits: 
 
 
 def _mean_cost(members: Sequence[Run], key: str) -> float:
-    """Infinite if the script does not count this cost."""
+    """Infinite if the script does not report this cost."""
     results = [run.results() for run in members]
     return mean(result[key] for result in results) if all(key in result for result in results) else math.inf
 
 
 def _mean_within(grid: Grid, members: Sequence[Run], key: str, limit: float) -> str:
-    """The mean of each run's last evaluation within `limit`, with 2% of leeway, since logs are written at intervals.
-    Empty if no run has one; if only some do, it says so, because they may be the quickest."""
+    """The mean of each run's last evaluation within `limit`, plus 2%, since logs are written at intervals. Empty if
+    no run has one; if only some do, their count is shown, because they may be the fastest."""
     found = []
     for run in members:
         evaluations = [e for e in run.history() if grid.metric in e and key in e and e[key] <= 1.02 * limit]
@@ -257,13 +255,13 @@ def mean(values: Iterable[float]) -> float:
 
 
 def _mean_and_std(values: Sequence[float], seeds: int) -> str:
-    known = finite(values)
-    spread = f" ± {statistics.stdev(known):.2g}" if len(known) > 1 else ""
-    return f"{mean(known):.4g}{spread}{_share(values, seeds)}"
+    numbers = finite(values)
+    spread = f" ± {statistics.stdev(numbers):.2g}" if len(numbers) > 1 else ""
+    return f"{mean(numbers):.4g}{spread}{_share(values, seeds)}"
 
 
 def _share(values: Sequence[float], seeds: int) -> str:
-    """The number of seeds behind a number, unless it is all of them."""
+    """The number of seeds behind a value, unless it is all of them."""
     count = len(finite(values))
     return "" if count == seeds else f" ({count} of {seeds} seeds)"
 
@@ -272,20 +270,20 @@ def explanation(grid: Grid) -> str:
     """A paragraph for readers about the columns of `markdown_table`."""
     lines = [
         f"Mean and standard deviation over the seeds, p of a paired t-test against {grid.baseline}. At equal passes "
-        "and seconds: the last evaluation within what the cheapest arm took on average, of runs whose schedule was "
-        "made for more. Passes: forward and backward passes over the batch of a step, until the end. (2 of 3 seeds): "
+        "and seconds: the last evaluation within the mean cost of the cheapest arm, of runs whose schedule was "
+        "planned for more. Passes: forward and backward passes over the batch of a step, in total. (2 of 3 seeds): "
         "the others have not finished, are not finite (nan, inf), or have no evaluation within that cost."
     ]
     if grid.published:
-        lines.append("Published numbers are the paper's, for the model, data and optimizer in brackets.")
+        lines.append("Published numbers are the paper's, for the model, data and optimizer in parentheses.")
     return " ".join(lines) + "\n"
 
 
 def _published(grid: Grid, path: Path | None) -> Callable[[dict[str, Any], str], str]:
     """(values of the axes, arm) -> the paper's number, as text; empty if there is none."""
     if path is None or grid.published is None:
-        return lambda at, arm: ""
-    known = {
+        return lambda on_axes, arm: ""
+    numbers = {
         (row["model"], row["dataset"], row["optimizer"], row["method"]): (
             row["mean"]
             + (f" ± {row['std']}" if row["std"] else "")
@@ -293,20 +291,20 @@ def _published(grid: Grid, path: Path | None) -> Callable[[dict[str, Any], str],
         )
         for row in _read_published(path)
     }
-    return lambda at, arm: known.get(_published_key(grid, at, arm), "")
+    return lambda on_axes, arm: numbers.get(_published_key(grid, on_axes, arm), "")
 
 
 def check_published(grid: Grid, path: Path) -> None:
-    """Raise `ValueError` if the file of published numbers, or a name that the grid looks up in it, is not there."""
+    """Raise `ValueError` if the file of published numbers, or a name that the grid looks up in it, is missing."""
     rows, published = _read_published(path), grid.published
     assert published is not None
     looked_up = {"arms": (published["arms"], PUBLISHED_COLUMNS[3:4]), "names": (published["names"], NAME_COLUMNS)}
     for key, (names, columns) in looked_up.items():
-        there = {row[column] for row in rows for column in columns}
-        if missing := sorted(set(names.values()) - there):
+        available = {row[column] for row in rows for column in columns}
+        if missing := sorted(set(names.values()) - available):
             raise ValueError(
                 f"published.{key}: {', '.join(missing)} is not in the column {' or '.join(columns)} of {path}. "
-                f"Write it as it is there: {', '.join(sorted(there))}."
+                f"Choose one of {', '.join(sorted(available))}."
             )
 
 
@@ -324,11 +322,11 @@ def _read_published(path: Path) -> list[dict[str, str]]:
     return rows
 
 
-def _published_key(grid: Grid, at: dict[str, Any], arm: str) -> tuple[str, str, str, str]:
+def _published_key(grid: Grid, on_axes: dict[str, Any], arm: str) -> tuple[str, str, str, str]:
     assert grid.published is not None
     names = grid.published["names"]
-    what = {**(grid.published_like or {}), **at}
-    model, dataset, optimizer = (names.get(str(what.get(key)), "") for key in ("model", "dataset_name", "optim"))
+    looked_up = {**(grid.published_like or {}), **on_axes}
+    model, dataset, optimizer = (names.get(str(looked_up.get(key)), "") for key in ("model", "dataset_name", "optim"))
     return model, dataset, optimizer, grid.published["arms"].get(arm, "")
 
 
@@ -337,5 +335,5 @@ def metric_of(grid: Grid, run: Run) -> float:
 
 
 def _as_float(value: float | None) -> float:
-    """JSON has no NaN; some write null for it."""
+    """JSON has no NaN; some programs write null instead."""
     return math.nan if value is None else float(value)

@@ -1,4 +1,4 @@
-"""Comparisons of runs as pictures."""
+"""Plots that compare runs."""
 
 import math
 import statistics
@@ -19,7 +19,7 @@ with extra("report"):
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-#: Pixels that matplotlib can draw, a little below 2 ** 16.
+#: Below matplotlib's limit on the height in pixels, 2 ** 16.
 LARGEST_PICTURE = 65_000
 
 
@@ -33,10 +33,10 @@ def plot_comparison(
     window: int = 1,
 ) -> None:
     """The curves of all runs against each axis, with the target as a line, as one PNG."""
-    axes_found = list(speedups(baseline, candidate, target, metric, window))
+    logged_axes = list(speedups(baseline, candidate, target, metric, window))
     target = common_target([*baseline, *candidate], metric, window) if target is None else target
-    figure = Figure(figsize=(4.5 * len(axes_found), 4), layout="constrained")
-    for axis, name in zip(figure.subplots(1, len(axes_found), squeeze=False)[0], axes_found, strict=True):
+    figure = Figure(figsize=(4.5 * len(logged_axes), 4), layout="constrained")
+    for axis, name in zip(figure.subplots(1, len(logged_axes), squeeze=False)[0], logged_axes, strict=True):
         for runs, color, label in ((baseline, BLUE, names[0]), (candidate, ORANGE, names[1])):
             for i, run in enumerate(runs):
                 axis.plot(*curve(run, name, metric, window), color=color, linewidth=1, label=None if i else label)
@@ -50,17 +50,17 @@ def plot_comparison(
 
 def plot_arms(grid: Grid, runs: Sequence[Run], path: Path) -> None:
     """A row of panels for each combination of the axes, with the mean of each arm over its seeds: the metric against
-    steps and against seconds, with its range; ||g1||, with GR and without; and the warmups, where there are any.
+    steps and against seconds, with its range; ||g1||, with and without GR; and the warmups, if there are any.
 
-    A dotted line marks where the baseline ends; the title says how much sooner the quickest other arm gets there.
+    A dotted line marks the baseline's final value; the title shows how much sooner the fastest other arm gets there.
     """
     groups = grouped(runs, grid.axes)
     has_gr = any("gr_lambda" in entry for run in runs for entry in run.history())
     columns = 4 if has_gr else 3
     figure = Figure(figsize=(4.6 * columns, 4.2 * len(groups)), layout="constrained")
     panels = figure.subplots(len(groups), columns, squeeze=False)
-    for row, (at, members) in zip(panels, groups, strict=True):
-        arms = {arm: [run.history() for run in of_arm] for (arm,), of_arm in grouped(members, ["arm"])}
+    for row, (on_axes, members) in zip(panels, groups, strict=True):
+        arms = {arm: [run.history() for run in cell] for (arm,), cell in grouped(members, ["arm"])}
         colors = dict(zip(arms, COLORS * (1 + len(arms) // len(COLORS)), strict=False))
         _plot_metric(row[0], grid, arms, colors, "step", "optimizer step")
         _plot_metric(row[1], grid, arms, colors, "train_seconds", "seconds of training")
@@ -72,7 +72,7 @@ def plot_arms(grid: Grid, runs: Sequence[Run], path: Path) -> None:
             axis.spines[["top", "right"]].set_visible(False)
         row[0].legend(frameon=False)
         row[0].set_title(
-            ", ".join(f"{n} = {v}" for n, v in zip(grid.axes, at, strict=True)), loc="left", fontsize="medium"
+            ", ".join(f"{n} = {v}" for n, v in zip(grid.axes, on_axes, strict=True)), loc="left", fontsize="medium"
         )
     figure.savefig(path, dpi=min(120, LARGEST_PICTURE / figure.get_figheight()))
 
@@ -90,7 +90,7 @@ def _plot_metric(axis: Axes, grid: Grid, arms: Histories, colors: dict[str, str]
             curves[arm] = x, y.mean(axis=0)
             axis.plot(*curves[arm], color=colors[arm], label=arm, linewidth=1.2)
             axis.fill_between(x, y.min(axis=0), y.max(axis=0), color=colors[arm], alpha=0.08)
-    # The end of the curves is what matters, and is the smallest part of a linear axis.
+    # The end of the curves matters most, and is hardest to see on a linear axis.
     axis.set(xlabel=xlabel, ylabel=_label(grid))
     make_logarithmic(axis)
     if grid.baseline in curves:
@@ -106,21 +106,21 @@ def _plot_speedup(
         return
     axis.axhline(target, color="gray", linestyle=":", linewidth=0.8)
     reached = {arm: first_reached(x, y, target) for arm, (x, y) in curves.items()}
-    own = reached.pop(baseline)
+    baseline_x = reached.pop(baseline)
     best = min(reached, key=reached.__getitem__, default=None)
     if best is None:
         return
     if np.isinf(reached[best]):
         text = f"none reaches the end of {baseline}"
     else:
-        text = f"{best}: {own / reached[best]:.2f} x the speed of {baseline}"
-        axis.plot([reached[best], own], [target, target], color=colors[best], linewidth=2.5, alpha=0.6)
+        text = f"{best}: {baseline_x / reached[best]:.2f} x the speed of {baseline}"
+        axis.plot([reached[best], baseline_x], [target, target], color=colors[best], linewidth=2.5, alpha=0.6)
     axis.set_title(text, loc="right", fontsize="small", color=colors[best] if np.isfinite(reached[best]) else "gray")
 
 
 def _plot_norms(axis: Axes, arms: Histories, colors: dict[str, str]) -> None:
     for arm, histories in arms.items():
-        # Without GR there is one gradient, and it is called otherwise.
+        # Without GR the only gradient is logged under another name.
         key = "gr_grad_norm" if any("gr_grad_norm" in entry for entry in histories[0]) else "grad_norm"
         x, y = _curves(histories, key, "step")
         if len(x):
@@ -132,7 +132,7 @@ def _plot_norms(axis: Axes, arms: Histories, colors: dict[str, str]) -> None:
 def _plot_warmups(axis: Axes, arms: Histories, colors: dict[str, str]) -> None:
     end, width = 0.0, 1.5 + len(arms)
     for arm, histories in arms.items():
-        width -= 1  # so that curves that coincide can all be seen
+        width -= 1  # so that coinciding curves all stay visible
         for key, style in (("gr_lambda", "-"), ("gr_r", ":")):
             x, y = _curves(histories, key, "step")
             if len(x):
@@ -147,7 +147,7 @@ def _plot_warmups(axis: Axes, arms: Histories, colors: dict[str, str]) -> None:
 
 
 def _curves(histories: Sequence[Sequence[dict[str, float]]], key: str, against: str) -> tuple[np.ndarray, np.ndarray]:
-    """x, averaged over the runs, and y of each run; the entries that all runs have."""
+    """x, averaged over the runs, and y of each run, up to the length of the shortest."""
     xs, ys = [], []
     for history in histories:
         points = [(entry[against], entry[key]) for entry in history if key in entry and against in entry]
@@ -158,7 +158,7 @@ def _curves(histories: Sequence[Sequence[dict[str, float]]], key: str, against: 
 
 
 def plot_sensitivity(grid: Grid, runs: Sequence[Run], path: Path) -> None:
-    """The metric against the one axis, with its standard deviation over seeds: how much the choice matters."""
+    """The metric against the only axis, with its standard deviation over seeds, to show how much the choice matters."""
     (name,) = grid.axes
     values = grid.axes[name]
     numbers = [number for value in values if (number := _as_number(value)) is not None]
@@ -168,11 +168,11 @@ def plot_sensitivity(grid: Grid, runs: Sequence[Run], path: Path) -> None:
     axis = figure.subplots()
     for ((arm,), members), color in zip(grouped(runs, ["arm"]), COLORS * 3, strict=False):
         cells = {value: finite(metric_of(grid, run) for run in cell) for (value,), cell in grouped(members, [name])}
-        there = [i for i, value in enumerate(values) if value in cells]
-        means = [mean(cells[values[i]]) for i in there]
-        spread = [statistics.stdev(cells[values[i]]) if len(cells[values[i]]) > 1 else 0 for i in there]
+        present = [i for i, value in enumerate(values) if value in cells]
+        means = [mean(cells[values[i]]) for i in present]
+        spread = [statistics.stdev(cells[values[i]]) if len(cells[values[i]]) > 1 else 0 for i in present]
         axis.errorbar(
-            [positions[i] for i in there], means, spread, color=color, label=arm, marker="o", capsize=3, linewidth=1.2
+            [positions[i] for i in present], means, spread, color=color, label=arm, marker="o", capsize=3, linewidth=1.2
         )
     axis.set(xlabel=name, ylabel=_label(grid))
     if are_numbers and min(numbers) > 0 and max(numbers) >= 10 * min(numbers):
@@ -201,8 +201,8 @@ def plot_heat_map(grid: Grid, runs: Sequence[Run], path: Path) -> None:
     for axis, ((arm,), members) in zip(figure.subplots(1, len(groups), squeeze=False)[0], groups, strict=True):
         values = np.full((len(grid.axes[first]), len(grid.axes[second])), np.nan)
         for (a, b), cell in grouped(members, [first, second]):
-            where = grid.axes[first].index(a), grid.axes[second].index(b)
-            values[where] = mean(finite(metric_of(grid, run) for run in cell))
+            index = grid.axes[first].index(a), grid.axes[second].index(b)
+            values[index] = mean(finite(metric_of(grid, run) for run in cell))
         image = axis.imshow(values, cmap="viridis")
         for (row, column), value in np.ndenumerate(values):
             color = "black" if image.norm(value) > 0.6 else "white"

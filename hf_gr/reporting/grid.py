@@ -1,7 +1,7 @@
-"""A grid of runs of one script, each in a process of its own.
+"""A grid of runs of one script, each in its own process.
 
-The folder of a run has its results when it is finished, and a lock while it is being run. Any number of workers, on any
-machines that see the folder, can take part.
+The folder of a run contains its results once it is finished; its lock is held while it runs. Any number of workers, on
+any machines that share the folder, can take part.
 """
 
 import fcntl
@@ -27,18 +27,18 @@ from .redaction import flag_name, redact, take_hub_tokens
 
 logger = logging.getLogger(__name__)
 
-#: `Run.settings`, in the folder of a run.
+#: The file of `Run.settings` in the folder of a run.
 SETTINGS = "settings.json"
 
 
 @dataclass(frozen=True)
 class Run:
-    """One point of the grid: its coordinates, the command line that they make, and where its results go."""
+    """One point of the grid: its coordinates, the command line they define, and the folder of its results."""
 
     point: Mapping[str, Any]
     arguments: list[str]
     folder: Path
-    #: What was given by --hub_token. The script gets the last by its environment, which no one else can read.
+    #: The values of --hub_token. The script gets the last in its environment, which other users cannot read.
     hub_tokens: Sequence[str] = field(default=(), repr=False)
 
     @property
@@ -47,15 +47,15 @@ class Run:
 
     @property
     def is_finished(self) -> bool:
-        """The log is what a script writes last."""
+        """A script writes the log last."""
         return (self.folder / "trainer_state.json").is_file() and (self.folder / "eval_results.json").is_file()
 
     @contextmanager
     def lock(self) -> Iterator[int | None]:
-        """The file descriptor of the lock, or None if another process has it.
+        """The file descriptor of the lock, or None if another process holds it.
 
-        `flock` belongs to the open file: a child that inherits the descriptor holds the lock as long as it lives, also
-        when this process is killed.
+        `flock` belongs to the open file: a child that inherits the descriptor holds the lock as long as it lives, even
+        if this process is killed.
         """
         path = self.folder.parent / "locks" / self.name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -63,7 +63,7 @@ class Run:
         try:
             yield descriptor if _try_to_lock(descriptor, path) else None
         finally:
-            os.close(descriptor)  # not unlocked: that would take the lock from a child, too
+            os.close(descriptor)  # not unlocked: that would also release the lock of a child
 
     def is_locked(self) -> bool:
         with self.lock() as descriptor:
@@ -71,23 +71,23 @@ class Run:
 
     @property
     def settings(self) -> list[str]:
-        """The arguments, without what depends on where they are given, and without secrets."""
+        """The arguments without secrets and without the folders that depend on the machine."""
         *arguments, _, _ = self.arguments
         return _as_settings(arguments, self.hub_tokens)
 
     def refuse_other_settings(self) -> None:
-        """Raise `ValueError` if what is in the folder, or is on its way to it, was started with other ones."""
+        """Raise `ValueError` if a run with other settings has finished, made progress, or is running in the folder."""
         path = self.folder / SETTINGS
-        had = _as_settings(read_json(path)) if path.is_file() else []
-        if had == self.settings or not (self.is_finished or (had and self._holds_work())):
+        recorded = _as_settings(read_json(path)) if path.is_file() else []
+        if recorded == self.settings or not (self.is_finished or (recorded and self._has_progress())):
             return
-        differing = sorted({*had} ^ {*self.settings}) or ["their order"]
+        differing = sorted({*recorded} ^ {*self.settings}) or ["their order"]
         raise ValueError(
             f"{self.folder} was run with other arguments (differing: {' '.join(differing)}), and its results are kept. "
-            "Give the arguments it had, or another --output_dir."
+            "Give the same arguments, or another --output_dir."
         )
 
-    def _holds_work(self) -> bool:
+    def _has_progress(self) -> bool:
         return any(self.folder.glob("checkpoint-*")) or self.is_locked()
 
     def results(self) -> dict[str, float]:
@@ -104,8 +104,8 @@ def _try_to_lock(descriptor: int, path: Path) -> bool:
         return False
     except OSError as error:
         raise ValueError(
-            f"output_dir={path.parent.parent}: its file system has no locks ({error.strerror}), by which workers keep "
-            "out of each other's way. Choose a folder on another one."
+            f"output_dir={path.parent.parent}: its file system does not support locks ({error.strerror}), "
+            "which keep workers from starting the same run. Choose a folder on another one."
         ) from error
     return True
 
@@ -116,14 +116,14 @@ def _as_settings(arguments: Iterable[str], hub_tokens: Iterable[str] = ()) -> li
 
 
 def expand(grid: Grid, folder: Path, recipes: Path, extra: Iterable[str] = ()) -> list[Run]:
-    """All runs, seed by seed, so that an unfinished grid has whole comparisons.
+    """All runs, seed by seed, so that an unfinished grid contains complete comparisons.
 
     Args:
-        folder: each run gets a folder in it, named after its coordinates.
-        extra: further arguments of all runs; they overrule the grid's flags.
+        folder: each run gets a subfolder, named after its coordinates.
+        extra: further arguments of all runs; they override the grid's flags.
 
     Raises:
-        ValueError: an argument has no effect, because the grid sets it for each run or because it is given twice.
+        ValueError: an argument has no effect, because the grid sets it for each run or it is given twice.
     """
     extra, hub_tokens = take_hub_tokens(extra)
     extra = with_underscores(extra)
@@ -134,29 +134,29 @@ def expand(grid: Grid, folder: Path, recipes: Path, extra: Iterable[str] = ()) -
     names = [folder_names(values) for values in dimensions]
     runs = []
     for seed, *values in itertools.product(grid.seeds, *grid.axes.values()):
-        at = dict(zip(grid.axes, values, strict=True))
+        on_axes = dict(zip(grid.axes, values, strict=True))
         for arm, flags in grid.arms.items():
-            point = {**at, "arm": arm, "seed": seed}
-            where = folder / "_".join(known[str(value)] for known, value in zip(names, point.values(), strict=True))
-            arguments = [*base, *_as_arguments({**at, **flags, "seed": seed, "output_dir": where})]
-            runs.append(Run(point, arguments, where, hub_tokens))
+            point = {**on_axes, "arm": arm, "seed": seed}
+            path = folder / "_".join(short[str(value)] for short, value in zip(names, point.values(), strict=True))
+            arguments = [*base, *_as_arguments({**on_axes, **flags, "seed": seed, "output_dir": path})]
+            runs.append(Run(point, arguments, path, hub_tokens))
     return runs
 
 
 def with_underscores(words: Iterable[str]) -> list[str]:
-    """Flags as the grid spells them: `--gr-r=0.1` is `--gr_r=0.1`."""
+    """Flags in the spelling of the grid: `--gr-r=0.1` becomes `--gr_r=0.1`."""
     return [f"--{name}{word[2 + len(name) :]}" if (name := flag_name(word)) else word for word in words]
 
 
 def _refuse_flags_without_effect(grid: Grid, extra: list[str]) -> None:
     given = [name.removeprefix("no_") for name in map(flag_name, extra) if name]
-    own = {flag for flags in grid.arms.values() for flag in flags} | {*grid.axes, "seed", "output_dir"}
-    if idle := sorted(set(given) & own):
+    set_by_grid = {flag for flags in grid.arms.values() for flag in flags} | {*grid.axes, "seed", "output_dir"}
+    if ignored := sorted(set(given) & set_by_grid):
         raise ValueError(
-            f"--{', --'.join(idle)}: no effect, the grid sets it for each run. Use an axis, or another grid."
+            f"--{', --'.join(ignored)}: no effect, the grid sets it for each run. Use an axis, or another grid."
         )
-    if twice := sorted({name for name in given if given.count(name) > 1}):
-        raise ValueError(f"--{', --'.join(twice)}: given twice, and only one can be in force. Leave the others out.")
+    if repeated := sorted({name for name in given if given.count(name) > 1}):
+        raise ValueError(f"--{', --'.join(repeated)}: given twice, but only one can apply. Leave the others out.")
 
 
 def _as_arguments(flags: Mapping[str, Any]) -> list[str]:
@@ -164,8 +164,8 @@ def _as_arguments(flags: Mapping[str, Any]) -> list[str]:
 
 
 def folder_names(values: Iterable[Any]) -> dict[str, str]:
-    """text of a value -> what stands for it in the name of a folder: its last part, and where that is the same for
-    several values (also where case does not count) a hash."""
+    """Text of a value -> its part of a folder name: the last part of its path, with a hash where several values share
+    that part (ignoring case, as some file systems do)."""
     short = {str(value): _as_name(value) for value in values}
     taken = [name.casefold() for name in short.values()]
     return {
@@ -182,35 +182,35 @@ def run_grid(
     script: Path,
     runs: list[Run],
     workers: int = 1,
-    on_end: Callable[[Run, bool], None] = lambda run, went_well: None,
+    on_end: Callable[[Run, bool], None] = lambda run, succeeded: None,
     launcher: Iterable[str] = (sys.executable,),
 ) -> None:
-    """Run what is not finished, once. What a run prints goes to `log.txt` in its folder.
+    """Run each unfinished run once. Its output goes to `log.txt` in its folder.
 
-    Runs that are being run elsewhere, or here by what a killed worker has left behind, are waited for. They hold a
-    lock, which the operating system takes back from a process that ends in whatever way.
+    Waits for runs that other workers, or the surviving children of killed ones, are running. These hold a lock, which
+    the operating system releases however a process ends.
 
     Args:
-        workers: runs at a time in this process.
-        on_end: called with each run that ends, and whether it went well. If it raises, no further run is started.
-        launcher: what to start the script with.
+        workers: the number of runs at a time in this process.
+        on_end: called with each run that ends and whether it succeeded. If it raises, no further run is started.
+        launcher: the command that starts the script.
 
     Raises:
-        ValueError: a run that is finished or under way has other arguments.
+        ValueError: a finished or running run has other arguments.
     """
     for run in runs:
         run.refuse_other_settings()
     worker = _Worker(script, on_end, list(launcher))
     is_waiting = False
-    while left := [run for run in runs if not run.is_finished and run.name not in worker.tried]:
-        if worker.take_all(left, workers):
+    while remaining := [run for run in runs if not run.is_finished and run.name not in worker.tried]:
+        if worker.take_all(remaining, workers):
             continue
         if not is_waiting:
-            logger.warning(f"Waiting for others, who are at work on {', '.join(run.name for run in left)}.")
+            logger.warning(f"Waiting for other workers, which are running {', '.join(run.name for run in remaining)}.")
         is_waiting = True
         time.sleep(1)
     for run in runs:
-        run.refuse_other_settings()  # others may have run some of them in the meantime
+        run.refuse_other_settings()  # other workers may have run some of them in the meantime
 
 
 @dataclass
@@ -222,14 +222,14 @@ class _Worker:
     stop: threading.Event = field(default_factory=threading.Event)
 
     def take_all(self, runs: list[Run], count: int) -> bool:
-        """Run what nobody else is running, `count` at a time. Whether there was any."""
+        """Run those that no other worker is running, `count` at a time; returns whether there were any."""
         before = len(self.tried)
         with ThreadPoolExecutor(count) as pool:
             try:
                 for future in as_completed([pool.submit(self.take, run) for run in runs]):
                     future.result()
             finally:
-                self.stop.set()  # after Ctrl-C what is under way may end, and nothing is begun
+                self.stop.set()  # after Ctrl-C, runs in progress may finish, and no other starts
         self.stop.clear()
         return len(self.tried) > before
 
@@ -242,22 +242,22 @@ class _Worker:
                 self.on_end(run, _run(self.script, run, self.launcher, descriptor))
             except BaseException as error:
                 self.stop.set()  # before this thread takes the next one
-                logger.warning(f"{error} No further run is started; those under way are waited for.")
+                logger.warning(f"{error} No further run is started; waiting for those in progress.")
                 raise
 
 
 def _run(script: Path, run: Run, launcher: Iterable[str], lock: int) -> bool:
     run.folder.mkdir(parents=True, exist_ok=True)
     (run.folder / SETTINGS).write_text(json.dumps(run.settings))
-    # What a run that was not finished has left is in the way, unless it is to be continued.
-    anew = [] if "resume_from_checkpoint" in map(flag_name, run.arguments) else ["--overwrite_output_dir", "True"]
+    # The files of an unfinished run are in the way, unless it is to be resumed.
+    overwrite = [] if "resume_from_checkpoint" in map(flag_name, run.arguments) else ["--overwrite_output_dir", "True"]
     token = {"HF_TOKEN": run.hub_tokens[-1]} if run.hub_tokens else {}
     with (run.folder / "log.txt").open("w") as log:
-        done = subprocess.run(
-            [*launcher, str(script), *run.arguments, *anew, "--disable_tqdm", "True"],
+        result = subprocess.run(
+            [*launcher, str(script), *run.arguments, *overwrite, "--disable_tqdm", "True"],
             stdout=log,
             stderr=subprocess.STDOUT,
             env={"OMP_NUM_THREADS": "1", **os.environ, **token},
             pass_fds=(lock,),
         )
-    return done.returncode == 0
+    return result.returncode == 0

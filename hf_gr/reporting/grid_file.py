@@ -1,4 +1,4 @@
-"""What a grid is: a file in YAML that says which runs are compared."""
+"""The definition of a grid: a YAML file of the runs to compare."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -12,17 +12,17 @@ import yaml
 from .redaction import redact
 
 Scalar = str | int | float | bool
-#: Set for each run by the grid, or by no grid at all.
+#: Flags that a grid cannot set -> how to set them instead.
 RESERVED = {
     "seed": "Write seeds: [...], or --seeds.",
     "output_dir": "Give --output_dir to compare.py: each run gets a folder in it.",
     "hub_token": "Give --hub_token to compare.py, or set HF_TOKEN: a grid is a file that others may read.",
     "arm": "Write arms: {...}.",
 }
-_NAMES = {
+_DESCRIPTIONS = {
     dict: "names with values (name: value)",
     list: "a list ([a, b])",
-    str: "text, in quotes if YAML takes it for something else, as it does with on, off, yes, no",
+    str: "text, in quotes if YAML would read it as something else, as with on, off, yes, no",
     int: "a whole number",
     bool: "true or false",
     Scalar: "text, a number, or true or false",
@@ -37,20 +37,20 @@ class Published(TypedDict):
 
 @dataclass
 class Grid:
-    """Arms, which are compared with each other, at every combination of axes and seeds.
+    """Arms to compare at every combination of axes and seeds.
 
     Args:
         script: the training script, in the folder above that of the grid's file.
-        arms: name -> flags that make it.
-        baseline: the arm that the others are held against.
-        metric: a key of the evaluation; of which less is better.
-        percent: whether to show it times 100.
-        recipe: what the script begins with, in `recipes` beside the script.
-        flags: given to all runs.
+        arms: name -> flags that define it.
+        baseline: the arm that the others are compared with.
+        metric: a key of the evaluation, for which less is better.
+        percent: whether to show the metric times 100.
+        recipe: the recipe that all runs start from, in `recipes` beside the script.
+        flags: those of all runs.
         axes: flag -> values.
         published: `file` (columns table, model, dataset, optimizer, method, mean, std), `arms` (name -> method) and
             `names` (value of a flag -> name in the file).
-        published_like: model, dataset and optimizer to look up where the runs themselves are of something else.
+        published_like: model, dataset and optimizer to look up instead of those of the runs.
 
     Raises:
         ValueError: a value has the wrong type, is listed twice, or has no effect.
@@ -76,8 +76,8 @@ class Grid:
         if self.baseline not in self.arms:
             raise ValueError(f"baseline={self.baseline!r}: choose one of the arms, {', '.join(self.arms)}.")
         for name, values in {**self.axes, "seeds": self.seeds}.items():
-            twice = [str(value) for value, count in Counter(map(identity, values)).items() if count > 1]
-            if not values or twice:
+            repeated = [str(value) for value, count in Counter(map(identity, values)).items() if count > 1]
+            if not values or repeated:
                 raise ValueError(f"{name}={values}: list each value once, and at least one.")
         if min(self.seeds) < 0:
             raise ValueError(f"seeds={self.seeds}: a seed is 0 or more. Leave out {min(self.seeds)}.")
@@ -91,29 +91,29 @@ class Grid:
                 raise ValueError(f"{flag}: a grid cannot set this flag. {RESERVED[flag]}")
             if not flag.isidentifier():
                 raise ValueError(f"{flag}: write {flag.strip('-').replace('-', '_')}, the flag's name in Python.")
-        if both := sorted(in_arms & set(self.axes)):
+        if conflicting := sorted(in_arms & set(self.axes)):
             raise ValueError(
-                f"{', '.join(both)}: an axis has no effect on a flag that the arms set. Leave one of them out."
+                f"{', '.join(conflicting)}: an axis has no effect on a flag that the arms set. Leave one of them out."
             )
         for flag, values in self.axes.items():
             if [str(value) for value in values] != redact(map(str, values)):
-                raise ValueError(f"{flag}: a value of this axis is a token, and values become the names of folders.")
+                raise ValueError(f"{flag}: a value of this axis is a token, and values become folder names.")
 
     def _check_published(self) -> None:
         if self.published is None:
             if self.published_like is not None:
                 raise ValueError(f"published_like={self.published_like}: no effect without published. Leave it out.")
             return
-        if strangers := sorted(set(self.published["arms"]) - set(self.arms)):
-            raise ValueError(f"published.arms: {', '.join(strangers)} is none of the arms, {', '.join(self.arms)}.")
-        if strangers := sorted(set(self.published_like or {}) - {"model", "dataset_name", "optim"}):
-            raise ValueError(f"published_like: {', '.join(strangers)} is not one of model, dataset_name, optim.")
-        if strangers := sorted(set((self.published_like or {}).values()) - set(self.published["names"])):
-            raise ValueError(f"published_like: {', '.join(strangers)} is not in published.names. Add it there.")
+        if unknown := sorted(set(self.published["arms"]) - set(self.arms)):
+            raise ValueError(f"published.arms: {', '.join(unknown)} is none of the arms, {', '.join(self.arms)}.")
+        if unknown := sorted(set(self.published_like or {}) - {"model", "dataset_name", "optim"}):
+            raise ValueError(f"published_like: {', '.join(unknown)} is not one of model, dataset_name, optim.")
+        if unknown := sorted(set((self.published_like or {}).values()) - set(self.published["names"])):
+            raise ValueError(f"published_like: {', '.join(unknown)} is not in published.names. Add it there.")
 
 
 def identity(value: Scalar) -> str:
-    """The same for values that are the same to a script: 0.1 and "0.10", a folder with and without a slash behind."""
+    """Equal for values that are the same to a script: 0.1 and "0.10", a folder with and without a trailing slash."""
     try:
         return repr(float(str(value)))
     except ValueError:
@@ -129,21 +129,21 @@ def _require(where: str, value: Any, kind: Any) -> None:
         _require_keys(where, value, get_type_hints(kind))
         return
     options = get_args(kind) if get_origin(kind) is UnionType else (kind,)
-    fitting = [option for option in options if type(value) is (get_origin(option) or option)]
+    matching = [option for option in options if type(value) is (get_origin(option) or option)]
     typed_dicts = [option for option in options if is_typeddict(option)]
     if typed_dicts and value is not None:
         _require(where, value, typed_dicts[0])
-    elif not fitting:
+    elif not matching:
         plain = [option for option in options if option is not type(None)]
-        wanted = _NAMES.get(kind) or _NAMES[get_origin(plain[0]) or plain[0]]
-        raise ValueError(f"{where}={value!r}: this must be {wanted}.")
+        expected = _DESCRIPTIONS.get(kind) or _DESCRIPTIONS[get_origin(plain[0]) or plain[0]]
+        raise ValueError(f"{where}={value!r}: this must be {expected}.")
     elif isinstance(value, dict):
         for key, inner in value.items():
             _require(f"{where}, a name", key, str)
-            _require(f"{where}.{key}", inner, get_args(fitting[0])[1])
+            _require(f"{where}.{key}", inner, get_args(matching[0])[1])
     elif isinstance(value, list):
         for inner in value:
-            _require(where, inner, get_args(fitting[0])[0])
+            _require(where, inner, get_args(matching[0])[0])
 
 
 def _require_keys(where: str, value: Any, kinds: dict[str, Any]) -> None:
@@ -155,44 +155,42 @@ def _require_keys(where: str, value: Any, kinds: dict[str, Any]) -> None:
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses names that are there twice, of which YAML drops the first without a word."""
+    """Refuses duplicate keys, of which YAML silently drops the first."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         names = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<")
         for name, count in names.items():
             if count > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"{name} is there twice", node.start_mark)
+                raise yaml.constructor.ConstructorError(None, None, f"{name} is given twice", node.start_mark)
         return super().construct_mapping(node, deep)
 
 
 def load_grid(path: Path, scale: str | None = None) -> Grid:
-    """The grid in a YAML file. Under `scales` it has what changes with the size: recipe, flags, axes, seeds.
+    """The grid in a YAML file, whose `scales` contain what changes with the size: recipe, flags, axes, seeds.
 
     Raises:
-        ValueError: there is no such file or scale, or something in it is wrong; the message names the file and the key.
+        ValueError: there is no such file or scale, or it is invalid; the message names the file and the key.
     """
     if not path.is_file():
-        others = ", ".join(sorted(p.stem for p in path.parent.glob("*.yaml")))
-        raise ValueError(
-            f"preset={path}: there is no such file. Give a file{f', or one of {others}' if others else ''}."
-        )
+        grids = ", ".join(sorted(p.stem for p in path.parent.glob("*.yaml")))
+        raise ValueError(f"preset={path}: there is no such file. Give a file{f', or one of {grids}' if grids else ''}.")
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
         raise ValueError(f"{path} cannot be read as YAML ({' '.join(str(error).split())}). Correct it.") from error
     try:
         content = _at_scale(content, scale)
-        known = {f.name: f.default is MISSING and f.default_factory is MISSING for f in fields(Grid)}
-        _refuse_keys("unknown key", sorted(set(content) - set(known)), f"Known are {', '.join(known)}, scales.")
-        _refuse_keys("missing key", [k for k, needed in known.items() if needed and k not in content], "Add it.")
+        keys = {f.name: f.default is MISSING and f.default_factory is MISSING for f in fields(Grid)}
+        _refuse_keys("unknown key", sorted(set(content) - set(keys)), f"Known keys are {', '.join(keys)}, scales.")
+        _refuse_keys("missing key", [k for k, required in keys.items() if required and k not in content], "Add it.")
         return Grid(**content)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
 
-def _refuse_keys(what: str, names: Iterable[str], remedy: str) -> None:
+def _refuse_keys(problem: str, names: Iterable[str], remedy: str) -> None:
     if names := list(names):
-        raise ValueError(f"{what} {', '.join(names)}. {remedy}")
+        raise ValueError(f"{problem} {', '.join(names)}. {remedy}")
 
 
 def _at_scale(content: Any, scale: str | None) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Tables of the methods, in Markdown for the docs, from the entries themselves."""
+"""Markdown tables of the methods for the docs, generated from the registries."""
 
 import re
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ from ..optim.gr_warmup import GR_WARMUPS
 
 
 def methods_tables() -> dict[str, str]:
-    """Heading -> table of all GR warmups, ascents, optimizers, and what goes around an optimizer."""
+    """Heading -> table, for GR warmups, ascents, optimizers, and optimizer wrappers."""
     tables: dict[str, Mapping[str, Any]] = {
         "GR warmups": GR_WARMUPS,
         "Ascents": ASCENTS,
@@ -21,7 +21,7 @@ def methods_tables() -> dict[str, str]:
 
 
 def table(entries: Mapping[str, Any]) -> str:
-    """A row for each entry: its name and what it is, and its equation and sources where it has them."""
+    """A row per entry: name, description, equation and sources. A column without content is left out."""
     rows = [[f"`{name}`", entry.help, _equation(entry), _sources(entry)] for name, entry in entries.items()]
     columns = zip(("name", "what it is", "equation", "source"), *rows, strict=True)
     shown = [column for column in columns if any(column[1:])]

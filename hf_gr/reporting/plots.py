@@ -1,4 +1,4 @@
-"""Pictures of a run, drawn from its `log_history` alone."""
+"""Plots of a run, from its `log_history` and layer statistics alone."""
 
 import math
 import os
@@ -17,7 +17,7 @@ with extra("report"):
     from matplotlib.lines import Line2D
 
 PICTURE = "curves.png"
-# Colour-blind safe (Okabe and Ito, 2008).
+# Color-blind safe (Okabe and Ito, 2008).
 BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
 COLORS = (BLUE, ORANGE, GREEN, PURPLE, "#E69F00", "#56B4E9", "#000000")
 
@@ -25,7 +25,7 @@ COLORS = (BLUE, ORANGE, GREEN, PURPLE, "#E69F00", "#56B4E9", "#000000")
 def plot_curves(log_history: list[dict[str, float]], path: str | Path) -> None:
     """Loss, error, gradient norms, schedules and flat coordinates against the optimizer step, as one PNG.
 
-    What the run did not log is left out: the error of a language model, ||g2|| of a run without GR.
+    Values that the run did not log are left out, such as the error of a language model, or ||g2|| without GR.
 
     Args:
         log_history: `TrainerState.log_history`.
@@ -79,7 +79,7 @@ def plot_curves(log_history: list[dict[str, float]], path: str | Path) -> None:
 
 
 def _plot_schedules(axis: Axes, log_history: list[dict[str, float]]) -> list[Line2D]:
-    """The learning rate and, on an axis of their own, lambda_t and r_t. Returns the curves, for a legend."""
+    """The learning rate and, on a second axis, lambda_t and r_t. Returns the curves, for a legend."""
     _line(axis, log_history, "learning_rate", "learning rate", GREEN)
     with_phi = [entry for entry in log_history if "tvlars_phi" in entry]
     scaled = [{**entry, "scaled": entry["learning_rate"] * entry["tvlars_phi"]} for entry in with_phi]
@@ -88,12 +88,12 @@ def _plot_schedules(axis: Axes, log_history: list[dict[str, float]]) -> list[Lin
     axis.set_ylim(bottom=0)
     curves = axis.get_lines()
     if any("gr_lambda" in entry for entry in log_history):
-        degree = axis.twinx()
-        _line(degree, log_history, "gr_lambda", r"$\lambda_t$", PURPLE, drawstyle="steps-pre")
-        _line(degree, log_history, "gr_r", r"$r_t$", PURPLE, linestyle=":")
-        degree.set_ylabel(r"$\lambda_t$, $r_t$")
-        degree.set_ylim(bottom=0)
-        curves = [*curves, *degree.get_lines()]
+        gr_axis = axis.twinx()
+        _line(gr_axis, log_history, "gr_lambda", r"$\lambda_t$", PURPLE, drawstyle="steps-pre")
+        _line(gr_axis, log_history, "gr_r", r"$r_t$", PURPLE, linestyle=":")
+        gr_axis.set_ylabel(r"$\lambda_t$, $r_t$")
+        gr_axis.set_ylim(bottom=0)
+        curves = [*curves, *gr_axis.get_lines()]
     return list(curves)
 
 
@@ -131,10 +131,10 @@ def plot_layer_statistics(table: dict[str, list], path: str | Path) -> None:
 
 
 def make_logarithmic(axis: Axes) -> None:
-    """The y axis, with plain numbers, also between the powers of ten where there are few of those. It stays linear
-    where nothing that is drawn has a logarithm: zeros, NaN."""
-    drawn = [float(y) for line in axis.get_lines() for y in np.asarray(line.get_ydata())]
-    if not any(0 < y < math.inf for y in drawn):
+    """Make the y axis logarithmic, labeled with plain numbers, also between powers of ten if it spans few of them. It
+    stays linear if no plotted value is positive and finite."""
+    plotted = [float(y) for line in axis.get_lines() for y in np.asarray(line.get_ydata())]
+    if not any(0 < y < math.inf for y in plotted):
         return
     axis.set_yscale("log")
     axis.yaxis.set_major_formatter("{x:g}")
@@ -155,6 +155,6 @@ def require_picture(flag: str, path: Path) -> None:
     """Raise `ValueError` if no picture can be written to `path`."""
     kinds = Figure().canvas.get_supported_filetypes()
     if path.suffix.removeprefix(".").lower() not in kinds:
-        raise ValueError(f"{flag}={path}: its ending is of no kind of picture. Use .png, or one of {', '.join(kinds)}.")
+        raise ValueError(f"{flag}={path}: not a supported picture format. Use .png, or one of {', '.join(kinds)}.")
     if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise ValueError(f"{flag}={path}: it cannot be written. Choose a file in a folder that exists and is yours.")
+        raise ValueError(f"{flag}={path}: it cannot be written. Choose a file in a folder that exists and is writable.")

@@ -1,11 +1,11 @@
-"""What others may read: command lines without secrets, and paths without the folders of this machine."""
+"""Removes what must not be published: secrets from command lines, and local folders from paths."""
 
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 
 HIDDEN = "..."
-#: Shorter ones are hidden behind their flag alone: they may be a part of any word.
+#: Shorter secrets are hidden only after their flag: elsewhere they could be part of any word.
 SHORTEST = 8
 _VARIABLE = r"[A-Z0-9_]*(?:TOKEN|API_KEY|SECRET|SECRET_KEY|ACCESS_KEY|PASSWORD)"
 _TOKEN = re.compile(r"\b(?:hf|hf_oauth|api_org)_[A-Za-z0-9]{20,}")
@@ -13,32 +13,32 @@ _ASSIGNMENT = re.compile(rf"\b({_VARIABLE})=(?:'[^']*'|\"[^\"]*\"|[^\s'\"]+)")
 
 
 def flag_name(word: str) -> str | None:
-    """`gr_r` of `--gr_r`, `--gr-r` and `--gr-r=0.1`, which are the same flag; None for a word that is not a flag."""
+    """`gr_r` of `--gr_r`, `--gr-r` and `--gr-r=0.1`, the same flag; None for a word that is not a flag."""
     return word[2:].split("=")[0].replace("-", "_") if word.startswith("--") and len(word) > 2 else None
 
 
 def redact(words: Iterable[str], known: Iterable[str | None] = ()) -> list[str]:
-    """`words`, with `...` in place of secrets: the values of `--hub_token` and the like, abbreviated or not, wherever
-    they occur; those of environment variables such as HF_TOKEN; what has the form of a token of the Hub; and `known`.
+    """`words`, with secrets replaced by `...`: values of `--hub_token` and similar flags, abbreviated or not, wherever
+    they occur; values of environment variables such as HF_TOKEN; anything in the form of a Hub token; and `known`.
     """
     words = list(words)
-    behind_flags = dict(_secret_values(words))
+    after_flags = dict(_secret_values(words))
     variables = (value for name, value in os.environ.items() if re.fullmatch(_VARIABLE, name))
-    secrets = {s for s in (*known, *variables, *behind_flags.values()) if s and len(s) >= SHORTEST}
-    return [_redact(word, behind_flags.get(i), secrets) for i, word in enumerate(words)]
+    secrets = {s for s in (*known, *variables, *after_flags.values()) if s and len(s) >= SHORTEST}
+    return [_redact(word, after_flags.get(i), secrets) for i, word in enumerate(words)]
 
 
-def _redact(word: str, own: str | None, secrets: set[str]) -> str:
-    if own:
-        word = word[: len(word) - len(own)] + HIDDEN
-    for secret in sorted(secrets, key=len, reverse=True):  # one may be a part of another
+def _redact(word: str, flag_value: str | None, secrets: set[str]) -> str:
+    if flag_value:
+        word = word[: len(word) - len(flag_value)] + HIDDEN
+    for secret in sorted(secrets, key=len, reverse=True):  # one may contain another
         word = word.replace(secret, HIDDEN)
     return _ASSIGNMENT.sub(rf"\1={HIDDEN}", _TOKEN.sub(HIDDEN, word))
 
 
 def without_folders(value: str) -> str:
-    """A path as others may read it: what leads out of the working folder is cut off, and no folder of it looks like a
-    name on the Hub. Anything else is left as it is."""
+    """A path without the folders outside the working folder, where a folder inside it cannot be mistaken for a name on
+    the Hub. Anything else is returned unchanged."""
     if os.path.isabs(value) or value == ".." or value.startswith("../"):
         return f"path/to/{os.path.basename(os.path.abspath(value))}"
     is_folder = os.path.isdir(value) and not value.startswith(".")
@@ -46,7 +46,7 @@ def without_folders(value: str) -> str:
 
 
 def take_hub_tokens(words: Iterable[str]) -> tuple[list[str], list[str]]:
-    """`words` without `--hub_token`, and its values, of which the last is in force."""
+    """`words` without `--hub_token`, and its values, of which the last one applies."""
     kept, tokens = [], []
     rest = iter(words)
     for word in rest:
@@ -61,7 +61,7 @@ def take_hub_tokens(words: Iterable[str]) -> tuple[list[str], list[str]]:
 
 
 def _secret_values(words: Sequence[str]) -> Iterator[tuple[int, str]]:
-    """(index of the word, the part of it that is secret)"""
+    """(index of a word, its secret part)"""
     for i, word in enumerate(words):
         flag, equals, value = word.partition("=")
         if equals and _is_secret(flag):

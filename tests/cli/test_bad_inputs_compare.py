@@ -114,7 +114,7 @@ def test_command_lines_of_compare(argv, words, place):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"arm": {}}, ["unknown key arm", "Known are script, arms"]),
+        ({"arm": {}}, ["unknown key arm", "Known keys are script, arms"]),
         ({"script": None}, ["script=None", "must be text"]),
         ({"script": ...}, ["missing key script", "Add it"]),
         ({"script": "train_vit"}, ["script='train_vit'", "there is no file"]),
@@ -166,7 +166,7 @@ def test_command_lines_of_compare(argv, words, place):
         ("", ["the file=None", "must be names with values"]),
         ("- a", ["the file=['a']", "must be names with values"]),
         ("a: [", ["cannot be read as YAML", "Correct it"]),
-        ("script: a\nscript: b", ["script is there twice", "Correct it"]),
+        ("script: a\nscript: b", ["script is given twice", "Correct it"]),
         (b"\xff\xfe\x00", ["cannot be read as YAML", "Correct it"]),
     ],
 )  # fmt: skip

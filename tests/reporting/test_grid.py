@@ -231,7 +231,7 @@ def test_a_run_whose_worker_was_killed_is_waited_for_not_started_again(training,
     (tmp_path / "told.json").unlink()  # for the second run; the first has read it
     monkeypatch.setattr(logging.getLogger("hf_gr.reporting.grid"), "warning", end)
     run_grid(training, runs)
-    assert waiting == ["Waiting for others, who are at work on off_0."]
+    assert waiting == ["Waiting for other workers, which are running off_0."]
     assert all(run.is_finished for run in runs) and started(tmp_path) == ["off_0", "on_0"]
 
 
