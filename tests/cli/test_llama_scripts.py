@@ -318,7 +318,7 @@ def test_comparison_of_runs(pretrained, capsys, tmp_path):
     [
         ("pretrain_llama", ["--block_size", "512"], "block_size=512: llama-tiny has a context of 256 tokens"),
         ("pretrain_llama", ["--tokenizer_name", "x", "--vocab_size", "300"], "vocab_size=300 has no effect with"),
-        ("pretrain_llama", ["--streaming", "True"], "streaming=True: the length of a stream is not known"),
+        ("pretrain_llama", ["--streaming", "True"], "streaming=True: a stream has no known length"),
         ("pretrain_llama", ["--text_column_name", "body"], "text_column_name='body' is not a column of the dataset"),
         ("pretrain_llama", ["--dataset_name", "EMPTY"], "could not be loaded"),
         ("pretrain_llama", ["--dataset_config_name", "x"], "dataset_config_name='x': a file has no configurations"),
