@@ -174,7 +174,7 @@ def test_a_flag_beats_the_recipe_and_what_contradicts_it_there(flags, expected, 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--max_steps", 3, "--num_train_epochs", 2], "max_steps=3 and num_train_epochs=2.0 both say how long"),
+        (["--max_steps", 3, "--num_train_epochs", 2], "max_steps=3 and num_train_epochs=2.0 both set the length"),
         (["--gr_r", 0.1], "gr_r=0.1 has no effect with gr_lambda=0 in the recipe. Give gr_lambda, too"),
     ],
     ids=str,
