@@ -81,7 +81,7 @@ def kth(values: Tensor, k: int) -> float:
 # ---- IRE around AdamW: block by block ----
 
 #: Elements that are updated at a time, so that they stay in the processor's cache.
-STEP_BLOCK = 2**18
+STEP_BLOCK = 2**19
 
 #: The parameters of one group and what belongs to their update: (p, grad, exp_avg, exp_avg_sq, mask, step) of each.
 Block = list[tuple[Tensor, ...]]

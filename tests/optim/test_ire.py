@@ -27,7 +27,7 @@ BASES = {
     "sgd": lambda params: SGD(params, lr=1e-2, momentum=0.9, weight_decay=1e-3),
     "rmsprop": lambda params: RMSprop(params, lr=1e-2),
 }
-SHAPES = [(300, 1000), (7,), (5, 3, 2), (), (70, 90)]  # the first is longer than a block
+SHAPES = [(600, 1000), (7,), (5, 3, 2), (), (70, 90)]  # the first is longer than a block
 
 
 def parameters(dtype=torch.float32) -> list[nn.Parameter]:
