@@ -3,6 +3,7 @@
 They need no download, unlike `evaluate.load("accuracy")`, which fetches its code from the Hub.
 """
 
+import math
 import tempfile
 from typing import Any, cast
 
@@ -47,24 +48,51 @@ class TopKAccuracy(evaluate.Metric):
         return result
 
 
-def rank_classes(logits: Tensor | tuple, labels: Tensor) -> Tensor:
-    """For `Trainer(preprocess_logits_for_metrics=...)`: the id of the best class, or the best five of more than ten.
+def rank_classes(logits: Tensor | tuple, labels: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """For `Trainer(preprocess_logits_for_metrics=...)`: what `classification_metrics` needs of the logits.
 
-    Only these, not the logits, are gathered from all processes and kept in memory.
+    Only this, not the logits, is gathered from all processes and kept in memory: the ids of the best class, or of the
+    best five of more than ten, of shape (examples, k); the probability of the best class, of shape (examples,); and
+    -log p of the label, of the same shape, NaN without labels.
     """
     first: Tensor = logits[0] if isinstance(logits, tuple) else logits
-    return torch.topk(first, 5 if first.shape[-1] > 10 else 1, dim=-1).indices
+    log_probabilities = first.float().log_softmax(-1)
+    best = torch.topk(first, 5 if first.shape[-1] > 10 else 1, dim=-1).indices
+    confidence = log_probabilities.max(-1).values.exp()
+    if labels is None:
+        return best, confidence, torch.full_like(confidence, math.nan)
+    return best, confidence, -log_probabilities.gather(-1, labels.clamp(min=0)[:, None])[:, 0]
 
 
 def classification_metrics(prediction: EvalPrediction) -> dict[str, float]:
     """For `Trainer(compute_metrics=...)`, after `rank_classes`, on the examples of all processes.
 
-    Examples labeled `IGNORED` do not count, as in the loss.
+    Accuracy, error and top-5 accuracy; `nll`, the mean of -log p of the label, which label smoothing leaves alone; and
+    `ece`, the `expected_calibration_error`. Examples labeled `IGNORED` do not count, as in the loss.
     """
     counted = np.asarray(prediction.label_ids) != IGNORED
     if not counted.any():
         raise ValueError("The evaluation data has no labeled examples.")
-    return compute(TopKAccuracy, predictions=prediction.predictions[counted], references=prediction.label_ids[counted])
+    labels = np.asarray(prediction.label_ids)[counted]
+    best, confidence, nll = (np.asarray(values)[counted] for values in prediction.predictions)
+    return compute(TopKAccuracy, predictions=best, references=labels) | {
+        "nll": float(nll.mean(dtype=float)),
+        "ece": expected_calibration_error(confidence, best[:, 0] == labels),
+    }
+
+
+def expected_calibration_error(confidence: np.ndarray, is_right: np.ndarray, bins: int = 15) -> float:
+    """sum_b n_b / n |accuracy - mean confidence in b|, over `bins` bins b of equal width, (i / bins, (i + 1) / bins].
+
+    "On Calibration of Modern Neural Networks", Guo et al., ICML 2017, Eq. 5.
+
+    Args:
+        confidence: the probability that was given to each prediction, of shape (examples,).
+        is_right: whether it was right.
+    """
+    index = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
+    gaps = np.bincount(index, is_right - confidence.astype(float), bins)
+    return float(np.abs(gaps).sum() / len(confidence))
 
 
 def compute(kind: type[evaluate.Metric], **inputs: Any) -> dict[str, float]:

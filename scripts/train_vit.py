@@ -29,9 +29,12 @@ from hf_gr import GRTrainer
 from hf_gr.checks import COUNT, NOT_NEGATIVE, POSITIVE, SHARE, Limit, check_ranges, flag
 from hf_gr.cli import script
 from hf_gr.cli.script import ScriptConfig
-from hf_gr.cli.trainers import BatchNormReestimation, FullEvaluation
+from hf_gr.cli.trainers import BatchNormReestimation, ImageTrainer
 from hf_gr.data.images import (
+    IS_WRONG,
+    LABEL_NOISES,
     add_augmentation,
+    add_label_noise,
     check_first_example,
     find_image_column,
     find_label_column,
@@ -124,6 +127,10 @@ class DataArguments(script.DataArguments):
     )
     max_train_samples: int | None = field(default=None, metadata={"help": "Train on at most this many examples."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on at most this many examples."})
+    label_noise: float = flag(
+        0.0, "Give this share of the training examples a wrong label, drawn with --seed: does the model memorize them?"
+    )
+    label_noise_type: str | None = flag(None, "Which label is the wrong one. Default: symmetric.", LABEL_NOISES)
     image_max_value: float | None = field(
         default=None,
         metadata={
@@ -152,12 +159,15 @@ class DataArguments(script.DataArguments):
 
     def __post_init__(self):
         counts = dict.fromkeys(("max_train_samples", "max_eval_samples", "reestimate_batch_norm"), COUNT)
-        limits = {"image_max_value": POSITIVE, "crop_padding": NOT_NEGATIVE, "eval_fraction": Limit(0, 1, True, True)}
+        limits = {
+            "label_noise": SHARE,
+            "image_max_value": POSITIVE,
+            "crop_padding": NOT_NEGATIVE,
+            "eval_fraction": Limit(0, 1, True, True),
+        }
         check_ranges(self, counts | limits)
-
-
-class ImageTrainer(FullEvaluation):
-    """`GRTrainer` that evaluates on every image."""
+        if self.label_noise == 0:
+            script.refuse(self, ("label_noise_type",), "label_noise=0")
 
 
 def parse_args(argv: list[str]) -> tuple[ModelArguments, DataArguments, ScriptConfig]:
@@ -200,7 +210,7 @@ class Data(NamedTuple):
     image_column: str
     label_column: str
     label_names: list[str]
-    skipped: dict[str, int]  # skipped examples, as metrics; empty without skip_bad_examples
+    counts: dict[str, int]  # of skipped examples and of wrong labels, as metrics; empty without those flags
 
 
 def load_data(args: DataArguments, training: ScriptConfig) -> Data:
@@ -220,6 +230,11 @@ def load_data(args: DataArguments, training: ScriptConfig) -> Data:
         train = keep_readable(train, "train", skipped, *how)
         evaluation = keep_readable(evaluation, eval_split, skipped, *how)
         metrics = {"train_skipped_examples": skipped["train"], "eval_skipped_examples": skipped[eval_split]}
+    if args.label_noise > 0:
+        train = add_label_noise(
+            train, label_column, args.label_noise, args.label_noise_type or "symmetric", training.seed
+        )
+        metrics["train_wrong_labels"] = sum(train[IS_WRONG])
     return Data(train, evaluation, eval_split, image_column, label_column, label_names, metrics)
 
 
@@ -256,7 +271,7 @@ def main(argv: list[str] | None = None) -> None:
             data = load_data(data_args, args)
         trainer = create_trainer(model_args, data_args, args, data)
         script.begin(trainer, model_args, data_args)
-        metrics = script.train(trainer, data.skipped)
+        metrics = script.train(trainer, data.counts)
         if trainer.is_world_process_zero() and "eval_error" in metrics:
             print(f"Test error {100 * metrics['eval_error']:.2f} % on {script.evaluated_examples(trainer)} images.")
         script.publish(

@@ -13,18 +13,23 @@ from hf_gr.evaluation import (
     choice_log_likelihoods,
     classification_metrics,
     evaluate_multiple_choice,
+    expected_calibration_error,
     generate_text,
     rank_classes,
 )
 from hf_gr.models.presets import create_llama
 
 
+def metrics_of(logits, labels):
+    predictions = tuple(values.numpy() for values in rank_classes(logits, labels))
+    return classification_metrics(EvalPrediction(predictions=predictions, label_ids=labels.numpy()))
+
+
 @pytest.mark.parametrize("classes", [4, 10, 11, 100])
 def test_metrics_equal_counting(classes):
     torch.manual_seed(0)
     logits, labels = torch.randn(300, classes), torch.randint(0, classes, (300,))
-    ranked = rank_classes(logits, labels)
-    metrics = classification_metrics(EvalPrediction(predictions=ranked.numpy(), label_ids=labels.numpy()))
+    metrics = metrics_of(logits, labels)
     right = np.mean([int(np.argmax(row) == label) for row, label in zip(logits.numpy(), labels.numpy(), strict=True)])
     assert metrics["accuracy"] == pytest.approx(right)
     assert metrics["error"] == pytest.approx(1 - right)
@@ -35,16 +40,42 @@ def test_metrics_equal_counting(classes):
 
 
 def test_unlabelled_examples_do_not_count_as_errors():
-    labels = np.array([1, -100, 0])
-    metrics = classification_metrics(EvalPrediction(predictions=np.array([[1], [1], [0]]), label_ids=labels))
-    assert metrics == {"accuracy": 1.0, "error": 0.0}
+    logits = torch.tensor([[0.0, 1.0], [0.0, 9.0], [1.0, 0.0]])
+    metrics = metrics_of(logits, torch.tensor([1, -100, 0]))
+    assert (metrics["accuracy"], metrics["error"]) == (1, 0)
+    assert metrics["nll"] == pytest.approx(math.log(1 + math.exp(-1)))
+    assert metrics["ece"] == pytest.approx(1 - 1 / (1 + math.exp(-1)))
     with pytest.raises(ValueError, match="no labeled examples"):
-        classification_metrics(EvalPrediction(predictions=np.zeros((1, 1)), label_ids=np.array([-100])))
+        metrics_of(logits[:1], torch.tensor([-100]))
 
 
 def test_rank_classes_takes_the_logits_out_of_a_tuple():
     logits = torch.tensor([[0.1, 0.9]])
-    assert rank_classes((logits, torch.zeros(1)), None).tolist() == [[1]]
+    best, confidence, nll = rank_classes((logits, torch.zeros(1)), None)
+    assert best.tolist() == [[1]]
+    assert confidence.tolist() == pytest.approx([1 / (1 + math.exp(-0.8))])
+    assert nll.isnan().all()
+
+
+def test_calibration_error_equals_going_through_the_bins():
+    generator = np.random.default_rng(0)
+    confidence, is_right = generator.random(500).astype(np.float32), generator.random(500) < 0.6
+    expected = 0.0
+    for low in range(15):
+        inside = (confidence > low / 15) & (confidence <= (low + 1) / 15)
+        if inside.any():
+            expected += inside.mean() * abs(is_right[inside].mean() - confidence[inside].astype(float).mean())
+    assert expected_calibration_error(confidence, is_right) == pytest.approx(expected, rel=1e-12)
+
+
+def test_calibration_error_in_closed_form():
+    sure = np.ones(10)
+    assert expected_calibration_error(sure, sure > 0) == 0
+    assert expected_calibration_error(sure, sure < 0) == 1
+    # Of 0.8 sure, 8 of 10 are right: well calibrated, also together with others that are wrong and know it.
+    assert expected_calibration_error(np.array([0.8] * 10), np.arange(10) < 8) == pytest.approx(0)
+    assert expected_calibration_error(np.array([0.8] * 10 + [0.0] * 10), np.arange(20) < 8) == pytest.approx(0)
+    assert expected_calibration_error(np.array([0.8] * 10), np.arange(10) < 5) == pytest.approx(0.3)
 
 
 @pytest.fixture(scope="module")

@@ -1,14 +1,18 @@
-"""The scripts' trainers, which evaluate on every example and log perplexity; token budgets; BatchNorm statistics."""
+"""The scripts' trainers, which evaluate on every example and log perplexity or memorization; token budgets; BatchNorm
+statistics."""
 
 import math
 from typing import Any
 
+import torch
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import update_bn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import has_length
 
+from ..data.images import IS_WRONG
 from ..errors import extra
 from ..trainer import GRTrainer
 
@@ -42,6 +46,56 @@ class FullEvaluation(GRTrainer):
                 f"{size * processes} ({size} on each of {processes} processes) and would all be dropped. Lower "
                 "per_device_train_batch_size, or set dataloader_drop_last=False."
             )
+
+
+class ImageTrainer(FullEvaluation):
+    """`GRTrainer` that shows memorization, if the training data has the column `IS_WRONG` of `add_label_noise` and
+    `remove_unused_columns=False` keeps it.
+
+    `train_accuracy_wrong_labels` and `train_accuracy_right_labels` are the shares of the two parts for which the model
+    predicts the label it is given: since the last log, in training mode, in the first pass of each step.
+    """
+
+    def __init__(self, *args, **kwargs):
+        self._is_wrong: Tensor | None = None
+        # Rows: right labels, wrong labels. Columns: predicted as labeled, all.
+        self._counts: Tensor | None = None
+        super().__init__(*args, **kwargs)
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        inputs = super()._prepare_inputs(inputs)
+        self._is_wrong = inputs.pop(IS_WRONG, None)  # no input of a model
+        return inputs
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """As in `Trainer`; counts what was predicted as labeled."""
+        labels = inputs.get("labels")  # label smoothing takes them out
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        if self._is_wrong is not None and not self.gr_second_pass:
+            self._count(outputs["logits"].detach(), labels, self._is_wrong)
+        return (loss, outputs) if return_outputs else loss
+
+    def _count(self, logits: Tensor, labels: Any, is_wrong: Tensor) -> None:
+        agrees = logits.argmax(-1) == labels
+        parts = (~is_wrong, is_wrong)
+        counts = torch.stack([torch.stack([(agrees & part).sum(), part.sum()]) for part in parts])
+        self._counts = counts if self._counts is None else self._counts + counts
+
+    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+        """As in `Trainer`, with the two shares beside the training loss."""
+        if "loss" in logs and self._counts is not None:
+            counts = self.accelerator.reduce(self._counts, "sum")
+            self._counts = None
+            for name, (agreeing, total) in zip(("right", "wrong"), counts.tolist(), strict=True):
+                if total:
+                    logs[f"train_accuracy_{name}_labels"] = agreeing / total
+        super().log(logs, *args, **kwargs)
 
 
 class CausalLMTrainer(FullEvaluation):

@@ -5,7 +5,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,6 +23,8 @@ EVAL_SPLITS = ("test", "validation", "valid")
 DIGITS_EVAL_SIZE = 360
 #: The column of `number_rows`.
 ROW = "_row"
+#: The column of `add_label_noise`, and with it an input of `preprocess`: whether the label is wrong.
+IS_WRONG = "is_wrong"
 
 
 def load_image_dataset(name: str, config: str | None = None) -> DatasetDict:
@@ -199,6 +201,54 @@ def keep_first(dataset: Dataset, count: int | None, seed: int, flag: str) -> Dat
     return dataset.shuffle(seed=seed).select(range(count))
 
 
+class LabelNoise(NamedTuple):
+    """A kind of wrong labels: its function and what `--help` says of it.
+
+    `function(labels, classes, generator)` returns a wrong class for each label.
+    """
+
+    function: Callable[[np.ndarray, int, np.random.Generator], np.ndarray]
+    help: str
+
+
+def _another_class(labels: np.ndarray, classes: int, generator: np.random.Generator) -> np.ndarray:
+    return (labels + generator.integers(1, classes, len(labels))) % classes
+
+
+def _next_class(labels: np.ndarray, classes: int, generator: np.random.Generator) -> np.ndarray:
+    return (labels + 1) % classes
+
+
+LABEL_NOISES = {
+    "symmetric": LabelNoise(_another_class, "any other class, all equally likely"),
+    "pairflip": LabelNoise(_next_class, "the next class, and class 0 for the last"),
+}
+
+
+def add_label_noise(train: Dataset, label_column: str, fraction: float, kind: str, seed: int) -> Dataset:
+    """`train` with wrong labels on a share of its examples, and the column `IS_WRONG`, which says on which.
+
+    Args:
+        fraction: round(fraction * n) of the n examples, drawn with `seed`, get a wrong label.
+        kind: a key of `LABEL_NOISES`.
+
+    Raises:
+        ValueError: the fraction is so small that no label would change.
+    """
+    labels, feature = _labels(train, label_column).copy(), train.features[label_column]
+    count = round(fraction * len(labels))
+    if count == 0:
+        raise ValueError(f"label_noise={fraction}: no label of {len(labels)} would change. Raise it, or leave it out.")
+    generator = np.random.default_rng(seed)
+    wrong = generator.choice(len(labels), count, replace=False)
+    labels[wrong] = LABEL_NOISES[kind].function(labels[wrong], feature.num_classes, generator)
+    is_wrong = np.zeros(len(labels), dtype=bool)
+    is_wrong[wrong] = True
+    columns = train.column_names
+    train = train.remove_columns(label_column).add_column(label_column, labels, feature=feature)
+    return train.select_columns(columns).add_column(IS_WRONG, is_wrong)
+
+
 @dataclass(frozen=True)
 class ImageReader:
     """Reads the images of one split as RGB, and names the row of one that it cannot read.
@@ -287,13 +337,14 @@ def preprocess(
     split: str = "train",
     max_value: float | None = None,
 ) -> Dataset:
-    """The model's inputs, `pixel_values` and `labels`, computed when they are accessed.
+    """The model's inputs, `pixel_values` and `labels`, computed when they are accessed. `IS_WRONG` is kept.
 
     Args:
         split: named in errors.
         max_value: the value of white in images of more than 8 bits; see `to_rgb`.
     """
-    dataset = _numbered(dataset).select_columns([image_column, label_column, ROW])
+    kept = [IS_WRONG] if IS_WRONG in dataset.column_names else []
+    dataset = _numbered(dataset).select_columns([image_column, label_column, ROW, *kept])
     dataset, reader = _image_files(dataset, image_column, split, max_value)
     transform = functools.partial(
         _to_model_inputs, image_processor=image_processor, read=reader, label_column=label_column
@@ -303,7 +354,8 @@ def preprocess(
 
 def _to_model_inputs(batch: dict, image_processor: Callable, read: ImageReader, label_column: str) -> dict:
     pixels = image_processor(read(batch), return_tensors="pt")["pixel_values"]
-    return {"pixel_values": pixels, "labels": batch[label_column]}
+    kept = {IS_WRONG: batch[IS_WRONG]} if IS_WRONG in batch else {}
+    return {"pixel_values": pixels, "labels": batch[label_column], **kept}
 
 
 def check_first_example(inputs: Dataset, image_column: str, max_value: float | None, crop_padding: int) -> None:

@@ -23,7 +23,7 @@ COLORS = (BLUE, ORANGE, GREEN, PURPLE, "#E69F00", "#56B4E9", "#000000")
 
 
 def plot_curves(log_history: list[dict[str, float]], path: str | Path) -> None:
-    """Loss, error, gradient norms, schedules and flat coordinates against the optimizer step, as one PNG.
+    """Loss, error, memorization, gradient norms, schedules and flat coordinates against the optimizer step, as one PNG.
 
     Values that the run did not log are left out, such as the error of a language model, or ||g2|| without GR.
 
@@ -33,8 +33,9 @@ def plot_curves(log_history: list[dict[str, float]], path: str | Path) -> None:
     """
     has_error = any("eval_error" in entry for entry in log_history)
     kinds = sorted({key for entry in log_history for key in entry if key.startswith("ire_flat_fraction_")})
-    panels = 3 + has_error + bool(kinds)
-    rows, columns = {3: (1, 3), 4: (2, 2), 5: (2, 3)}[panels]
+    has_noise = any("train_accuracy_wrong_labels" in entry for entry in log_history)
+    panels = 3 + has_error + has_noise + bool(kinds)
+    rows, columns = {3: (1, 3), 4: (2, 2), 5: (2, 3), 6: (2, 3)}[panels]
     figure = Figure(figsize=(14 if columns == 3 else 11, 4 if rows == 1 else 7), layout="constrained")
     axes = figure.subplots(rows, columns).flatten().tolist()
     for unused in axes[panels:]:
@@ -51,6 +52,11 @@ def plot_curves(log_history: list[dict[str, float]], path: str | Path) -> None:
         _line(error, log_history, "eval_error", "evaluation", ORANGE, scale=100)
         error.set(title="Classification error", ylabel="error (%)")
         error.set_ylim(bottom=0)
+    if has_noise:
+        memorized = next(panel)
+        _line(memorized, log_history, "train_accuracy_right_labels", "right labels", BLUE, scale=100)
+        _line(memorized, log_history, "train_accuracy_wrong_labels", "wrong labels, memorized", ORANGE, scale=100)
+        memorized.set(title="Training labels that the model predicts", ylabel="share (%)", ylim=(0, 102))
     if kinds:
         flat = next(panel)
         for key, color in zip(kinds, COLORS * 2, strict=False):

@@ -163,6 +163,23 @@ def test_resnet_with_tvlars_by_flags(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+def test_label_noise_by_flags(tmp_path):
+    folder = tmp_path / "noisy"
+    printed = launch("--output_dir", folder, "--num_train_epochs", 2, "--label_noise", 0.4,
+                     "--label_noise_type", "pairflip", "--max_eval_samples", 50)  # fmt: skip
+    assert "Test error" in printed
+    results = json.loads((folder / "all_results.json").read_text())
+    assert results["train_wrong_labels"] == 575  # round(0.4 * 1437)
+    assert 0 <= results["eval_ece"] <= 1
+    assert results["eval_nll"] == pytest.approx(results["eval_loss"], rel=1e-5)
+    log = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    assert all(
+        f"train_accuracy_{part}_labels" in entry for entry in log if "loss" in entry for part in ("right", "wrong")
+    )
+    card = (folder / "README.md").read_text()
+    assert "label_noise" in card and "pairflip" in card
+
+
 def test_recipe_in_json_flags_overrule_it_and_two_processes(tmp_path):
     recipe = {
         "output_dir": str(tmp_path / "out"),

@@ -7,8 +7,15 @@ import torch
 
 from helpers import toys
 from hf_gr import GRConfig, GRTrainer
-from hf_gr.cli.trainers import BatchNormReestimation, CausalLMTrainer, FullEvaluation, perplexity, steps_for_tokens
-from hf_gr.data.images import add_augmentation
+from hf_gr.cli.trainers import (
+    BatchNormReestimation,
+    CausalLMTrainer,
+    FullEvaluation,
+    ImageTrainer,
+    perplexity,
+    steps_for_tokens,
+)
+from hf_gr.data.images import IS_WRONG, add_augmentation
 from hf_gr.models.presets import create_resnet
 
 
@@ -36,6 +43,53 @@ def test_evaluation_sees_the_last_batch(tmp_path):
 def test_training_data_without_a_batch_is_refused(count, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         trainer(Whole, tmp_path, count, per_device_train_batch_size=4).train()
+
+
+def noisy_images(count):
+    return [{**image, IS_WRONG: i % 3 == 0} for i, image in enumerate(toys.images(count))]
+
+
+def shares(predictions, images):
+    """The share of the right and of the wrong labels that is predicted."""
+    agrees = {False: [], True: []}
+    for predicted, image in zip(predictions, images, strict=True):
+        agrees[image[IS_WRONG]].append(predicted == image["labels"])
+    return [sum(part) / len(part) for part in agrees.values()]
+
+
+@pytest.mark.parametrize("flags", [{}, {"gr_lambda": 0.0}, {"ire_kappa": 1.0}, {"label_smoothing_factor": 0.1}])
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_memorization_is_counted_once_per_example(flags, accumulation, tmp_path):
+    model, images = toys.vit(), noisy_images(12)
+    args = GRConfig(**toys.arguments(tmp_path, max_steps=12 // (2 * accumulation), learning_rate=0.0,
+                                     gradient_accumulation_steps=accumulation, logging_steps=12 // (2 * accumulation),
+                                     gr_warmup="none", remove_unused_columns=False, **flags))  # fmt: skip
+    with torch.no_grad():
+        logits = model(pixel_values=torch.stack([image["pixel_values"] for image in images])).logits
+    # The counts are of the same logits; another batch size may round them differently, but no two are that close.
+    right, wrong = shares(logits.argmax(-1).tolist(), images)
+    assert right + wrong > 0
+    trainer = ImageTrainer(model, args, train_dataset=images)
+    trainer.train()
+    entry = next(entry for entry in trainer.state.log_history if "loss" in entry)
+    assert entry["train_accuracy_right_labels"] == pytest.approx(right)
+    assert entry["train_accuracy_wrong_labels"] == pytest.approx(wrong)
+
+
+def test_counting_memorization_changes_no_weight(tmp_path):
+    ends = []
+    for images in (toys.images(12), noisy_images(12)):
+        model = toys.vit(dropout=0.1)
+        args = GRConfig(**toys.arguments(tmp_path, gr_warmup="none", remove_unused_columns=False))
+        ImageTrainer(model, args, train_dataset=images).train()
+        ends.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    assert torch.equal(*ends)
+
+
+def test_without_wrong_labels_nothing_is_logged(tmp_path):
+    trainer = ImageTrainer(toys.vit(), GRConfig(**toys.arguments(tmp_path)), train_dataset=toys.images(12))
+    trainer.train()
+    assert not any(key.endswith("_labels") for entry in trainer.state.log_history for key in entry)
 
 
 class Images(list):

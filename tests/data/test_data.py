@@ -12,7 +12,10 @@ from torch.nn import functional as F
 from transformers import ViTImageProcessorPil
 
 from hf_gr.data.images import (
+    IS_WRONG,
+    LABEL_NOISES,
     add_augmentation,
+    add_label_noise,
     find_image_column,
     find_label_column,
     keep_first,
@@ -238,3 +241,54 @@ def test_augmentation_acts_in_training_only():
     add_augmentation(model, flip=True, crop_padding=2)
     assert not torch.equal(model(pixel_values=images), images)
     assert torch.equal(model.eval()(pixel_values=images), images)
+
+
+# ---- Label noise ----
+
+
+def labeled(count=100, classes=10):
+    names = [str(i) for i in range(classes)]
+    features = Features({"before": Value("int64"), "label": ClassLabel(names=names), "after": Value("int64")})
+    rows = {"before": range(count), "label": [i % classes for i in range(count)], "after": range(count)}
+    return Dataset.from_dict({name: list(values) for name, values in rows.items()}, features=features)
+
+
+@pytest.mark.parametrize("kind", LABEL_NOISES)
+@pytest.mark.parametrize("classes", [2, 10])
+def test_the_share_of_wrong_labels_is_exact_and_the_rest_is_unchanged(kind, classes):
+    clean = labeled(classes=classes)
+    noisy = add_label_noise(clean, "label", 0.37, kind, seed=0)
+    is_wrong, before, after = (np.array(column[:]) for column in (noisy[IS_WRONG], clean["label"], noisy["label"]))
+    assert is_wrong.sum() == 37
+    assert ((before != after) == is_wrong).all()
+    assert noisy.features["label"] == clean.features["label"]
+    assert noisy.column_names == [*clean.column_names, IS_WRONG]
+    assert noisy["before"][:] == clean["before"][:]
+    if kind == "pairflip":
+        assert (after == (before + is_wrong) % classes).all()
+
+
+def test_symmetric_noise_draws_every_other_class_alike():
+    noisy = add_label_noise(labeled(9000), "label", 0.9, "symmetric", seed=0)
+    shifts = (np.array(noisy["label"][:]) - np.arange(9000)) % 10
+    counts = np.bincount(shifts, minlength=10)
+    assert counts[0] == 900
+    # 8,100 draws from 9 classes: 900 each, and 5 standard deviations, sqrt(8100 * 1/9 * 8/9) each, are 141.
+    assert np.abs(counts[1:] - 900).max() < 141
+
+
+def test_wrong_labels_follow_from_the_seed():
+    first, again, other = (add_label_noise(labeled(), "label", 0.4, "symmetric", seed) for seed in (0, 0, 1))
+    assert first["label"][:] == again["label"][:] != other["label"][:]
+
+
+def test_noise_too_small_to_change_a_label_is_refused():
+    with pytest.raises(ValueError, match=r"label_noise=0.001: no label of 100 would change"):
+        add_label_noise(labeled(), "label", 0.001, "symmetric", seed=0)
+
+
+def test_preprocess_keeps_which_labels_are_wrong():
+    noisy = add_label_noise(load_image_dataset("digits")["train"], "label", 0.4, "symmetric", seed=0)
+    rows = preprocess(noisy, lambda images, **_: {"pixel_values": images}, "image", "label")[:10]
+    assert rows[IS_WRONG] == noisy[IS_WRONG][:10]
+    assert rows["labels"] == noisy["label"][:10]
