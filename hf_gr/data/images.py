@@ -24,7 +24,7 @@ DIGITS_EVAL_SIZE = 360
 #: The column of `number_rows`.
 ROW = "_row"
 #: The column of `add_label_noise`, and with it an input of `preprocess`: whether the label is wrong.
-IS_WRONG = "is_wrong"
+IS_WRONG = "_is_wrong"
 
 
 def load_image_dataset(name: str, config: str | None = None) -> DatasetDict:
