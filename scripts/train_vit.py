@@ -38,6 +38,7 @@ from hf_gr.data.images import (
     check_first_example,
     find_image_column,
     find_label_column,
+    hold_out,
     keep_first,
     keep_readable,
     load_image_dataset,
@@ -131,6 +132,11 @@ class DataArguments(script.DataArguments):
         0.0, "Give this share of the training examples a wrong label, drawn with --seed: does the model memorize them?"
     )
     label_noise_type: str | None = flag(None, "Which label is the wrong one. Default: symmetric.", LABEL_NOISES)
+    validation_fraction: float | None = flag(
+        None,
+        "Hold this share of the training examples out, with their wrong labels, to choose settings by: evaluation "
+        "during training (eval_*) is on them, and the test set is evaluated once, at the end (test_*).",
+    )
     image_max_value: float | None = field(
         default=None,
         metadata={
@@ -164,6 +170,7 @@ class DataArguments(script.DataArguments):
             "image_max_value": POSITIVE,
             "crop_padding": NOT_NEGATIVE,
             "eval_fraction": Limit(0, 1, True, True),
+            "validation_fraction": Limit(0, 1, True, True),
         }
         check_ranges(self, counts | limits)
         if self.label_noise == 0:
@@ -205,8 +212,9 @@ def create_model(args: ModelArguments, label_names: list[str]) -> tuple[PreTrain
 
 class Data(NamedTuple):
     train: Dataset
-    evaluation: Dataset
-    eval_split: str
+    validation: Dataset | None  # what `validation_fraction` held out of train
+    test: Dataset
+    test_split: str
     image_column: str
     label_column: str
     label_names: list[str]
@@ -219,30 +227,44 @@ def load_data(args: DataArguments, training: ScriptConfig) -> Data:
     image_column = find_image_column(features, args.image_column_name)
     label_column, label_names = find_label_column(features, args.label_column_name)
     skipped: Counter[str] | None = Counter() if args.skip_bad_examples else None
-    train, evaluation, eval_split = split_train_eval(
+    train, test, test_split = split_train_eval(
         number_rows(dataset), label_column, args.eval_fraction, training.seed, skipped
     )
     train = keep_first(train, args.max_train_samples, training.seed, "max_train_samples")
-    evaluation = keep_first(evaluation, args.max_eval_samples, training.seed, "max_eval_samples")
+    test = keep_first(test, args.max_eval_samples, training.seed, "max_eval_samples")
     metrics = {}
     if skipped is not None:
         how = (image_column, args.image_max_value, training.dataloader_num_workers or None)
         train = keep_readable(train, "train", skipped, *how)
-        evaluation = keep_readable(evaluation, eval_split, skipped, *how)
-        metrics = {"train_skipped_examples": skipped["train"], "eval_skipped_examples": skipped[eval_split]}
+        test = keep_readable(test, test_split, skipped, *how)
+        metrics = {"train_skipped_examples": skipped["train"], "eval_skipped_examples": skipped[test_split]}
     if args.label_noise > 0:
         train = add_label_noise(
             train, label_column, args.label_noise, args.label_noise_type or "symmetric", training.seed
         )
+    validation = None
+    if args.validation_fraction is not None:
+        train, validation = hold_out(
+            train, label_column, args.validation_fraction, training.seed, "validation_fraction"
+        )
+    if args.label_noise > 0:
         metrics["train_wrong_labels"] = sum(train[IS_WRONG])
-    return Data(train, evaluation, eval_split, image_column, label_column, label_names, metrics)
+        if validation is not None:
+            validation = validation.remove_columns(IS_WRONG)  # only what was trained on can be memorized
+    return Data(train, validation, test, test_split, image_column, label_column, label_names, metrics)
 
 
-def create_trainer(model_args: ModelArguments, data_args: DataArguments, args: ScriptConfig, data: Data) -> GRTrainer:
+def create_trainer(
+    model_args: ModelArguments, data_args: DataArguments, args: ScriptConfig, data: Data
+) -> tuple[GRTrainer, Dataset | None]:
+    """The trainer, and the test set if it evaluates on a validation part instead."""
     model, image_processor = create_model(model_args, data.label_names)
-    train, evaluation = (
+    splits = {"train": data.train, data.test_split: data.test}
+    if data.validation is not None:
+        splits["validation part of train"] = data.validation
+    train, test, *validation = (
         preprocess(split, image_processor, data.image_column, data.label_column, name, data_args.image_max_value)
-        for split, name in ((data.train, "train"), (data.evaluation, data.eval_split))
+        for name, split in splits.items()
     )
     check_first_example(train, data.image_column, data_args.image_max_value, data_args.crop_padding)
     add_augmentation(model, flip=data_args.random_flip, crop_padding=data_args.crop_padding)
@@ -251,16 +273,17 @@ def create_trainer(model_args: ModelArguments, data_args: DataArguments, args: S
     callbacks = []
     if (count := data_args.reestimate_batch_norm) is not None:
         callbacks.append(BatchNormReestimation(train.select(range(min(count, len(train))))))
-    return ImageTrainer(
+    trainer = ImageTrainer(
         model=model,
         args=args,
         train_dataset=train,
-        eval_dataset=evaluation,
+        eval_dataset=validation[0] if validation else test,
         processing_class=image_processor,
         compute_metrics=classification_metrics,
         preprocess_logits_for_metrics=rank_classes,
         callbacks=callbacks,
     )
+    return trainer, test if validation else None
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -269,17 +292,18 @@ def main(argv: list[str] | None = None) -> None:
     with script.claim(args):
         with args.main_process_first(desc="loading the data"):
             data = load_data(data_args, args)
-        trainer = create_trainer(model_args, data_args, args, data)
+        trainer, test = create_trainer(model_args, data_args, args, data)
         script.begin(trainer, model_args, data_args)
-        metrics = script.train(trainer, data.counts)
-        if trainer.is_world_process_zero() and "eval_error" in metrics:
-            print(f"Test error {100 * metrics['eval_error']:.2f} % on {script.evaluated_examples(trainer)} images.")
+        metrics = script.train(trainer, data.counts, test=test)
+        error = "eval_error" if test is None else "test_error"
+        if trainer.is_world_process_zero() and error in metrics:
+            print(f"Test error {100 * metrics[error]:.2f} % on {script.evaluated_examples(trainer)} images.")
         script.publish(
             trainer,
             data_args.dataset_name,
             embedded={"digits": "scikit-learn digits"},
             tasks="image-classification",
-            dataset_args=data.eval_split,
+            dataset_args=data.test_split,
             command=script.command_line(__file__, argv, args),
         )
 

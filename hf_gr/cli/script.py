@@ -252,19 +252,27 @@ def save_metrics(trainer: GRTrainer, split: str, metrics: dict[str, float], comb
 
 
 def train(
-    trainer: GRTrainer, counts: dict[str, int], evaluate: Callable[[], dict[str, float]] | None = None
+    trainer: GRTrainer,
+    counts: dict[str, int],
+    evaluate: Callable[[], dict[str, float]] | None = None,
+    test: Any = None,
 ) -> dict[str, float]:
     """Train, save the model and evaluate it. Returns the evaluation's metrics, which are also saved.
 
     Args:
         counts: further training metrics, such as the number of skipped examples.
         evaluate: `trainer.evaluate` by default.
+        test: a dataset that is evaluated once, after the other; its metrics are named `test_*`.
     """
     result = trainer.train(resume_from_checkpoint=checkpoint_to_resume(trainer.args))
     save_model(trainer)
     save_metrics(trainer, "train", {**result.metrics, **trainer.costs(), **counts})
     metrics = trainer.evaluate() if evaluate is None else evaluate()
     save_metrics(trainer, "eval", metrics)
+    if test is not None:
+        tested = trainer.evaluate(test, metric_key_prefix="test")
+        save_metrics(trainer, "test", tested)
+        metrics = {**metrics, **tested}
     trainer.save_state()
     return metrics
 

@@ -24,12 +24,17 @@ class FullEvaluation(GRTrainer):
     """`GRTrainer` whose `dataloader_drop_last` drops training examples only, and never all of them. Trainer applies it
     to evaluation, too."""
 
-    def get_eval_dataloader(self, *args, **kwargs) -> DataLoader:
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """As in `Trainer`, which with persistent workers would answer for any dataset with the first one's."""
+        is_other = eval_dataset is not None and not isinstance(eval_dataset, str)
+        cached = vars(self).pop("_eval_dataloaders", None) if is_other else None
         drop_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
         try:
-            return super().get_eval_dataloader(*args, **kwargs)
+            return super().get_eval_dataloader(eval_dataset)
         finally:
             self.args.dataloader_drop_last = drop_last
+            if cached is not None:
+                self._eval_dataloaders = cached
 
     def get_train_dataloader(self) -> DataLoader:
         if has_length(self.train_dataset):

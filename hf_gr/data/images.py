@@ -25,6 +25,8 @@ DIGITS_EVAL_SIZE = 360
 ROW = "_row"
 #: The column of `add_label_noise`, and with it an input of `preprocess`: whether the label is wrong.
 IS_WRONG = "_is_wrong"
+#: The preprocessed images of a split are kept in memory up to this size, in each process that loads them.
+CACHE_BYTES = 2**28
 
 
 def load_image_dataset(name: str, config: str | None = None) -> DatasetDict:
@@ -150,12 +152,21 @@ def split_train_eval(
                 )
             return train, _with_labels(dataset[name], name, label_column, skipped), name
     fraction = 0.1 if eval_fraction is None else eval_fraction
+    return *hold_out(train, label_column, fraction, seed, "eval_fraction"), f"{fraction:g} of train"
+
+
+def hold_out(train: Dataset, label_column: str, fraction: float, seed: int, flag: str) -> tuple[Dataset, Dataset]:
+    """(the rest, a share `fraction` of the examples), stratified by label with `seed`. `flag` is for messages.
+
+    Raises:
+        ValueError: it is not a fraction, or there are too few examples of a class.
+    """
     if not 0 < fraction < 1:
-        raise ValueError(f"eval_fraction={eval_fraction}: must be a fraction between 0 and 1.")
-    remedy = "Each class needs at least two examples, and each part one of every class. Give another eval_fraction."
-    with explained(f"eval_fraction={fraction}: the split 'train' could not be divided", remedy):
+        raise ValueError(f"{flag}={fraction}: must be a fraction between 0 and 1.")
+    remedy = f"Each class needs at least two examples, and each part one of every class. Give another {flag}."
+    with explained(f"{flag}={fraction}: the split 'train' could not be divided", remedy):
         parts = train.train_test_split(test_size=fraction, stratify_by_column=label_column, seed=seed)
-    return parts["train"], parts["test"], f"{fraction:g} of train"
+    return parts["train"], parts["test"]
 
 
 def _labels(dataset: Dataset, label_column: str) -> np.ndarray:
@@ -339,6 +350,8 @@ def preprocess(
 ) -> Dataset:
     """The model's inputs, `pixel_values` and `labels`, computed when they are accessed. `IS_WRONG` is kept.
 
+    Those of a small split are computed once: decoding an image can take longer than the model needs for it.
+
     Args:
         split: named in errors.
         max_value: the value of white in images of more than 8 bits; see `to_rgb`.
@@ -346,16 +359,29 @@ def preprocess(
     kept = [IS_WRONG] if IS_WRONG in dataset.column_names else []
     dataset = _numbered(dataset).select_columns([image_column, label_column, ROW, *kept])
     dataset, reader = _image_files(dataset, image_column, split, max_value)
-    transform = functools.partial(
-        _to_model_inputs, image_processor=image_processor, read=reader, label_column=label_column
-    )
-    return dataset.with_transform(transform)
+    return dataset.with_transform(_ToModelInputs(image_processor, reader, label_column, len(dataset)))
 
 
-def _to_model_inputs(batch: dict, image_processor: Callable, read: ImageReader, label_column: str) -> dict:
-    pixels = image_processor(read(batch), return_tensors="pt")["pixel_values"]
-    kept = {IS_WRONG: batch[IS_WRONG]} if IS_WRONG in batch else {}
-    return {"pixel_values": pixels, "labels": batch[label_column], **kept}
+class _ToModelInputs:
+    """Turns a batch of rows into the model's inputs; keeps the pixels if all `count` images fit into `CACHE_BYTES`."""
+
+    def __init__(self, image_processor: Callable, read: ImageReader, label_column: str, count: int):
+        self._image_processor = image_processor
+        self._read = read
+        self._label_column = label_column
+        self._count = count
+        self._cache: dict[int, Tensor] = {}
+
+    def __call__(self, batch: dict) -> dict:
+        rows = batch[ROW]
+        if not all(row in self._cache for row in rows):
+            images = self._image_processor(self._read(batch), return_tensors="pt")["pixel_values"]
+            if images[0].nbytes * self._count <= CACHE_BYTES:
+                self._cache.update(zip(rows, images.clone(), strict=True))
+        else:
+            images = torch.stack([self._cache[row] for row in rows])
+        kept = {IS_WRONG: batch[IS_WRONG]} if IS_WRONG in batch else {}
+        return {"pixel_values": images, "labels": batch[self._label_column], **kept}
 
 
 def check_first_example(inputs: Dataset, image_column: str, max_value: float | None, crop_padding: int) -> None:

@@ -26,6 +26,7 @@ from .record import (
     Publication,
     Record,
     Span,
+    evaluation_prefix,
     last_entry,
     last_evaluation,
     log_of,
@@ -71,7 +72,7 @@ class Evaluation:
     """The last evaluation in the log.
 
     Attributes:
-        metrics: name without `eval_` -> value.
+        metrics: name without `eval_` or `test_` -> value.
         examples: name of a dataset -> the number of examples; empty if not recorded.
         step: the training step after which it ran, out of `max_steps`.
         best_checkpoint: the checkpoint whose weights it used, if the best one was loaded after training.
@@ -153,11 +154,12 @@ def evaluation_of(record: Record, log: Log) -> Evaluation:
     entries = last_evaluation(history, len(names))
     counts = [int(entry["evaluated_examples"]) for entry in entries if "evaluated_examples" in entry]
     is_counted = record.evaluated is not None and len(counts) == len(entries) == len(names)
-    index = last_entry(history, "eval_")
+    prefix = evaluation_prefix(history)
+    index = last_entry(history, prefix)
     loads_best = record.segments[-1].settings.get("load_best_model_at_end", False)
     is_of_best = loads_best and index > last_entry(history, "train_runtime")
     return Evaluation(
-        metrics={name: value for entry in entries for name, value in _metrics(entry)},
+        metrics={name: value for entry in entries for name, value in _metrics(entry, prefix)},
         examples=dict(zip(names, counts, strict=True)) if is_counted else {},
         step=int(history[index]["step"]) if index >= 0 else 0,
         max_steps=log.max_steps,
@@ -165,11 +167,11 @@ def evaluation_of(record: Record, log: Log) -> Evaluation:
     )
 
 
-def _metrics(entry: dict[str, float]) -> list[tuple[str, float]]:
+def _metrics(entry: dict[str, float], prefix: str) -> list[tuple[str, float]]:
     """The metrics, loss first; `trainer_state.json` lists them in alphabetical order."""
-    names = [name for name in entry if name.startswith("eval_") and not name.endswith(SPEED_METRICS)]
+    names = [name for name in entry if name.startswith(prefix) and not name.endswith(SPEED_METRICS)]
     names.sort(key=lambda name: not name.endswith("loss"))
-    return [(name.removeprefix("eval_"), entry[name]) for name in names]
+    return [(name.removeprefix(prefix), entry[name]) for name in names]
 
 
 # ---- The methods and settings ----

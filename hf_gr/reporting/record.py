@@ -25,6 +25,9 @@ FORMAT = 1
 #: Packages that can affect a result.
 PACKAGES = ("transformers", "torch", "accelerate", "datasets", "peft")
 
+#: What metrics begin with: those of the test set where training was evaluated on other data, and those of evaluations.
+EVALUATIONS = ("test_", "eval_")
+
 History = list[dict[str, float]]
 
 
@@ -369,5 +372,11 @@ def last_entry(history: History, prefix: str) -> int:
 
 
 def last_evaluation(history: History, count: int = 1) -> History:
-    """The entries of the last evaluation, one for each of `count` datasets."""
-    return [entry for entry in history if any(key.startswith("eval_") for key in entry)][-count:]
+    """The entries of the last evaluation, one for each of `count` datasets. See `evaluation_prefix`."""
+    prefix = evaluation_prefix(history)
+    return [entry for entry in history if any(key.startswith(prefix) for key in entry)][-count:]
+
+
+def evaluation_prefix(history: History) -> str:
+    """What the metrics of a run's result begin with: those of the test set, if it was evaluated apart."""
+    return next((p for p in EVALUATIONS if last_entry(history, p) >= 0), EVALUATIONS[-1])

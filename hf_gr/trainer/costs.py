@@ -9,6 +9,7 @@ import torch
 from accelerate.utils import find_batch_size
 from torch import Tensor
 
+from ..reporting.record import EVALUATIONS
 from .part import Host, Part
 from .recording import Recorder
 
@@ -62,7 +63,7 @@ class Costs(Part):
     def entry(self, logs: dict[str, float]) -> Iterator[dict[str, float]]:
         """The log entry for `logs`. That of an evaluation also has the costs and the number of examples; the metrics
         themselves, which a hyperparameter search optimizes, do not."""
-        if not any(key.startswith("eval_") for key in logs):
+        if not any(key.startswith(EVALUATIONS) for key in logs):
             yield logs
             return
         # `logs` is the dict that `evaluate` returns: it still gets what `Trainer` adds to it.

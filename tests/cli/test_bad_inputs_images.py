@@ -193,6 +193,9 @@ FLAGS = [
     ("--max_eval_samples -3", "max_eval_samples=-3", "at least 1"),
     ("--eval_fraction 0.2", "eval_fraction=0.2", "Leave it out"),
     ("--eval_fraction 0", "eval_fraction=0.0", "more than 0"),
+    ("--validation_fraction 0", "validation_fraction=0.0", "more than 0"),
+    ("--validation_fraction 1", "validation_fraction=1.0", "below 1"),
+    ("--validation_fraction 0.999", "validation_fraction=0.999", "Give another validation_fraction"),
     # contradictions, and what has no effect
     ("--gr_warmup_steps 100 --max_steps 50", "gr_warmup_steps=100.0", "whole run"),
     ("--max_steps 5 --num_train_epochs 2", "max_steps=5", "num_train_epochs=2.0", "Leave one of them out"),

@@ -180,6 +180,24 @@ def test_label_noise_by_flags(tmp_path):
     assert "label_noise" in card and "pairflip" in card
 
 
+def test_a_validation_part_and_the_test_set_once(tmp_path):
+    printed = launch("--output_dir", tmp_path, "--num_train_epochs", 2, "--label_noise", 0.4, "--max_eval_samples", 50,
+                     "--validation_fraction", 0.2)  # fmt: skip
+    assert "on 50 images" in printed
+    results = json.loads((tmp_path / "all_results.json").read_text())
+    assert f"Test error {100 * results['test_error']:.2f} %" in printed
+    assert results["train_wrong_labels"] < 575  # those among the examples that were trained on
+    log = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]
+    assert [entry["evaluated_examples"] for entry in log if "eval_error" in entry] == [288, 288, 288]
+    (tested,) = [entry for entry in log if "test_error" in entry]
+    assert tested["evaluated_examples"] == 50
+    record = json.loads((tmp_path / "run.json").read_text())
+    assert record["data"]["train_examples"] == 1149
+    card = (tmp_path / "README.md").read_text()
+    assert "split `test` (50 examples)" in card and f"| error | {results['test_error']:.4g} |" in card
+    assert "| `validation_fraction` | 0.2 |" in card
+
+
 def test_recipe_in_json_flags_overrule_it_and_two_processes(tmp_path):
     recipe = {
         "output_dir": str(tmp_path / "out"),

@@ -36,6 +36,15 @@ def test_evaluation_sees_the_last_batch(tmp_path):
     assert issubclass(CausalLMTrainer, FullEvaluation)
 
 
+def test_persistent_workers_evaluate_the_dataset_that_is_given(tmp_path):
+    whole = trainer(Whole, tmp_path, 10, dataloader_num_workers=1, dataloader_persistent_workers=True)
+    for data in (None, toys.images(5), None, toys.images(3)):
+        metrics = whole.evaluate(data, metric_key_prefix="test")
+        entry = whole.state.log_history[-1]
+        expected = whole.eval_dataset if data is None else data
+        assert "test_loss" in metrics and entry["evaluated_examples"] == len(expected)
+
+
 @pytest.mark.parametrize(
     ("count", "message"),
     [(3, r"the 3 training examples do not fill one batch of 4 \(4 on each of 1"), (0, "are no training examples")],

@@ -18,6 +18,7 @@ from hf_gr.data.images import (
     add_label_noise,
     find_image_column,
     find_label_column,
+    hold_out,
     keep_first,
     keep_readable,
     load_image_dataset,
@@ -287,8 +288,42 @@ def test_noise_too_small_to_change_a_label_is_refused():
         add_label_noise(labeled(), "label", 0.001, "symmetric", seed=0)
 
 
+def test_a_small_split_is_preprocessed_once(monkeypatch):
+    processed = []
+
+    def processor(images, **kwargs):
+        processed.append(len(images))
+        return PROCESSOR(images, **kwargs)
+
+    inputs = preprocess(pictures(), processor, "photo", "kind")
+    first, again, mixed = inputs[:6], inputs[[5, 0]], inputs[[5, 7]]
+    assert processed == [6, 2]
+    torch.testing.assert_close(again["pixel_values"], first["pixel_values"][[5, 0]], rtol=0, atol=0)
+    torch.testing.assert_close(mixed["pixel_values"][0], first["pixel_values"][5], rtol=0, atol=0)
+    assert again["labels"] == [1, 0]
+    first["pixel_values"].zero_()  # who changes a batch does not change the data
+    assert inputs[[0]]["pixel_values"].abs().sum() > 0
+
+    monkeypatch.setattr("hf_gr.data.images.CACHE_BYTES", 20 * 3 * 4 * 4 * 4 - 1)
+    inputs = preprocess(pictures(), processor, "photo", "kind")
+    _ = inputs[:6], inputs[:6]
+    assert processed == [6, 2, 6, 6]
+
+
+def test_the_held_out_part_is_a_stratified_share_of_train():
+    train = load_image_dataset("digits")["train"]
+    noisy = number_rows(DatasetDict(train=add_label_noise(train, "label", 0.4, "symmetric", seed=3)))["train"]
+    rest, held_out = hold_out(noisy, "label", 0.2, 3, "validation_fraction")
+    assert len(held_out) == 288 and sorted([*rest["_row"], *held_out["_row"]]) == list(range(1437))
+    counts = [np.bincount(part["label"]) / len(part) for part in (rest, held_out)]
+    np.testing.assert_allclose(*counts, atol=1 / 288)
+    assert 0.3 < np.mean(held_out[IS_WRONG]) < 0.5
+    again, other = (hold_out(noisy, "label", 0.2, seed, "validation_fraction")[1] for seed in (3, 4))
+    assert again["_row"][:] == held_out["_row"][:] != other["_row"][:]
+
+
 def test_preprocess_keeps_which_labels_are_wrong():
     noisy = add_label_noise(load_image_dataset("digits")["train"], "label", 0.4, "symmetric", seed=0)
-    rows = preprocess(noisy, lambda images, **_: {"pixel_values": images}, "image", "label")[:10]
+    rows = preprocess(noisy, PROCESSOR, "image", "label")[:10]
     assert rows[IS_WRONG] == noisy[IS_WRONG][:10]
     assert rows["labels"] == noisy["label"][:10]
