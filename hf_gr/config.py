@@ -4,15 +4,28 @@ import math
 from collections import ChainMap
 from dataclasses import MISSING, dataclass, field, is_dataclass
 from inspect import signature
-from typing import Any
+from typing import Any, NamedTuple
 
 from transformers import SchedulerType, TrainingArguments
 from transformers.training_args import OptimizerNames
 
-from .checks import NOT_NEGATIVE, SHARE, STEPS, Limit, Needs, check_fields, check_numbers, flag, without_effect
+from .checks import (
+    NOT_NEGATIVE,
+    POSITIVE,
+    SHARE,
+    STEPS,
+    Limit,
+    Needs,
+    check_fields,
+    check_numbers,
+    flag,
+    without_effect,
+)
 from .optim import IRE, OPTIMIZERS
+from .optim.ascents import ASCENTS
 from .optim.gr_warmup import GR_WARMUPS, GRStrength, gr_strength
 from .optim.ire import ESTIMATED_MASKS, SETTINGS
+from .optim.radius_rules import RADIUS_RULES
 
 GR_SCOPES = ("global", "local", "micro")
 ON_NONFINITE = ("stop", "skip")
@@ -24,6 +37,15 @@ BASE_BATCH_SIZE = 256
 #: Upper bounds of r and lambda, and of lambda / r: beyond them float32 overflows before anything is learned.
 MAX_RADIUS = 1e6
 MAX_RATIO = 1e6
+
+
+class GRPreset(NamedTuple):
+    """A named method: what `--help` says of it, and the flags it sets."""
+
+    help: str
+    flags: dict[str, Any]
+
+
 #: Settings in the published range: kappa 2 to 4 for Llamas, 20 and 50 for ViTs on CIFAR, 1 and 2 for CNNs (the
 #: authors' replies to the reviewers), ViT on ImageNet as in Table 4 of the paper; gamma as there or in the released
 #: commands. Without `ire_start_step` IRE starts at the end of the learning-rate warmup.
@@ -32,6 +54,22 @@ IRE_PRESETS: dict[str, dict[str, float]] = {
     "vit_imagenet": {"ire_kappa": 2.0, "ire_gamma": 0.8, "ire_start_step": 1 / 3},
     "vit_cifar": {"ire_kappa": 20.0, "ire_gamma": 0.6},
     "cnn": {"ire_kappa": 1.0, "ire_gamma": 0.9},
+}
+#: Named settings of GR, with the papers' r for CIFAR, but for MSAM's, which is ours. Late SAM is "Sharpness-Aware
+#: Minimization Efficiently Selects Flatter Minima Late in Training", Zhou et al., ICLR 2025.
+GR_PRESETS: dict[str, GRPreset] = {
+    "gr_paper": GRPreset("GR with zero-warmup, as in the GR paper", {"gr_r": 0.1, "gr_warmup": "zero"}),
+    "sam": GRPreset("SAM in every step", {"gr_r": 0.05, "gr_warmup": "none"}),
+    "late": GRPreset("SAM in the last fifth alone", {"gr_r": 0.05, "gr_warmup": "zero", "gr_warmup_steps": 0.8}),
+    "asam": GRPreset("ASAM in every step", {"gr_r": 0.5, "gr_warmup": "none", "gr_ascent": "adaptive"}),
+    "msam": GRPreset(
+        "MSAM after the learning-rate warmup, in one pass",
+        {"gr_r": 1.0, "gr_warmup": "zero", "gr_ascent": "momentum"},
+    ),
+    "looksam": GRPreset(
+        "SAM in every fifth step, reused in the others",
+        {"gr_r": 0.05, "gr_warmup": "none", "gr_interval": 5, "gr_reuse": 0.7},
+    ),
 }
 #: Flags of transformers that, out of these ranges, silently make the weights non-finite.
 TRAINING_LIMITS = {
@@ -46,21 +84,30 @@ DEGREE = Limit(0, MAX_RADIUS, rule=f"the degree must be >= 0 (0 turns GR off) {_
 INTERVAL = Limit(1, rule="must be a whole number of steps, at least 1.")
 
 
-class _UnsetNumber(float):
-    """Default of a flag that a preset may set. Its class distinguishes it from the same number given by the user."""
+class _Unset:
+    """Default of a flag that a preset may set. It equals and prints as its value; its class tells it from the same
+    value given by the user."""
 
-
-class _UnsetNone:
-    """The same for a default of None, which it equals and prints as."""
+    def __init__(self, value: Any):
+        self.value = value
 
     def __repr__(self) -> str:
-        return "None"
+        return str(self.value)
 
     def __eq__(self, other: object) -> bool:
-        return other is None or isinstance(other, _UnsetNone)
+        return bool(self.value == (other.value if isinstance(other, _Unset) else other))
 
     def __hash__(self) -> int:
-        return hash(None)
+        return hash(self.value)
+
+
+def _settle(args: Any, kind: type, preset: dict[str, Any]) -> None:
+    """Set the flags of `kind`, its parents' excluded, that were not given to the values of the preset, or to their
+    defaults as plain values."""
+    for name in kind.__annotations__:
+        value = getattr(args, name)
+        if isinstance(value, _Unset):
+            setattr(args, name, preset.get(name, value.value))
 
 
 def _default(name: str) -> Any:
@@ -147,19 +194,19 @@ class IREArguments:
     """The flags of IRE; see `hf_gr.optim.ire`."""
 
     ire_kappa: float = flag(
-        _UnsetNumber(0.0),
+        _Unset(0.0),
         "kappa: the optimizer takes (1 + kappa) times its step along flat coordinates. 0 turns IRE off. With AdamW as "
         "the optimizer this is AdmIRE, with SGD SGD-IRE, with gr_lambda SAM-IRE or GR-IRE.",
         SETTINGS["kappa"],
     )
     ire_gamma: float = flag(
-        _UnsetNumber(0.6),
+        _Unset(0.6),
         "gamma: the fraction of all coordinates treated as flat, in (0, 1]; the paper uses (0.5, 1).",
         SETTINGS["gamma"],
     )
     ire_interval: int = flag(10, "K: optimizer steps from one choice of the flat coordinates to the next.", INTERVAL)
     ire_start_step: float | None = flag(
-        _UnsetNone(),
+        _Unset(None),
         "The step at which IRE starts; below 1, a fraction of all steps. None means the end of the learning-rate "
         "warmup (warmup_steps).",
         STEPS,
@@ -209,22 +256,12 @@ class IREArguments:
     )
 
     def __post_init__(self):
-        self._settle_ire_preset()
+        check_fields(self, IREArguments, ["ire_preset"])
+        _settle(self, IREArguments, IRE_PRESETS[self.ire_preset] if self.ire_preset else {})
         self.check_ire_arguments()
         # The other half of the class is a TrainingArguments, except where these flags stand alone.
         if hasattr(super(), "__post_init__"):
             super().__post_init__()
-
-    def _settle_ire_preset(self) -> None:
-        """Set the flags that were not given to the values of the preset, or to their defaults as plain values."""
-        check_fields(self, IREArguments, ["ire_preset"])
-        preset = IRE_PRESETS.get(self.ire_preset or "", {})
-        for name in ("ire_kappa", "ire_gamma", "ire_start_step"):
-            value = getattr(self, name)
-            if isinstance(value, _UnsetNumber):
-                setattr(self, name, preset.get(name, float(value)))
-            elif isinstance(value, _UnsetNone):
-                setattr(self, name, preset.get(name))
 
     def check_ire_arguments(self) -> None:
         """Raise `ValueError` for a flag out of its range. Called again as training starts: a sweep sets attributes."""
@@ -265,10 +302,13 @@ class GRArguments(IREArguments, OptimizerArguments):
     `GRConfig` is this for `TrainingArguments` itself. Raises `ValueError` for values that make no sense.
     """
 
+    gr_preset: str | None = flag(
+        None, "Set other gr_ flags to those of a named method. Any of them that is given takes precedence.", GR_PRESETS
+    )
     gr_r: float = flag(
-        0.1,
-        "r, the radius of the perturbation r g1/||g1|| at which the second gradient is taken; > 0. The paper uses "
-        "0.05 and 0.1 for hundreds of epochs; small models and short runs need less.",
+        _Unset(0.1),
+        "r, the radius of the perturbation r d at which the second gradient is taken; > 0. The paper uses 0.05 and 0.1 "
+        "for hundreds of epochs; small models and short runs need less, wrong labels more.",
         RADIUS,
     )
     gr_lambda: float | None = flag(
@@ -277,9 +317,14 @@ class GRArguments(IREArguments, OptimizerArguments):
         "gr_r, which is SAM; 0 turns gradient regularization off.",
         DEGREE,
     )
-    gr_warmup: str = flag("zero", "How GR starts.", GR_WARMUPS)
+    gr_ascent: str = flag(_Unset("gradient"), "Where the second gradient is taken: the direction d.", ASCENTS)
+    gr_radius_rule: str = flag(
+        "fixed", "How the radius of a step follows from r; the degree keeps its ratio to it.", RADIUS_RULES
+    )
+    gr_r_max: float = flag(1.0, "The largest radius that gr_radius_rule gradient or loss may take; > 0.", POSITIVE)
+    gr_warmup: str = flag(_Unset("zero"), "How GR starts.", GR_WARMUPS)
     gr_warmup_steps: float | None = flag(
-        None,
+        _Unset(None),
         "T_w, in optimizer steps; below 1 it is a fraction of all steps. None means the steps of the learning-rate "
         "warmup (warmup_steps).",
         STEPS,
@@ -292,10 +337,16 @@ class GRArguments(IREArguments, OptimizerArguments):
         GR_SCOPES,
     )
     gr_interval: int = flag(
-        1,
+        _Unset(1),
         "After the warmup, regularize only every k-th step and take plain steps in between: less cost, about 1 + 1/k "
         "passes per step. 1 is the paper.",
         INTERVAL,
+    )
+    gr_reuse: float = flag(
+        _Unset(0.0),
+        "alpha of LookSAM: the steps between regularized ones add alpha ||g1|| times the direction that the last "
+        "second gradient added; 0.7 in its paper, 0 turns it off.",
+        NOT_NEGATIVE,
     )
     gr_on_nonfinite: str = flag(
         "stop",
@@ -310,6 +361,8 @@ class GRArguments(IREArguments, OptimizerArguments):
     )
 
     def __post_init__(self):
+        check_fields(self, GRArguments, ["gr_preset"])
+        _settle(self, GRArguments, GR_PRESETS[self.gr_preset].flags if self.gr_preset else {})
         self.check_gr_arguments()
         if isinstance(self, TrainingArguments):
             check_numbers(self, TrainingArguments, TRAINING_LIMITS)
@@ -323,6 +376,34 @@ class GRArguments(IREArguments, OptimizerArguments):
                 f"gr_lambda={self.gr_degree}: must be at most {MAX_RATIO:g} times gr_r={self.gr_r}. Raise gr_r, or "
                 "leave gr_lambda out for gr_lambda = gr_r."
             )
+        if self.gr_reuse != 0 and self.gr_scope != "global":
+            raise ValueError(
+                f"gr_reuse={self.gr_reuse}: gr_scope={self.gr_scope!r} has a gradient of its own on each process or "
+                "micro-batch, and none to reuse for all. Use gr_scope=global."
+            )
+        if self.is_active and self.gr_passes == 1:
+            self._check_one_pass()
+
+    def _check_one_pass(self) -> None:
+        """Raise `ValueError` for what needs a g1, which an ascent of one pass does not have."""
+        ascent = f"gr_ascent={self.gr_ascent!r} takes one pass and has no g1"
+        if self.gr_degree != self.gr_r:
+            raise ValueError(f"gr_lambda={self.gr_lambda}: {ascent} to mix with g2. Leave gr_lambda out.")
+        if self.gr_warmup == "lambda":
+            raise ValueError(f"gr_warmup='lambda': {ascent} to mix with g2. Use gr_warmup=zero or r.")
+        if self.gr_radius_rule != "fixed":
+            raise ValueError(f"gr_radius_rule={self.gr_radius_rule!r}: {ascent} to measure. Leave it out.")
+        if self.gr_half_precision_weights:
+            raise ValueError(
+                f"gr_half_precision_weights=True: {ascent}, and its pass would run in half precision. Leave it out."
+            )
+        if self.gr_reuse != 0:
+            raise ValueError(f"gr_reuse={self.gr_reuse}: {ascent} to project on, and no pass to save. Leave it out.")
+
+    @property
+    def gr_passes(self) -> int:
+        """Forward and backward passes of a regularized step."""
+        return ASCENTS[self.gr_ascent].passes
 
     @property
     def gr_degree(self) -> float:
@@ -340,7 +421,8 @@ class GRArguments(IREArguments, OptimizerArguments):
         gr, ire, passes = "no GR", "no IRE", 1.0
         if self.is_active:
             gr = f"GR with r={self.gr_r:g}, lambda={self.gr_degree:g}, gr_warmup={self.gr_warmup}"
-            passes += 1 / self.gr_interval
+            gr += f", gr_ascent={self.gr_ascent}" if self.gr_ascent != "gradient" else ""
+            passes += (self.gr_passes - 1) / self.gr_interval
         if self.ire_kappa != 0:
             ire = f"IRE with kappa={self.ire_kappa:g}, gamma={self.ire_gamma:g}"
             passes += self.ire_probe_fraction / self.ire_interval if self.ire_mask in ESTIMATED_MASKS else 0
@@ -379,6 +461,9 @@ NEEDS = (
         "ire_mask={0.ire_mask!r}",
     ),
     Needs({"gr_warmup_steps"}, lambda a: a.gr_warmup != "none", "gr_warmup='none'"),
+    Needs({"gr_reuse"}, lambda a: a.gr_interval > 1, "gr_interval=1"),
+    Needs({"gr_r_max"}, lambda a: RADIUS_RULES[a.gr_radius_rule].is_capped, "gr_radius_rule={0.gr_radius_rule!r}"),
+    Needs({"gr_scope"}, lambda a: a.gr_passes > 1, "gr_ascent={0.gr_ascent!r}"),
     Needs({"decay_norms_and_biases"}, lambda a: getattr(a, "weight_decay", 0) != 0, "weight_decay=0"),
 )
 

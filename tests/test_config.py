@@ -14,18 +14,24 @@ from transformers.training_args import OptimizerNames
 from hf_gr import IRE, GRArguments, GRConfig
 from hf_gr.config import IRE_PRESETS
 from hf_gr.optim.gr_warmup import GR_WARMUPS
+from hf_gr.reporting.arguments import default_of
 
 
 def test_contract_defaults():
     config = GRConfig(output_dir="x", use_cpu=True)
     flags = {name: getattr(config, name) for name in vars(GRArguments())}
     assert flags == {
+        "gr_preset": None,
         "gr_r": 0.1,
         "gr_lambda": None,
+        "gr_ascent": "gradient",
+        "gr_radius_rule": "fixed",
+        "gr_r_max": 1.0,
         "gr_warmup": "zero",
         "gr_warmup_steps": None,
         "gr_scope": "global",
         "gr_interval": 1,
+        "gr_reuse": 0.0,
         "gr_on_nonfinite": "stop",
         "gr_half_precision_weights": False,
         "ire_kappa": 0.0,
@@ -84,6 +90,9 @@ def test_parses_from_command_line_json_yaml_and_dict(tmp_path):
         assert (config.gr_r, config.gr_lambda, config.gr_warmup) == (0.05, 0.04, "lambda")
 
 
+MOMENTUM = {"gr_ascent": "momentum"}
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -106,6 +115,17 @@ def test_parses_from_command_line_json_yaml_and_dict(tmp_path):
         ({"gr_warmup": "foo"}, "gr_warmup='foo': choose one of none, r, lambda, zero"),
         ({"gr_scope": "world"}, "gr_scope='world': choose one of global, local, micro"),
         ({"gr_interval": 0}, "gr_interval=0: must be a whole number of steps, at least 1"),
+        ({"gr_ascent": "sam"}, "gr_ascent='sam': choose one of gradient, adaptive, adaptive_weights, momentum"),
+        ({"gr_radius_rule": "norm"}, "gr_radius_rule='norm': choose one of fixed, gradient, loss"),
+        ({"gr_preset": "foo"}, "gr_preset='foo': choose one of gr_paper, sam, late, asam, msam, looksam"),
+        ({"gr_r_max": 0}, "gr_r_max=0: must be more than 0"),
+        ({"gr_reuse": -0.1}, "gr_reuse=-0.1: must be at least 0"),
+        ({"gr_reuse": 0.7, "gr_interval": 2, "gr_scope": "micro"}, "gr_reuse=0.7: gr_scope='micro' has a gradient of"),
+        ({**MOMENTUM, "gr_lambda": 0.05}, "gr_lambda=0.05: gr_ascent='momentum' takes one pass and has no g1 to mix"),
+        ({**MOMENTUM, "gr_warmup": "lambda"}, "gr_warmup='lambda': gr_ascent='momentum' takes one pass"),
+        ({**MOMENTUM, "gr_radius_rule": "loss"}, "gr_radius_rule='loss': gr_ascent='momentum' takes one pass"),
+        ({**MOMENTUM, "gr_reuse": 0.5, "gr_interval": 2}, "gr_reuse=0.5: gr_ascent='momentum' takes one pass"),
+        ({**MOMENTUM, "gr_half_precision_weights": True}, "gr_half_precision_weights=True: gr_ascent='momentum'"),
         ({"gr_warmup_steps": -3}, "gr_warmup_steps=-3: give a whole number of steps, or a fraction"),
         ({"gr_warmup_steps": 1.5}, "gr_warmup_steps=1.5: give a whole number of steps, or a fraction"),
         ({"gr_lambda": True}, "gr_lambda=True: give a number, not a bool"),
@@ -125,7 +145,11 @@ def test_mistakes_are_named(flags, message):
     assert message in str(error.value)
 
 
-NUMBERS = [f.name for f in fields(GRArguments) if isinstance(f.default, int | float) or f.name.endswith("_step")]
+NUMBERS = [
+    f.name
+    for f in fields(GRArguments)
+    if isinstance(default_of(f), int | float) or f.name.endswith(("_step", "_steps"))
+]
 
 
 @pytest.mark.parametrize("value", [True, "1"])
@@ -172,6 +196,42 @@ def sources(values, folder):
 def test_a_given_value_wins_over_the_preset_even_if_it_is_the_default(given, expected, tmp_path):
     for config in sources({**PRESET, **given}, tmp_path):
         assert settings(config) == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, (0.05, None, "gradient", "none", None, 5, 0.7)),
+        ({"gr_r": 0.1, "gr_interval": 1}, (0.1, None, "gradient", "none", None, 1, 0.7)),
+        ({"gr_warmup": "zero", "gr_reuse": 0.0}, (0.05, None, "gradient", "zero", None, 5, 0.0)),
+        ({"gr_warmup_steps": 7, "gr_ascent": "adaptive"}, (0.05, None, "adaptive", "none", 7, 5, 0.7)),
+    ],
+    ids=str,
+)
+def test_a_given_flag_wins_over_the_preset_of_gr(given, expected, tmp_path):
+    names = ("gr_r", "gr_lambda", "gr_ascent", "gr_warmup", "gr_warmup_steps", "gr_interval", "gr_reuse")
+    for config in sources({"output_dir": "x", "use_cpu": True, "gr_preset": "looksam", **given}, tmp_path):
+        assert tuple(getattr(config, name) for name in names) == expected
+
+
+@pytest.mark.parametrize(
+    ("flags", "messages"),
+    [
+        ({"gr_reuse": 0.7}, ["gr_reuse=0.7 has no effect with gr_interval=1."]),
+        ({"gr_r_max": 0.2}, ["gr_r_max=0.2 has no effect with gr_radius_rule='fixed'."]),
+        ({"gr_r_max": 0.2, "gr_radius_rule": "loss"}, []),
+        ({**MOMENTUM, "gr_scope": "local"}, ["gr_scope=local has no effect with gr_ascent='momentum'."]),
+        ({"gr_preset": "sam", "gr_warmup_steps": 3}, ["gr_warmup_steps=3 has no effect with gr_warmup='none'."]),
+    ],
+)
+def test_a_flag_without_effect_is_named(flags, messages):
+    assert GRArguments(**flags).flags_without_effect("gr_") == messages
+
+
+def test_passes_of_a_step():
+    assert "; 1 pass per step" in GRArguments(**MOMENTUM).describe_method()
+    assert "gr_ascent=momentum" in GRArguments(**MOMENTUM).describe_method()
+    assert "; up to 1.2 passes per step" in GRArguments(gr_preset="looksam").describe_method()
 
 
 @pytest.mark.parametrize("preset", IRE_PRESETS)

@@ -21,6 +21,7 @@ from hf_gr.models.presets import (
 from hf_gr.optim import OPTIMIZERS
 from hf_gr.optim.ascents import ASCENTS, Ascent
 from hf_gr.optim.gr_warmup import GR_WARMUPS, Warmup
+from hf_gr.optim.radius_rules import RADIUS_RULES, RadiusRule
 from hf_gr.reporting.methods import methods_tables, table
 
 BIBTEX = """\
@@ -50,17 +51,17 @@ class Scaled(torch.optim.Optimizer):
                 p.sub_(group["lr"] * group["scale"] * p.grad)
 
 
-def along_signs(params, norm):
+def along_signs(params, norm, optimizer):
     return (p.grad.sign() for p in params), 10.0
 
 
 @pytest.fixture(autouse=True)
 def _entries(monkeypatch):
-    """The flag for the choice of an ascent is still to come: until then the toy stands where SAM does."""
     half = Warmup(lambda t, warmup_steps: (0.5, 1.0), "half the degree throughout", r"\lambda_t = \lambda / 2")
     monkeypatch.setitem(GR_WARMUPS, "half", half)
     signs = Ascent(along_signs, "along the signs", r"\frac{\mathrm{sign}(g_1)}{10}", BIBTEX % (("signs",) * 3))
-    monkeypatch.setitem(ASCENTS, "sam", signs)
+    monkeypatch.setitem(ASCENTS, "signs", signs)
+    monkeypatch.setitem(RADIUS_RULES, "tenth", RadiusRule(lambda r, norm, r_max: r / 10, "a tenth of r", "r_t / 10"))
     monkeypatch.setitem(OPTIMIZERS, "scaled", Scaled)
     monkeypatch.setitem(IRE_PRESETS, "mild", {"ire_kappa": 0.25})
     shape = VIT_PRESETS["vit-micro"].shape | {"num_hidden_layers": 1}
@@ -80,7 +81,9 @@ def test_choices_and_help():
     assert "mild" in shown
 
 
-@pytest.mark.parametrize(("flag", "name"), [("gr_warmup", "half"), ("optim", "scaled"), ("ire_preset", "mild")])
+@pytest.mark.parametrize(("flag", "name"), [("gr_warmup", "half"), ("gr_ascent", "signs"),
+                                              ("gr_radius_rule", "tenth"), ("optim", "scaled"),
+                                              ("ire_preset", "mild")])  # fmt: skip
 def test_the_message_for_a_mistake(flag, name):
     with pytest.raises(ValueError, match=rf"{flag}='foo': choose one of .*, {name}\."):
         GRArguments(**{flag: "foo"})
@@ -108,7 +111,7 @@ def test_the_tables_of_the_docs():
 
 
 def test_the_step_and_the_card(tmp_path):
-    """g1 and g2 by hand: lambda = r / 2, g2 at theta + r sign(g1) / 10; then w - lr scale g."""
+    """g1 and g2 by hand: lambda = r / 2, g2 at theta + r/10 sign(g1) / 10; then w - lr scale g."""
     model, data, r, lr = toys.vit(), toys.images(2), 0.1, 1e-2
     inputs = {key: torch.stack([torch.as_tensor(row[key]) for row in data]) for key in data[0]}
     params = list(model.parameters())
@@ -120,7 +123,7 @@ def test_the_step_and_the_card(tmp_path):
     g1 = gradients()
     with torch.no_grad():
         for p, g in zip(params, g1, strict=True):
-            p.add_(r * g.sign() / 10)
+            p.add_(r / 10 * g.sign() / 10)
     g2 = gradients()
     with torch.no_grad():
         for p, start in zip(params, before, strict=True):
@@ -128,6 +131,7 @@ def test_the_step_and_the_card(tmp_path):
     expected = [w - lr * 0.25 * (a / 2 + b / 2) for w, a, b in zip(before, g1, g2, strict=True)]
 
     flags = {"optim": "scaled", "optim_args": "scale=0.25", "gr_r": r, "gr_warmup": "half", "max_grad_norm": 0}
+    flags |= {"gr_ascent": "signs", "gr_radius_rule": "tenth"}
     args = GRConfig(**toys.arguments(tmp_path, max_steps=1, learning_rate=lr, **flags))
     trainer = GRTrainer(model=model, args=args, train_dataset=data)
     trainer.train()
@@ -136,9 +140,9 @@ def test_the_step_and_the_card(tmp_path):
 
     trainer.create_model_card()
     card = (tmp_path / "README.md").read_text()
-    assert f"$${GR_WARMUPS['half'].latex}$$" in card and f"r_t {ASCENTS['sam'].latex}" in card
+    assert f"$${GR_WARMUPS['half'].latex}$$" in card and f"$$d = {ASCENTS['signs'].latex}$$" in card
     assert f"$${Scaled.latex}$$" in card and "| `scale` | c | 0.25 |" in card
-    assert Scaled.citation in card and ASCENTS["sam"].citation in card
+    assert Scaled.citation in card and ASCENTS["signs"].citation in card
 
 
 def test_the_code_of_the_docs():
@@ -153,7 +157,7 @@ def test_the_code_of_the_docs():
         assert type(create_optimizer("descent", [p], lr=0.1)).__name__ == "Descent"
         assert create_image_model("vit-nano", ["a", "b"]).config.num_hidden_layers == 1
         p.grad = torch.tensor([3.0, -4.0])
-        directions, length = ASCENTS["signs"].direction([p], 5.0)
+        directions, length = ASCENTS["signs"].direction([p], 5.0, None)
         torch.testing.assert_close(torch.stack(list(directions)).div(length).norm(), torch.tensor(1.0))
     finally:
         for entries, kept in zip(tables, before, strict=True):

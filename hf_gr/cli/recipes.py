@@ -10,6 +10,8 @@ import yaml
 from transformers import SchedulerType, TrainingArguments
 from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 
+from ..config import GR_PRESETS
+
 #: Prefixes of the flags that determine the training method.
 METHOD = ("gr_", "ire_", "optim")
 LENGTHS = ("max_steps", "num_train_epochs", "max_train_tokens")
@@ -17,6 +19,7 @@ _SET_BY_CHECKPOINT = ("model", "dropout", "stem", "weight_init", "image_size", "
 #: For a flag on the command line, the flags of a recipe that contradict it and are dropped.
 SUPERSEDES: dict[str, tuple[str, ...]] = {
     **{flag: tuple(other for other in LENGTHS if other != flag) for flag in LENGTHS},
+    "gr_preset": ("gr_lambda", *dict.fromkeys(name for preset in GR_PRESETS.values() for name in preset.flags)),
     "ire_preset": ("ire_kappa", "ire_gamma", "ire_start_step"),
     "optim": ("optim_args", "optim_target_modules"),
     "lr_scheduler_type": ("lr_scheduler_kwargs",),
@@ -115,7 +118,7 @@ def check_scheduler(args: TrainingArguments) -> None:
 
 def check_gr_is_on(given: Mapping[str, Any], values: Any) -> None:
     """Raise `ValueError` for a GR flag on the command line if the recipe turns GR off."""
-    flag = next((f for f in ("gr_r", "gr_warmup", "gr_warmup_steps", "gr_scope", "gr_interval") if f in given), None)
+    flag = next((f for f in given if f.startswith("gr_") and f != "gr_on_nonfinite"), None)
     if flag and "gr_lambda" not in given and getattr(values, "gr_lambda", None) == 0:
         raise ValueError(
             f"{flag}={given[flag]} has no effect with gr_lambda=0 in the recipe. Give gr_lambda, too; for SAM, gr_r."

@@ -1,35 +1,94 @@
 """Ascents: where gradient regularization takes its second gradient, theta + r d with a direction d of length 1.
 
-An ascent is a function `f(params, norm) -> (directions, length)`. It gets the parameters, with g1 in their `.grad`, and
-norm = ||g1|| over all parameters that share the radius. It returns a direction for each parameter and the length of all
-directions as one vector: d = directions / length. The directions may come from a generator: each is used before the
-next is asked for, so that only one of them is in memory.
+An ascent is a function `f(params, norm, optimizer) -> (directions, length)`. It gets the parameters that have a
+gradient, with g1 in their `.grad`, norm = ||g1|| over all parameters that share the radius, and the optimizer, if there
+is one. It returns a direction for each parameter, or None for one that stays where it is, and a length that they are
+all divided by: d = directions / length. The directions may come from a generator: each is used before the next is asked
+for, so that only one of them is in memory.
 
-To add an ascent, write the function and give it an entry in `ASCENTS`: the update rule, the model card, the docs and
-the tests read that table.
+An ascent that does not need g1, such as `momentum`, has `passes=1`: the step is then the gradient at theta + r d alone,
+and `f` gets all parameters, whatever is in their `.grad`.
+
+To add an ascent, write the function and give it an entry in `ASCENTS`: the command line, the validation, the update
+rule, the model card, the docs and the tests read that table.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
-#: Added to the norm that divides g1. The released code adds nothing and turns a zero gradient into NaN.
+#: Added to the length that divides a direction. The released code of GR adds nothing: a zero gradient becomes NaN.
 NORM_EPS = 1e-12
+#: eta of ASAM, its published value: weights near 0 still move.
+ADAPTIVE_ETA = 0.01
+#: Where optimizers keep their first moment: the Adam family, and SGD with momentum.
+FIRST_MOMENTS = ("exp_avg", "momentum_buffer")
+
+Directions = tuple[Iterable[Tensor | None], float]
 
 
 class Ascent(NamedTuple):
-    """An ascent: its function, what the docs say of it, d as an equation, and the BibTeX of its source."""
+    """An ascent: its function, what `--help` says of it, d as an equation, the BibTeX of its source, and how many
+    passes over a batch a regularized step takes."""
 
-    direction: Callable[[Sequence[Tensor], float], tuple[Iterable[Tensor], float]]
+    direction: Callable[[Sequence[Tensor], float, Any], Directions]
     help: str
     latex: str
     citation: str
+    passes: int = 2
 
 
-def sam(params: Sequence[Tensor], norm: float) -> tuple[Iterable[Tensor], float]:
+def gradient(params: Sequence[Tensor], norm: float, optimizer: Any = None) -> Directions:
     """d = g1 / ||g1||, the direction in which the loss climbs fastest."""
-    return (p.grad for p in params if p.grad is not None), norm + NORM_EPS
+    return (p.grad for p in params), norm + NORM_EPS
+
+
+def adaptive(params: Sequence[Tensor], norm: float, optimizer: Any = None) -> Directions:
+    """d = T^2 g1 / ||T g1|| with T = |theta| + eta, for every parameter: ASAM, Kwon et al., ICML 2021, Eq. 3 and 4.
+
+    Multiplying a weight by a constant, and what follows it by the inverse, does not change r. So r is not that of SAM,
+    but some ten times as large: 0.5 to 2.
+    """
+    return _scaled(params, lambda p: p.detach().abs() + ADAPTIVE_ETA)
+
+
+def adaptive_weights(params: Sequence[Tensor], norm: float, optimizer: Any = None) -> Directions:
+    """`adaptive` with T = 1 for biases and the scales of norms, the parameters with at most one dimension."""
+    return _scaled(params, lambda p: p.detach().abs() + ADAPTIVE_ETA if p.ndim > 1 else torch.ones_like(p))
+
+
+def _scaled(params: Sequence[Tensor], scale: Callable[[Tensor], Tensor]) -> Directions:
+    scaled = (scale(p) * p.grad for p in params if p.grad is not None)
+    return (None if p.grad is None else scale(p).square_() * p.grad for p in params), length(scaled) + NORM_EPS
+
+
+def momentum(params: Sequence[Tensor], norm: float, optimizer: Any) -> Directions:
+    """d = -m / ||m|| with m the optimizer's first moment, one vector over all parameters: MSAM, Becker et al., 2024.
+
+    m is a mean of gradients, so theta moves along the coming update. (The bias correction of Adam is one factor, and
+    drops out.) A parameter that has no moment yet stays.
+    """
+    moments = [first_moment(optimizer, p) for p in params]
+    return moments, -(length(m for m in moments if m is not None) + NORM_EPS)
+
+
+def first_moment(optimizer: Any, p: Tensor) -> Tensor | None:
+    """m of one parameter; None if the optimizer keeps none, or has not begun to."""
+    state = optimizer.state.get(p, {})
+    return next((state[key] for key in FIRST_MOMENTS if state.get(key) is not None), None)
+
+
+def length(tensors: Iterable[Tensor]) -> float:
+    """The norm of all tensors as one vector, of which only one is in memory at a time; 0.0 if there are none."""
+    norms = [torch.linalg.vector_norm(t.detach()) for t in tensors]
+    return as_float(torch.linalg.vector_norm(torch.stack([n.to(norms[0].device) for n in norms]))) if norms else 0.0
+
+
+def as_float(value: Tensor | float) -> float:
+    """Of one element, gathered from all processes if it is sharded."""
+    return float(value.full_tensor() if hasattr(value, "full_tensor") else value)
 
 
 SAM_CITATION = """\
@@ -40,7 +99,42 @@ SAM_CITATION = """\
   year      = {2021},
   url       = {https://arxiv.org/abs/2010.01412}
 }"""
+ASAM_CITATION = """\
+@inproceedings{kwon2021asam,
+  title     = {ASAM: Adaptive Sharpness-Aware Minimization for Scale-Invariant Learning of Deep Neural Networks},
+  author    = {Kwon, Jungmin and Kim, Jeongseop and Park, Hyunseo and Choi, In Kwon},
+  booktitle = {International Conference on Machine Learning},
+  year      = {2021},
+  url       = {https://arxiv.org/abs/2102.11600}
+}"""
+MSAM_CITATION = """\
+@article{becker2024momentum,
+  title   = {Momentum-SAM: Sharpness Aware Minimization without Computational Overhead},
+  author  = {Becker, Marlon and Altrock, Frederick and Risse, Benjamin},
+  journal = {arXiv preprint arXiv:2401.12033},
+  year    = {2024},
+  url     = {https://arxiv.org/abs/2401.12033}
+}"""
 
 ASCENTS: dict[str, Ascent] = {
-    "sam": Ascent(sam, "along the gradient, as in SAM", r"\frac{g_1}{\|g_1\|}", SAM_CITATION),
+    "gradient": Ascent(gradient, "along the gradient, as in SAM", r"\frac{g_1}{\|g_1\|}", SAM_CITATION),
+    "adaptive": Ascent(
+        adaptive,
+        "each coordinate scaled by its weight (ASAM), with r about 0.5 to 2",
+        r"\frac{T^2 g_1}{\|T g_1\|}, \ T = |\theta| + 0.01",
+        ASAM_CITATION,
+    ),
+    "adaptive_weights": Ascent(
+        adaptive_weights,
+        "the same, with biases and norms left unscaled",
+        r"\frac{T^2 g_1}{\|T g_1\|}, \ T = |\theta| + 0.01 \ \mathrm{or} \ 1",
+        ASAM_CITATION,
+    ),
+    "momentum": Ascent(
+        momentum,
+        "along the update that the optimizer's momentum announces (MSAM), in one pass, with a larger r",
+        r"\frac{-m}{\|m\|}",
+        MSAM_CITATION,
+        passes=1,
+    ),
 }

@@ -24,11 +24,12 @@ which needs no g1 after the perturbation, has `.grad` free until the second back
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .ascents import ASCENTS
+from .ascents import ASCENTS, as_float
 
 CITATION = """\
 @inproceedings{zhao2024when,
@@ -58,11 +59,6 @@ def gradient_norm(params: Iterable[Tensor]) -> float:
 @torch.no_grad()
 def _total_norm(tensors: list[Tensor]) -> float:
     return as_float(torch.nn.utils.get_total_norm(tensors)) if tensors else 0.0
-
-
-def as_float(value: Tensor | float) -> float:
-    """Of one element, gathered from all processes if it is sharded."""
-    return float(value.full_tensor() if hasattr(value, "full_tensor") else value)
 
 
 @torch.no_grad()
@@ -134,40 +130,57 @@ class Perturbation:
     """theta -> theta + r d, and exactly back; d is g / ||g||, or what another ascent makes of g.
 
     theta is copied before it moves and copied back afterwards: subtracting what was added would leave a rounding error
-    that piles up over the steps. The storage of a parameter is never replaced, and parameters without a gradient are
-    neither moved nor copied.
+    that piles up over the steps. The storage of a parameter is never replaced, and parameters that the ascent has no
+    direction for are neither moved nor copied.
 
     Args:
         params: the trainable parameters, with g in their `.grad`.
         ascent: a key of `ASCENTS`.
+        optimizer: the optimizer of the parameters, for an ascent that follows its state.
+
+    Attributes:
+        slope: g1 . d, the rise of the loss per unit of r to first order; ||g1|| for `gradient`.
     """
 
-    def __init__(self, params: Iterable[Tensor], ascent: str = "sam"):
-        self._direction = ASCENTS[ascent].direction
-        self._params = [p for p in params if p.grad is not None]
-        self._theta: list[Tensor] = []
+    def __init__(self, params: Iterable[Tensor], ascent: str = "gradient", optimizer: Any = None):
+        self._ascent = ASCENTS[ascent]
+        self._optimizer = optimizer
+        self._params = [p for p in params if p.grad is not None or self._ascent.passes == 1]
+        self._moved: list[tuple[Tensor, Tensor]] = []  # with theta
+        self._dropped: list[Tensor] = []
         self._step_per_grad = 0.0
         self._follows_gradient = True
+        self.slope = 0.0
 
     @torch.no_grad()
-    def apply(self, radius: float, norm: float, grad_scale: float = 1.0) -> None:
+    def apply(self, radius: float, norm: float = math.nan, grad_scale: float = 1.0) -> None:
         """Move the parameters by `radius` along d; `norm` is ||g|| over all parameters that share the radius.
 
         The gradients are multiplied by `grad_scale` on the way, while each is in the processor's cache. With 0, which
         is SAM, they are dropped: autograd then need not add to them, and their memory pays for the copy of theta.
         """
-        directions, length = self._direction(self._params, norm)
+        directions, length = self._ascent.direction(self._params, norm, self._optimizer)
         self._step_per_grad = radius / length
         self._follows_gradient = True
+        slopes: list[Tensor] = []
         for p, direction in zip(self._params, directions, strict=True):
-            theta, grad = _local(p.detach()), _local(grad_of(p))
-            self._theta.append(theta.clone())
-            theta.add_(_local(direction), alpha=self._step_per_grad)
-            self._follows_gradient &= direction is p.grad
+            grad = p.grad
+            if direction is not None:
+                theta = _local(p.detach())
+                self._moved.append((p, theta.clone()))
+                theta.add_(_local(direction), alpha=self._step_per_grad)
+                if direction is not grad:
+                    self._follows_gradient = False
+                    if grad is not None and self._ascent.passes > 1:
+                        slopes.append(torch.sum(direction * grad))
+            if grad is None or grad_scale == 1:
+                continue
             if grad_scale == 0:
                 p.grad = None
+                self._dropped.append(p)
             else:
-                grad.mul_(grad_scale)
+                _local(grad).mul_(grad_scale)
+        self.slope = norm if self._follows_gradient else sum(map(as_float, slopes)) / length
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -176,39 +189,40 @@ class Perturbation:
         A parameter whose gradient was dropped and that the second pass did not reach gets the gradient 0: the optimizer
         would skip one without.
         """
-        for p, theta in zip(self._params, self._theta, strict=False):
+        for p, theta in self._moved:
             _local(p.detach()).copy_(theta)
+        for p in self._dropped:
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
-        self._theta = []
+        self._moved, self._dropped = [], []
 
     @contextmanager
     @torch.no_grad()
     def suspended(self) -> Iterator[None]:
         """Within, the parameters are theta. Nothing happens when nothing is perturbed."""
-        params = [_local(p.data) for p, _ in zip(self._params, self._theta, strict=False)]
-        perturbed = [p.clone() for p in params]
+        moved = [(_local(p.data), theta) for p, theta in self._moved]
+        perturbed = [p.clone() for p, _ in moved]
         # Through `.data`, of which autograd takes no notice: a backward pass may be about to use the same values again.
-        for p, theta in zip(params, self._theta, strict=False):
+        for p, theta in moved:
             p.copy_(theta)
         try:
             yield
         finally:
-            for p, value in zip(params, perturbed, strict=True):
+            for (p, _), value in zip(moved, perturbed, strict=True):
                 p.copy_(value)
 
     @torch.no_grad()
-    def second_gradient_norm(self, ratio: float) -> float:
+    def second_gradient_norm(self, ratio: float) -> float | None:
         """||g2||, where `.grad` holds ratio * g1 + g2 and theta is still perturbed. Follow with `restore`.
 
         For ratio != 0, g1 is recovered from the step that theta really took: in float32 the relative error stays below
         1e-3 for ratios up to 1e3. The perturbed parameters serve as scratch space, which saves another copy of them.
-        NaN for an ascent that moved theta along something else than g1, which then cannot be recovered.
+        None if theta moved along something else than g1, which then cannot be recovered.
         """
         if ratio == 0:
             return gradient_norm(self._params)
         if not self._follows_gradient:
-            return math.nan
-        for p, theta in zip(self._params, self._theta, strict=True):
+            return None
+        for p, theta in self._moved:
             _local(p.detach()).sub_(theta).mul_(-ratio / self._step_per_grad).add_(_local(grad_of(p)))
         return _total_norm([p.detach() for p in self._params])

@@ -1,7 +1,6 @@
 """The arguments of a run that its record contains: those that differ from their defaults."""
 
 import dataclasses
-from enum import Enum
 from typing import Any
 
 from transformers import TrainingArguments
@@ -45,7 +44,7 @@ def changed_arguments(args: Any) -> dict[str, Any]:
 
 def default_of(argument: dataclasses.Field) -> Any:
     default = argument.default if argument.default_factory is dataclasses.MISSING else argument.default_factory()
-    return default.value if isinstance(default, Enum) else default
+    return getattr(default, "value", default)  # of an enumeration, or of a flag that a preset may set
 
 
 def _is_unset(value: Any) -> bool:

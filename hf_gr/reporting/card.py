@@ -6,7 +6,7 @@ This module selects the facts; the wording is in `card_template.md` and `card_us
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import quote
 
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
@@ -14,9 +14,11 @@ from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardDat
 from ..config import BASE_BATCH_SIZE
 from ..errors import extra
 from ..optim import IRE, OPTIMIZERS
-from ..optim.ascents import ASCENTS
+from ..optim.ascents import ASCENTS, Ascent
 from ..optim.gr_warmup import GR_WARMUPS
 from ..optim.gradient_regularization import CITATION
+from ..optim.gradient_reuse import CITATION as REUSE_CITATION
+from ..optim.radius_rules import RADIUS_RULES
 from .plots import PICTURE, plot_curves
 from .record import (
     FILE,
@@ -59,8 +61,9 @@ SPEED_METRICS = (
     "model_preparation_time",
 )
 
+Entry = TypeVar("Entry")
 #: Flag -> its symbol in the equations.
-SYMBOLS = {"gr_r": "r", "gr_lambda": "lambda", "gr_warmup_steps": "T_w"} | {
+SYMBOLS = {"gr_r": "r", "gr_lambda": "lambda", "gr_warmup_steps": "T_w", "gr_reuse": "alpha", "gr_r_max": "r_max"} | {
     f"ire_{name}": symbol for name, symbol in IRE.symbols.items()
 }
 #: Settings that a segment omits because they have no effect, not because they are at their defaults.
@@ -113,8 +116,9 @@ def write_card(folder: str | Path) -> None:
         picture=PICTURE if has_curves(log.history) else None,
         methods=methods_of(record),
         is_sam=is_sam(record),
-        ascent=ASCENTS["sam"],
-        warmups=GR_WARMUPS,
+        ascents=used(record, "gr_ascent", ASCENTS),
+        radius_rules=used(record, "gr_radius_rule", RADIUS_RULES),
+        warmups=used(record, "gr_warmup", GR_WARMUPS),
         ire_method=IRE,
         own_optimizer=own_optimizer(record),
         citations=citations(record),
@@ -195,9 +199,21 @@ def own_optimizer(record: Record) -> Any:
     return next((kind for kind in OPTIMIZERS.values() if kind.__name__ == name), None)
 
 
+def used(record: Record, flag: str, table: dict[str, Entry]) -> list[Entry]:
+    """The entries of a table of GR that the run used; the first is the default, which settings may leave out."""
+    names = [s.settings.get(flag, next(iter(table))) for s in record.segments_with("gr_lambda")]
+    return [table[name] for name in dict.fromkeys(names) if name in table]
+
+
 def is_sam(record: Record) -> bool:
     segments = record.segments_with("gr_lambda")
-    return bool(segments) and all(s.settings["gr_lambda"] == s.settings["gr_r"] for s in segments)
+    is_along_gradient = used(record, "gr_ascent", ASCENTS) == [ASCENTS["gradient"]]
+    return is_along_gradient and all(s.settings["gr_lambda"] == s.settings["gr_r"] for s in segments)
+
+
+def is_cited(ascent: Ascent, record: Record) -> bool:
+    """GR takes its second gradient along the first, as SAM does, but is SAM only for lambda = r."""
+    return ascent is not ASCENTS["gradient"] or is_sam(record)
 
 
 def citations(record: Record) -> list[str]:
@@ -205,7 +221,9 @@ def citations(record: Record) -> list[str]:
     optimizer = own_optimizer(record)
     return [
         *([CITATION] if record.segments_with("gr_lambda") else []),
-        *([ASCENTS["sam"].citation] if is_sam(record) else []),
+        *(entry.citation for entry in used(record, "gr_ascent", ASCENTS) if is_cited(entry, record)),
+        *(rule.citation for rule in used(record, "gr_radius_rule", RADIUS_RULES) if rule.citation),
+        *([REUSE_CITATION] if record.total("reused_steps") else []),
         *([IRE.citation] if record.segments_with("ire_kappa") else []),
         *([optimizer.citation] if optimizer is not None else []),
     ]

@@ -7,13 +7,15 @@ from typing import Any
 from ..optim import IRE, OPTIMIZERS
 from ..optim.ascents import ASCENTS
 from ..optim.gr_warmup import GR_WARMUPS
+from ..optim.radius_rules import RADIUS_RULES
 
 
 def methods_tables() -> dict[str, str]:
-    """Heading -> table, for GR warmups, ascents, optimizers, and optimizer wrappers."""
+    """Heading -> table, for GR warmups, ascents, radius rules, optimizers, and optimizer wrappers."""
     tables: dict[str, Mapping[str, Any]] = {
         "GR warmups": GR_WARMUPS,
         "Ascents": ASCENTS,
+        "Radius rules": RADIUS_RULES,
         "Optimizers": OPTIMIZERS,
         "Around an optimizer": {"ire": IRE},
     }

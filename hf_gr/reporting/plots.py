@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import extra
+from .record import History
 
 with extra("report"):
     from matplotlib import colormaps
@@ -14,7 +15,6 @@ with extra("report"):
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
     from matplotlib.figure import Figure
-    from matplotlib.lines import Line2D
 
 PICTURE = "curves.png"
 # Color-blind safe (Okabe and Ito, 2008).
@@ -22,8 +22,9 @@ BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
 COLORS = (BLUE, ORANGE, GREEN, PURPLE, "#E69F00", "#56B4E9", "#000000")
 
 
-def plot_curves(log_history: list[dict[str, float]], path: str | Path) -> None:
-    """Loss, error, memorization, gradient norms, schedules and flat coordinates against the optimizer step, as one PNG.
+def plot_curves(log_history: History, path: str | Path) -> None:
+    """Loss, error, gradient norms, schedules, memorization, the gauge of r and flat coordinates against the optimizer
+    step, as one PNG.
 
     Values that the run did not log are left out, such as the error of a language model, or ||g2|| without GR.
 
@@ -31,61 +32,64 @@ def plot_curves(log_history: list[dict[str, float]], path: str | Path) -> None:
         log_history: `TrainerState.log_history`.
         path: where to write the picture.
     """
-    has_error = any("eval_error" in entry for entry in log_history)
-    kinds = sorted({key for entry in log_history for key in entry if key.startswith("ire_flat_fraction_")})
-    has_noise = any("train_accuracy_wrong_labels" in entry for entry in log_history)
-    panels = 3 + has_error + has_noise + bool(kinds)
-    rows, columns = {3: (1, 3), 4: (2, 2), 5: (2, 3), 6: (2, 3)}[panels]
-    figure = Figure(figsize=(14 if columns == 3 else 11, 4 if rows == 1 else 7), layout="constrained")
+    panels = [plot for plot, prefix in PANELS if any(key.startswith(prefix) for entry in log_history for key in entry)]
+    rows, columns = {3: (1, 3), 4: (2, 2), 5: (2, 3), 6: (2, 3), 7: (2, 4)}[len(panels)]
+    figure = Figure(figsize=(3 + 4 * columns, 4 if rows == 1 else 7), layout="constrained")
     axes = figure.subplots(rows, columns).flatten().tolist()
-    for unused in axes[panels:]:
+    for unused in axes[len(panels) :]:
         unused.remove()
-    panel = iter(axes)
-    loss = next(panel)
-    error = next(panel) if has_error else None
-    norms, schedules = next(panel), next(panel)
-
-    _line(loss, log_history, "loss", "training", BLUE)
-    _line(loss, log_history, "eval_loss", "evaluation", ORANGE)
-    loss.set(title="Loss", ylabel="loss")
-    if error is not None:
-        _line(error, log_history, "eval_error", "evaluation", ORANGE, scale=100)
-        error.set(title="Classification error", ylabel="error (%)")
-        error.set_ylim(bottom=0)
-    if has_noise:
-        memorized = next(panel)
-        _line(memorized, log_history, "train_accuracy_right_labels", "right labels", BLUE, scale=100)
-        _line(memorized, log_history, "train_accuracy_wrong_labels", "wrong labels, memorized", ORANGE, scale=100)
-        memorized.set(title="Training labels that the model predicts", ylabel="share (%)", ylim=(0, 102))
-    if kinds:
-        flat = next(panel)
-        for key, color in zip(kinds, COLORS * 2, strict=False):
-            _line(flat, log_history, key, key.removeprefix("ire_flat_fraction_"), color)
-        flat.set(title="Flat coordinates by kind of layer", ylabel="fraction", ylim=(0, 1))
-        flat.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))  # six curves leave no room inside
-
-    if not _line(norms, log_history, "gr_grad_norm", r"$\|g_1\|$ at $\theta$", BLUE):
-        _line(norms, log_history, "grad_norm", r"$\|g\|$", BLUE)
-    _line(norms, log_history, "gr_perturbed_grad_norm", r"$\|g_2\|$ at $\theta + r\,g_1/\|g_1\|$", ORANGE)
-    norms.set(title="Gradient norm before clipping", ylabel="norm")
-    make_logarithmic(norms)
-
-    handles = _plot_schedules(schedules, log_history)
-
-    for axis in axes[:panels]:
+    for axis, plot in zip(axes, panels, strict=False):
+        plot(axis, log_history)
         axis.set_xlabel("optimizer step")
         axis.grid(alpha=0.3)
         axis.spines["top"].set_visible(False)
-        if axis is not schedules and axis.get_lines() and axis.get_legend() is None:
+        if axis.get_lines() and axis.get_legend() is None:
             axis.legend(frameon=False)
-    if handles:
-        # Below the axes: the curves of a warmup and a decay leave no corner free.
-        schedules.legend(handles=handles, frameon=False, ncols=3, loc="upper right", bbox_to_anchor=(1, -0.14))
     figure.savefig(path, dpi=120)
 
 
-def _plot_schedules(axis: Axes, log_history: list[dict[str, float]]) -> list[Line2D]:
-    """The learning rate and, on a second axis, lambda_t and r_t. Returns the curves, for a legend."""
+def _plot_loss(axis: Axes, log_history: History) -> None:
+    _line(axis, log_history, "loss", "training", BLUE)
+    _line(axis, log_history, "eval_loss", "evaluation", ORANGE)
+    axis.set(title="Loss", ylabel="loss")
+
+
+def _plot_error(axis: Axes, log_history: History) -> None:
+    _line(axis, log_history, "eval_error", "evaluation", ORANGE, scale=100)
+    axis.set(title="Classification error", ylabel="error (%)")
+    axis.set_ylim(bottom=0)
+
+
+def _plot_norms(axis: Axes, log_history: History) -> None:
+    if not _line(axis, log_history, "gr_grad_norm", r"$\|g_1\|$ at $\theta$", BLUE):
+        _line(axis, log_history, "grad_norm", r"$\|g\|$", BLUE)
+    _line(axis, log_history, "gr_perturbed_grad_norm", r"$\|g_2\|$ at $\theta + r\,d$", ORANGE)
+    axis.set(title="Gradient norm before clipping", ylabel="norm")
+    make_logarithmic(axis)
+
+
+def _plot_memorization(axis: Axes, log_history: History) -> None:
+    _line(axis, log_history, "train_accuracy_right_labels", "right labels", BLUE, scale=100)
+    _line(axis, log_history, "train_accuracy_wrong_labels", "wrong labels, memorized", ORANGE, scale=100)
+    axis.set(title="Training labels that the model predicts", ylabel="share (%)", ylim=(0, 102))
+
+
+def _plot_gauge(axis: Axes, log_history: History) -> None:
+    _line(axis, log_history, "gr_linearity", r"$(L_2 - L_1)\ /\ (r\ g_1 \cdot d)$", PURPLE)
+    axis.axhline(1, color="gray", linewidth=0.8, linestyle="--", label="if the loss were linear")
+    axis.set(title="Rise of the loss within r", ylabel="relative to a linear loss")
+
+
+def _plot_flat_coordinates(axis: Axes, log_history: History) -> None:
+    kinds = sorted({key for entry in log_history for key in entry if key.startswith("ire_flat_fraction_")})
+    for key, color in zip(kinds, COLORS * 2, strict=False):
+        _line(axis, log_history, key, key.removeprefix("ire_flat_fraction_"), color)
+    axis.set(title="Flat coordinates by kind of layer", ylabel="fraction", ylim=(0, 1))
+    axis.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))  # six curves leave no room inside
+
+
+def _plot_schedules(axis: Axes, log_history: History) -> None:
+    """The learning rate and, on a second axis, lambda_t and r_t."""
     _line(axis, log_history, "learning_rate", "learning rate", GREEN)
     with_phi = [entry for entry in log_history if "tvlars_phi" in entry]
     scaled = [{**entry, "scaled": entry["learning_rate"] * entry["tvlars_phi"]} for entry in with_phi]
@@ -100,7 +104,20 @@ def _plot_schedules(axis: Axes, log_history: list[dict[str, float]]) -> list[Lin
         gr_axis.set_ylabel(r"$\lambda_t$, $r_t$")
         gr_axis.set_ylim(bottom=0)
         curves = [*curves, *gr_axis.get_lines()]
-    return list(curves)
+    # Below the axes: the curves of a warmup and a decay leave no corner free.
+    axis.legend(handles=list(curves), frameon=False, ncols=3, loc="upper right", bbox_to_anchor=(1, -0.14))
+
+
+#: Draws a panel of `plot_curves` -> what the name of a logged value must begin with for it to be there.
+PANELS = (
+    (_plot_loss, ""),
+    (_plot_error, "eval_error"),
+    (_plot_norms, ""),
+    (_plot_schedules, ""),
+    (_plot_memorization, "train_accuracy_wrong_labels"),
+    (_plot_gauge, "gr_linearity"),
+    (_plot_flat_coordinates, "ire_flat_fraction_"),
+)
 
 
 def plot_layer_statistics(table: dict[str, list], path: str | Path) -> None:

@@ -134,6 +134,8 @@ def _sharding(trainer: Host, flag: str) -> str | None:
     scope = trainer.gr_args.gr_scope
     if scope != "global":
         return f"gr_scope={scope!r} and FSDP: a process has no gradient of its own to follow. Set gr_scope=global"
+    if trainer.gr_args.gr_reuse != 0:
+        return "gr_reuse and FSDP: each process holds only a part of what is reused, not tested. Set gr_reuse=0"
     return None
 
 

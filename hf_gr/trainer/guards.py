@@ -13,7 +13,8 @@ from accelerate.logging import get_logger
 from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..optim.gradient_regularization import are_finite, as_float, gradient_norm
+from ..optim.ascents import as_float
+from ..optim.gradient_regularization import are_finite, gradient_norm
 from ..optim.ire import IRE
 from .layerwise import trainable_parameters
 from .part import Host, Part

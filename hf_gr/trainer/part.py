@@ -74,6 +74,12 @@ class Part:
         for message in self._flags.flags_without_effect(prefix):
             logger.warning(message)
 
+    def save(self, folder: str) -> None:
+        """Add to the checkpoint in `folder` what the method needs to continue bitwise."""
+
+    def load(self, folder: str) -> None:
+        """Restore it. Raises `ValueError` if the checkpoint lacks it."""
+
     def logs(self, logs: dict[str, float]) -> dict[str, float]:
         """The values to log with the training loss, as of that step."""
         return {}

@@ -48,7 +48,8 @@ class GRMixin(Host):
     - `gr_lambda`, `gr_r`, `gr_grad_norm` (||g1||) and `gr_perturbed_grad_norm` (||g2||). `loss` is from the first pass,
       `grad_norm` is the norm of the combined gradient. With `gr_scope="local"` or `"micro"`, `gr_grad_norm` is from the
       main process (averaged over its micro-batches), and ||g2||, which is then available only mixed with g1, is logged
-      only for lambda = r.
+      only for lambda = r. `gr_sharpness` and `gr_linearity`, means over the regularized steps since the last log, tell
+      how the loss rises within r; see `hf_gr.trainer.gauge`.
     - `ire_kappa` (0 before the start), `ire_flat_fraction`, the same per kind of layer
       (`ire_flat_fraction_embedding`, `_attention`, `_mlp`, `_norm`, `_bias`, ...), and `ire_mask_overlap`, the Jaccard
       index of the last two masks.
@@ -166,7 +167,7 @@ class GRMixin(Host):
         """As in `Trainer`, including the second pass and IRE's estimate."""
         flops = super().floating_point_ops(inputs)
         flops += int(flops * self.ire.probed_fraction)
-        return flops * (2 if self.gr.strength().is_active else 1)
+        return flops * (self.gr_args.gr_passes if self.gr.strength().is_active else 1)
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         """As in `Trainer`, with the parts' values added to the training loss, and the costs to both losses."""
@@ -240,6 +241,8 @@ class GRMixin(Host):
         self.nonfinite_guard.require_finite_weights()
         with explain_failed_save(folder):
             self.recorder.write(run, folder)
+            for part in self.parts:
+                part.save(folder)
             super()._save_checkpoint(model, trial)
 
     def _save_rng_state(self, output_dir: str) -> None:
@@ -258,6 +261,9 @@ class GRMixin(Host):
         """As in `Trainer`, but raises before training starts if the state is of another class of optimizer."""
         with same_optimizer_required(self.optimizer):
             super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            for part in self.parts:
+                part.load(checkpoint)
 
     def _load_best_model(self) -> None:
         """Load the best checkpoint as strictly as one to resume from."""

@@ -7,17 +7,23 @@ One optimizer step, with gradient accumulation over a window of micro-batches:
 3. After the last one, `.grad` holds g1 of the whole step. theta is perturbed, the recorded window is replayed, theta
    is restored, and `.grad` holds (1 - lambda/r) g1 + (lambda/r) g2. All of this happens inside `training_step`, so
    `Trainer` then clips and steps as usual.
+
+An ascent that does not need g1 (`momentum`) takes one pass: each micro-batch runs at the perturbed weights, and theta
+is restored after it. With `gr_reuse` a plain step adds what the last second gradient added.
 """
 
 import copy
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate.logging import get_logger
 from torch import Tensor, nn
 
+from ..optim.ascents import first_moment
 from ..optim.gr_warmup import GRStrength
 from ..optim.gradient_regularization import (
     HALF_PRECISION,
@@ -28,11 +34,17 @@ from ..optim.gradient_regularization import (
     in_float32,
     scale_gradients_,
 )
+from ..optim.gradient_reuse import GradientReuse
+from ..optim.radius_rules import RADIUS_RULES
 from .compatibility import refuse_unsupported
-from .layerwise import trainable_parameters
+from .gauge import Gauge
+from .layerwise import innermost, trainable_parameters
 from .part import Host, Part
 from .recording import Recorder
 from .replay import InputCheck, MicroBatch, RNGState, attributes_set_aside, preserve_buffers
+
+#: The file of a checkpoint with the state of `gr_reuse`.
+REUSE_STATE = "gr_reuse.pt"
 
 logger = get_logger(__name__)  # logs once, not once per process
 
@@ -45,8 +57,10 @@ class TwoPass(Part):
         self._recorder = recorder
         self._window: list[MicroBatch] = []
         self._perturbation: Perturbation | None = None
+        self._reuse: GradientReuse | None = None
         self._norms: list[float] = []
         self._logs: dict[str, float] = {}
+        self._gauge = Gauge(trainer)
         self._input_check = InputCheck(trainer)
 
     def check(self) -> None:
@@ -121,14 +135,65 @@ class TwoPass(Part):
     ) -> Tensor:
         """Run `one_pass`, the trainer's own `training_step`; at the end of an accumulation window, the second pass."""
         gr = self.strength()
+        if self._flags.gr_passes == 1 and gr.is_active and not self._has_moments(model):
+            gr = GRStrength(0.0, gr.r_t)
         if not gr.is_active:
             self._logs = {"gr_lambda": gr.lambda_t, "gr_r": gr.r_t} if self._flags.is_active else {}
-            return one_pass(model, inputs, num_items_in_batch)
+            loss = one_pass(model, inputs, num_items_in_batch)
+            self._add_reused(model)
+            return loss
+        step = self._regularized_step if self._flags.gr_passes > 1 else self._perturbed_step
         try:
-            return self._regularized_step(one_pass, model, inputs, num_items_in_batch, gr)
+            return step(one_pass, model, inputs, num_items_in_batch, gr)
         except BaseException:
             self.reset()
             raise
+
+    def _has_moments(self, model: nn.Module) -> bool:
+        """Whether there is a momentum to follow. Raises `ValueError` if the optimizer, having stepped, keeps none."""
+        optimizer = innermost(self._trainer.optimizer)
+        if optimizer is None:
+            return False
+        if any(first_moment(optimizer, p) is not None for p in self._parameters(model)):
+            return True
+        if self._recorder.segment.steps > self._recorder.segment.skipped_steps:
+            raise ValueError(
+                f"gr_ascent={self._flags.gr_ascent!r}: {type(optimizer).__name__} as it is set keeps no first moment "
+                "to follow. Use an optimizer with momentum, such as adamw_torch, or gr_ascent=gradient."
+            )
+        return False
+
+    def _perturbed_step(
+        self,
+        one_pass: Callable[..., Tensor],
+        model: nn.Module,
+        inputs: dict[str, Any],
+        num_items_in_batch: Tensor | int | None,
+        gr: GRStrength,
+    ) -> Tensor:
+        """One micro-batch at theta + r d, of which nothing but its gradient remains."""
+        params, optimizer = self._parameters(model), innermost(self._trainer.optimizer)
+        perturbation = self._perturbation = Perturbation(params, self._flags.gr_ascent, optimizer)
+        try:
+            perturbation.apply(gr.r_t)
+            loss = one_pass(model, inputs, num_items_in_batch)
+        finally:
+            perturbation.restore()
+        self._logs = {"gr_lambda": gr.lambda_t, "gr_r": gr.r_t}
+        if self._trainer.accelerator.sync_gradients:
+            self._recorder.segment.regularized_steps += 1
+        return loss
+
+    def _add_reused(self, model: nn.Module) -> None:
+        """In a plain step with `gr_reuse`: add what the second gradient of the last regularized step added."""
+        if self._reuse is None or not self._reuse.is_ready or not self._trainer.accelerator.sync_gradients:
+            return
+        params = self._parameters(model)
+        with in_float32(params):
+            norm = gradient_norm(params)
+            if norm < math.inf:
+                self._reuse.add_(self._flags.gr_reuse * self._flags.gr_degree / self._flags.gr_r, norm)
+                self._recorder.segment.reused_steps += 1
 
     def _regularized_step(
         self,
@@ -158,6 +223,7 @@ class TwoPass(Part):
         synchronized = nullcontext() if scope == "global" else accelerator.no_sync(model)
         with synchronized, self._input_check.during(is_second=False):
             loss = one_pass(model, inputs, num_items_in_batch)
+        self._gauge.add_loss(-loss)
 
         if ends_window or scope == "micro":
             # Parameters that the optimizer does not train keep their first-pass gradients, which clipping counts.
@@ -186,40 +252,60 @@ class TwoPass(Part):
     ) -> None:
         """Turn the g1 in `.grad` into (1 - lambda/r) g1 + (lambda/r) g2, added to `earlier_grads`."""
         norm = gradient_norm(params)
-        # Without a direction g2 = g1. A non-finite g1 is left for the gradient scaler or `NonFiniteGuard` to handle.
-        has_direction = 0 < norm < math.inf
-        self._norms.append(norm)
+        scaler = self._trainer.accelerator.scaler
+        scale = 1.0 if scaler is None else scaler.get_scale()  # of the gradients
+        rule = RADIUS_RULES[self._flags.gr_radius_rule]
+        gr = gr.with_radius(rule.function(gr.r_t, norm / scale, self._flags.gr_r_max))
+        self._norms.append(norm / scale)
         self._logs = {"gr_lambda": gr.lambda_t, "gr_r": gr.r_t}
-        is_global = self._flags.gr_scope == "global"
         # A global norm is the same on all processes, which skip the second pass together. Where it differs between
         # them, the other processes are waiting for this one in the reduction of g2.
-        if has_direction or not is_global:
-            perturbation = self._perturbation = Perturbation(params)
-            try:
-                if has_direction:
-                    perturbation.apply(gr.r_t, norm, gr.grad_scale)
-                if earlier_grads is not None:
-                    add_gradients_(params, earlier_grads)
-                self._replay(one_pass, model)
-                if is_global:
-                    self._logs["gr_perturbed_grad_norm"] = perturbation.second_gradient_norm(gr.grad_scale)
-                elif gr.grad_scale == 0:
-                    self._logs["gr_perturbed_grad_norm"] = gradient_norm(params)
-            finally:
-                perturbation.restore()
+        if _has_direction(norm) or self._flags.gr_scope != "global":
+            g2_norm = self._run_perturbed(one_pass, model, params, earlier_grads, gr, norm, scale)
+            self._logs |= {} if g2_norm is None else {"gr_perturbed_grad_norm": g2_norm / scale}
             if ends_window:  # until then the sum keeps the factor r/lambda
                 scale_gradients_(params, gr.g2_weight)
                 self._recorder.segment.regularized_steps += 1
         if ends_window:
-            self._log_norms()
+            self._logs["gr_grad_norm"] = sum(self._norms) / len(self._norms)
+            self._norms.clear()
+            self._gauge.end_step()
 
-    def _log_norms(self) -> None:
-        self._logs["gr_grad_norm"] = sum(self._norms) / len(self._norms)
-        self._norms.clear()
-        scaler = self._trainer.accelerator.scaler
-        if scaler is not None:
-            for key in self._logs.keys() - {"gr_lambda", "gr_r"}:
-                self._logs[key] /= scaler.get_scale()
+    def _run_perturbed(
+        self,
+        one_pass: Callable[..., Tensor],
+        model: nn.Module,
+        params: list[Tensor],
+        earlier_grads: list[Tensor | None] | None,
+        gr: GRStrength,
+        norm: float,
+        scale: float,
+    ) -> float | None:
+        """Turn the g1 in `.grad`, of this norm, into (r/lambda - 1) g1 + g2, added to `earlier_grads`. Returns ||g2||,
+        times the scale of the gradients, or None if it is not known."""
+        perturbation = self._perturbation = Perturbation(params, self._flags.gr_ascent)
+        reuse = self._reuse_for(params)
+        try:
+            if reuse is not None:
+                reuse.keep_first()
+            if _has_direction(norm):
+                perturbation.apply(gr.r_t, norm, gr.grad_scale)
+                self._gauge.add_rise(gr.r_t * perturbation.slope / scale)
+            if earlier_grads is not None:
+                add_gradients_(params, earlier_grads)
+            self._replay(one_pass, model)
+            if reuse is not None:
+                reuse.keep_second()
+            if self._flags.gr_scope == "global":
+                return perturbation.second_gradient_norm(gr.grad_scale)
+            return gradient_norm(params) if gr.grad_scale == 0 else None
+        finally:
+            perturbation.restore()
+
+    def _reuse_for(self, params: list[Tensor]) -> GradientReuse | None:
+        if self._flags.gr_reuse != 0 and self._reuse is None:
+            self._reuse = GradientReuse(params)
+        return self._reuse
 
     def _replay(self, one_pass: Callable[..., Tensor], model: nn.Module) -> None:
         """Run the recorded window again, with the same inputs, randomness and synchronization."""
@@ -242,7 +328,8 @@ class TwoPass(Part):
                     gradient_state._set_sync_gradients(is_last and sync)
                     # The context in which `Trainer` called this step decides whether the last one communicates.
                     with nullcontext() if is_last else accelerator.no_sync(model):
-                        one_pass(model, copy.copy(micro_batch.inputs), micro_batch.num_items_in_batch)
+                        loss = one_pass(model, copy.copy(micro_batch.inputs), micro_batch.num_items_in_batch)
+                    self._gauge.add_loss(loss)
         finally:
             trainer.gr_second_pass = False
             trainer.current_gradient_accumulation_steps = accumulation_steps
@@ -251,12 +338,14 @@ class TwoPass(Part):
         self._input_check.is_done = True
 
     def reset(self) -> None:
-        """Forget the window, and restore theta if an interruption left it perturbed."""
+        """Forget the window and what is reused, and restore theta if an interruption left it perturbed."""
         if self._perturbation is not None:
             self._perturbation.restore()
             self._perturbation = None
         self._window.clear()
         self._norms.clear()
+        self._gauge.forget_step()
+        self._reuse = None
         self._input_check = InputCheck(self._trainer)
 
     # ---- Around the step ----
@@ -270,6 +359,36 @@ class TwoPass(Part):
     def logs(self, logs: dict[str, float]) -> dict[str, float]:
         if not self._logs:
             return {}
-        # A plain step has only g1.
-        plain = {"gr_grad_norm": logs["grad_norm"]} if "grad_norm" in logs else {}
-        return plain | self._logs
+        # A step of one pass has only one of the two gradients.
+        is_perturbed = self._flags.gr_passes == 1 and self._logs["gr_lambda"] != 0
+        only = "gr_perturbed_grad_norm" if is_perturbed else "gr_grad_norm"
+        return ({only: logs["grad_norm"]} if "grad_norm" in logs else {}) | self._logs | self._gauge.take()
+
+    # ---- Checkpoints ----
+
+    def save(self, folder: str) -> None:
+        """Write what a resumed run needs to continue bitwise, besides what `Trainer` writes."""
+        if self._flags.is_active and self._flags.gr_reuse != 0 and self._trainer.args.should_save:
+            state = self._reuse_for(trainable_parameters(self._trainer.optimizer))
+            assert state is not None
+            torch.save(state.state_dict(), Path(folder, REUSE_STATE))
+
+    def load(self, folder: str) -> None:
+        """Raises `ValueError` if `gr_reuse` is on and the checkpoint has nothing to reuse."""
+        if not self._flags.is_active or self._flags.gr_reuse == 0:
+            return
+        path = Path(folder, REUSE_STATE)
+        if not path.is_file():
+            raise ValueError(
+                f"gr_reuse={self._flags.gr_reuse}: {folder} was written without gr_reuse and has no {REUSE_STATE}. "
+                "Resume with gr_reuse=0, or start a new run."
+            )
+        reuse = self._reuse_for(trainable_parameters(self._trainer.optimizer))
+        assert reuse is not None
+        reuse.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+
+
+def _has_direction(norm: float) -> bool:
+    """Whether g1 points anywhere; if not, g2 = g1. A g1 that is not finite is for the gradient scaler or
+    `NonFiniteGuard` to handle."""
+    return 0 < norm < math.inf
