@@ -10,7 +10,7 @@ import pytest
 from datasets import ClassLabel, Dataset, Features, Image, Value
 from PIL import Image as PILImage
 
-from helpers import scripts
+from helpers import scripts, toys
 from hf_gr.data.images import load_image_dataset
 
 main = scripts.load_script("train_vit").main
@@ -61,6 +61,7 @@ def files(tmp_path_factory):
     )
     (folder / "not_a_model").mkdir()
     (folder / "not_a_model" / "config.json").write_text(json.dumps({"model_type": "nonsense"}))
+    toys.vit().save_pretrained(folder / "vit")  # without an image processor
     (folder / "llama").mkdir()
     (folder / "llama" / "config.json").write_text(json.dumps({"model_type": "llama"}))
     recipes = {
@@ -282,6 +283,18 @@ OTHERS = [
     ("lengths.yaml", "max_steps=5", "num_train_epochs=2", "Leave one of them out"),
 ]
 
+ROBUSTNESS = [
+    ("--dataset_name no_parquet.parquet", "dataset_name=", "could not be loaded", "Give 'digits'"),
+    ("--dataset_name good.parquet", "vit' has 10 classes, dataset_name=", "good.parquet' 2", "Give the dataset"),
+    ("--dataset_name two_images.parquet", "several image columns: left, right", "--image_column_name"),
+    ("--dataset_name numbers.parquet --label_column_name label", "label_column_name='label'", "class_encode_column"),
+    ("--dataset_config_name x", "dataset_config_name='x'", "Leave it out"),
+    ("--text_column_name x", "text_column_name=x", "no effect with an image classifier", "Leave one of them out"),
+    ("--block_size 8", "block_size=8", "no effect with an image classifier", "Leave one of them out"),
+    ("--image_max_value 0", "image_max_value=0.0", "more than 0"),
+    ("", "vit': its image processor could not be loaded", "Give a folder"),
+]
+
 #: Scans are drawn and split once for all cases.
 cached = functools.lru_cache(load_image_dataset)
 
@@ -308,6 +321,12 @@ def test_data(data, words, files, tmp_path):
 @pytest.mark.parametrize(("argv", "words"), [(case[0], case[1:]) for case in OTHERS], ids=[case[0] for case in OTHERS])
 def test_models_and_recipes(argv, words, files, tmp_path):
     check([_found(word, files) for word in argv.split()], words, tmp_path)
+
+
+@pytest.mark.parametrize(("flags", "words"), [(c[0], c[1:]) for c in ROBUSTNESS], ids=[c[0] for c in ROBUSTNESS])
+def test_evaluating_robustness(flags, words, files):
+    argv = [files / "vit", *(_found(word, files) for word in flags.split()), "--device", "cpu"]
+    scripts.check(scripts.load_script("evaluate_robustness").main, argv, *words)
 
 
 def _found(word: str, files: Path) -> str:

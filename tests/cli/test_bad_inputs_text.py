@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
+from transformers import BertConfig
 
 from helpers import toys
 from helpers.scripts import check, load_script
@@ -223,6 +224,41 @@ EVALUATE = [
     ("--dataset_name @letter-label.json", "row 0", "the label 'B'", "Fix or remove it"),
 ]
 
+ROBUSTNESS = [
+    *flags("bits", "1 0 -4 32", "at least 2 and at most 16"),
+    *flags("noise", "0 -1 nan", "must be more than 0"),
+    *flags("noise_samples", "0 -1", "at least 1"),
+    *flags("max_examples", "0 -1", "at least 1"),
+    *flags("batch_size", "0", "at least 1"),
+    *flags("seed", "-1", "at least 0"),
+    ("--bits 4.5", "--bits", "'4.5'", WHOLE),
+    ("--noise much", "--noise", "'much'", NUMBER),
+    ("--granularity row", "--granularity", "'row'", "channel", "tensor"),
+    ("--bits --granularity tensor", "granularity=tensor", "no effect with an empty --bits", "Leave one of them out"),
+    ("--noise --noise_samples 3", "noise_samples=3", "no effect with an empty --noise", "Leave one of them out"),
+    ("--image_column_name x", "image_column_name=x", "no effect with a causal language model"),
+    ("--image_max_value 255", "image_max_value=255", "no effect with a causal language model"),
+    ("--block_size 1", "block_size=1", "context of 64 tokens", "give 2 to 64"),
+    ("--block_size 65", "block_size=65", "context of 64 tokens", "give 2 to 64"),
+    ("--dataset_name @none.txt", "dataset_name=", "none.txt'", "Give 'python'"),
+    ("--dataset_name @small.txt --dataset_config_name x", "dataset_config_name='x'", "Leave it out"),
+    ("--dataset_name @two.parquet --text_column_name x", "text_column_name='x'", "Name one of these"),
+    ("--dataset_name @null.parquet", "split 'train', row 1", "'text' is null", "--skip_bad_examples"),
+    ("--dataset_name @one.parquet", "train has 1 documents", "Give more data"),
+    ("--dataset_name @test-only", "no split 'train', only test", "Name the files so"),
+    ("--dataset_name @small.txt", "block_size=64", "fewer tokens", "give a smaller block_size"),
+    ("--device warp", "device='warp'", "Give cpu"),
+    ("--output_dir @good.txt/out", "output_dir=", "cannot be written to", "Choose another folder"),
+    ("@base", "base' is given twice", "Give it once"),
+    ("@none", "checkpoint=", "none' could not be loaded", "Give a folder"),
+    ("@empty", "checkpoint=", "empty' could not be loaded", "Give a folder"),
+    ("@adapter", "checkpoint=", "adapter' could not be loaded", "adapters: merged into theirs"),
+    ("@bert", "bert' is BertForMaskedLM", "Give an image classifier or a causal language model"),
+    ("@vit", "vit' is an image classifier", "is a causal language model", "Evaluate each kind by itself"),
+    ("@mismatch", "mismatch'", "300 tokens, but the model embeddings for 50", "They do not belong together"),
+    ("@without-tokenizer", "without-tokenizer': its tokenizer could not be loaded", "Give a folder"),
+]
+
 
 # ---- The files ----
 
@@ -319,6 +355,8 @@ def folder(tmp_path_factory) -> Path:
     tokenizer.save_pretrained(folder / "base")
     config = LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM")
     get_peft_model(model, config).save_pretrained(folder / "adapter")
+    toys.vit().save_pretrained(folder / "vit")
+    BertConfig(architectures=["BertForMaskedLM"]).save_pretrained(folder / "bert")
     return folder
 
 
@@ -363,6 +401,17 @@ def test_evaluating(command, words, folder):
     if "max_examples" in words[0]:
         argv += ["--dataset_name", folder / "questions.json"]
     check(load_script("evaluate_llama").main, [folder / "base", *argv], *words)
+
+
+@table(ROBUSTNESS)
+def test_evaluating_robustness(command, words, folder):
+    """Of a good model, and of the one that the case names; some cases are about that one alone."""
+    argv = [word.replace("@", f"{folder}/", 1) for word in shlex.split(command)]
+    alone = command in ("@none", "@empty", "@adapter", "@bert", "@mismatch", "@without-tokenizer")
+    argv = argv if alone else [folder / "base", *argv]
+    for flag, value in (("--dataset_name", folder / "good.txt"), ("--device", "cpu")):
+        argv = argv if flag in argv else [*argv, flag, value]
+    check(load_script("evaluate_robustness").main, argv, *words)
 
 
 @pytest.mark.parametrize("argv", [[], ["@none", "--dataset_name", "@questions.json"]], ids=str)
