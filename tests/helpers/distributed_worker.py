@@ -43,6 +43,17 @@ IRE_CASES = {
     for degree in (0, 0.1)
 }
 
+#: Under FSDP those without gr_reuse, which is refused there.
+ASCENT_CASES = {
+    name: {"optim": "sgd", "optim_args": "momentum=0.9", "gradient_accumulation_steps": 2, "gr_r": 0.1, **flags}
+    for name, flags in {
+        "adaptive": {"gr_ascent": "adaptive", "gr_lambda": 0.05},
+        "momentum": {"gr_ascent": "momentum"},
+        "reuse": {"gr_interval": 2, "gr_reuse": 0.7},
+        "gradient": {"gr_radius_rule": "gradient"},
+        "loss": {"gr_radius_rule": "loss", "gr_r_max": 0.05},
+    }.items()
+}
 OPTIMIZER_CASES = {
     (optim, accumulation, degree): {
         "optim": optim,
@@ -206,6 +217,12 @@ def loop(folder: str) -> list[dict]:
 
 def fsdp(folder: str) -> dict:
     results = {case: run(folder, Sharded, **flags_of("global", *case)) for case in FSDP_CASES}
+    results["ascents"] = {c: run(folder, Sharded, **flags) for c, flags in ASCENT_CASES.items() if c != "reuse"}
+    try:
+        run(folder, Sharded, **ASCENT_CASES["reuse"])
+    except ValueError as error:
+        results["refused"] = str(error)
+    reset_state()
     settings = {"max_steps": 4, "gr_warmup": "zero", "warmup_steps": 1, "optim": "adamw_torch", "learning_rate": 1e-2,
                 "gradient_accumulation_steps": 2, "save_strategy": "steps", "save_steps": 2}  # fmt: skip
     recorder = RanksAgree()
@@ -258,6 +275,7 @@ SUITES = {
     "optimizers": lambda folder: {
         case: run(f"{folder}/optimizers", **flags) for case, flags in OPTIMIZER_CASES.items()
     },
+    "ascents": lambda folder: {case: run(folder, **flags) for case, flags in ASCENT_CASES.items()},
     "overflow": overflow_on_one_rank,
     "resume": resume,
     "fsdp": fsdp,

@@ -12,6 +12,7 @@ from transformers import LlamaForCausalLM
 
 from helpers import TESTS, own_loop, toys
 from helpers.distributed_worker import (
+    ASCENT_CASES,
     CASES,
     EXAMPLES,
     FSDP_CASES,
@@ -76,7 +77,7 @@ def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
     return {
         "one": alone(folder / "one"),
-        **launch(folder, 2, "scopes", "ire", "optimizers", "overflow", "resume", "loop"),
+        **launch(folder, 2, "scopes", "ascents", "ire", "optimizers", "overflow", "resume", "loop"),
         "from_two": alone(folder / "resumed", folder / "two" / "checkpoint-2"),
     }
 
@@ -160,22 +161,45 @@ def test_estimate_of_ire_is_that_of_all_processes(case, results):
             assert torch.equal(mask.bool(), reference)
 
 
-@pytest.mark.parametrize("case", OPTIMIZER_CASES, ids=lambda case: "-".join(map(str, case)))
-def test_optimizers_step_as_in_one_process(case, results, tmp_path):
-    """Two processes, or one that accumulates twice as long: the same total batch, the same scaled rate and floor."""
+def path_of_one_process(folder: Path, **flags) -> list[torch.Tensor]:
+    """One process that accumulates twice as long as two: the same total batch, the same scaled rate and floor."""
     flags = {
         "max_steps": STEPS,
+        "learning_rate": LEARNING_RATE,
         "lr_scheduler_type": "constant",
         "max_grad_norm": 0.0,
         "gr_warmup": "none",
-        **OPTIMIZER_CASES[case],
+        **flags,
     }
     flags["gradient_accumulation_steps"] *= RANKS
     recorder = toys.PathRecorder()
-    args = GRConfig(**toys.arguments(tmp_path, **flags))
+    args = GRConfig(**toys.arguments(folder, **flags))
     GRTrainer(toys.llama(), args, train_dataset=toys.text(EXAMPLES), callbacks=[recorder]).train()
+    return recorder.path
+
+
+@pytest.mark.parametrize("case", OPTIMIZER_CASES, ids=lambda case: "-".join(map(str, case)))
+def test_optimizers_step_as_in_one_process(case, results, tmp_path):
+    expected = path_of_one_process(tmp_path, **OPTIMIZER_CASES[case])
     # float32; LAMB divides by the root of second moments that are nearly 0 in places.
-    assert relative_error_of_path(results["optimizers"][case], recorder.path) <= (1e-3 if case[0] == "lamb" else 1e-5)
+    assert relative_error_of_path(results["optimizers"][case], expected) <= (1e-3 if case[0] == "lamb" else 1e-5)
+
+
+@pytest.mark.parametrize("case", ASCENT_CASES)
+def test_ascents_step_as_in_one_process(case, results, tmp_path):
+    """The worker has checked that both processes have the same bits after each step."""
+    expected = path_of_one_process(tmp_path, **ASCENT_CASES[case])
+    assert relative_error_of_path(results["ascents"][case], expected) <= TOLERANCE["float32"]
+
+
+@pytest.mark.parametrize("case", [case for case in ASCENT_CASES if case != "reuse"])
+def test_ascents_of_sharded_parameters(case, sharded, tmp_path):
+    expected = path_of_one_process(tmp_path, **ASCENT_CASES[case])
+    assert relative_error_of_path(sharded["ascents"][case], expected) <= TOLERANCE["float32"]
+
+
+def test_reuse_of_sharded_parameters_is_refused(sharded):
+    assert "cannot be used with gr_reuse and FSDP" in sharded["refused"]
 
 
 @pytest.mark.parametrize(("whole", "resumed"), [("one", "from_one"), ("two", "from_two")])
