@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack, redirect_stderr, redirect_stdout
+from pathlib import Path
 from types import ModuleType
 from unittest import mock
 
@@ -16,10 +17,10 @@ from helpers import SCRIPTS
 from hf_gr.cli import script
 
 
-def load_script(name: str) -> ModuleType:
-    """The module of scripts/NAME.py, loaded once."""
+def load_script(name: str, folder: Path = SCRIPTS) -> ModuleType:
+    """The module of scripts/NAME.py, or of that file in another folder, loaded once."""
     if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
+        spec = importlib.util.spec_from_file_location(name, folder / f"{name}.py")
         sys.modules[name] = importlib.util.module_from_spec(spec)  # dataclasses look their module up
         spec.loader.exec_module(sys.modules[name])
     return sys.modules[name]
