@@ -45,9 +45,18 @@ from hf_gr.reporting.redaction import redact
 SCRIPTS = Path(__file__).parent
 #: Metrics of our scripts for which lower is better. Those of other scripts are known after the first run.
 METRICS = {
-    "train_vit.py": ("eval_error", "eval_loss"),
-    "pretrain_llama.py": ("eval_loss", "eval_perplexity"),
-    "finetune_llama_lora.py": ("eval_loss", "eval_perplexity"),
+    "train_vit.py": (
+        "eval_error",
+        "eval_loss",
+        "eval_nll",
+        "eval_ece",
+        "test_error",
+        "test_loss",
+        "test_nll",
+        "test_ece",
+    ),
+    "pretrain_llama.py": ["eval_loss", "eval_perplexity"],
+    "finetune_llama_lora.py": ["eval_loss", "eval_perplexity"],
 }
 
 

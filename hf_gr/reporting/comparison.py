@@ -27,8 +27,9 @@ AXES = {
 }
 #: Cost at which arms of a grid are compared, besides equal steps -> its key in the log.
 EQUAL_COSTS = {"passes": "train_passes", "seconds": "train_seconds"}
-#: Columns of the tidy table besides a run's coordinates and the metrics of its last evaluation.
+#: Columns of the tidy table besides a run's coordinates: these, and whatever begins with one of `MEASURES`.
 COSTS = ("train_seconds", "train_passes", "train_tokens", "peak_memory_bytes")
+MEASURES = ("eval_", "test_", "train_wrong_labels", "train_accuracy_")
 NAME_COLUMNS = ("model", "dataset", "optimizer")
 PUBLISHED_COLUMNS = (*NAME_COLUMNS, "method", "mean", "std")
 
@@ -128,7 +129,7 @@ def require_metric(grid: Grid, run: Run) -> None:
     """Raise `ValueError` if the results of a finished run lack the grid's metric."""
     results = run.results()
     if grid.metric not in results:
-        found = ", ".join(sorted(key for key in results if key.startswith("eval_")))
+        found = ", ".join(sorted(key for key in results if key.startswith(("eval_", "test_"))))
         raise ValueError(
             f"metric={grid.metric!r}: {run.folder} does not have it. Change it in the grid to one of "
             f"{found or 'none'}, and rerun the command: finished runs are kept."
@@ -139,8 +140,7 @@ def write_results(runs: Sequence[Run], path: Path) -> None:
     """Write a CSV with a row per finished run: coordinates, metrics, costs."""
     rows = []
     for run in runs:
-        results = run.results()
-        kept = {key: value for key, value in results.items() if key.startswith("eval_") or key in COSTS}
+        kept = {key: value for key, value in measures(run).items() if key.startswith(MEASURES) or key in COSTS}
         rows.append({**run.point, **kept})
     names = list(dict.fromkeys(name for row in rows for name in row))
     with path.open("w", newline="", encoding="utf-8") as file:
@@ -157,10 +157,9 @@ def markdown_table(grid: Grid, runs: Sequence[Run], published: Path | None = Non
     of the cheapest arm, on a schedule planned for more; the costs; and the published numbers, marked as such. A number
     that does not come from all seeds is followed by their count.
     """
-    unit = " (%)" if grid.percent else ""
-    metric = grid.metric.removeprefix("eval_")
-    head = [*grid.axes, "", f"{metric}{unit}, mean ± std", "each seed", f"against {grid.baseline}", "p",
-            *(f"{metric}{unit} at equal {cost}" for cost in EQUAL_COSTS), *EQUAL_COSTS]  # fmt: skip
+    metric = label_of(grid)
+    head = [*grid.axes, "", f"{metric}, mean ± std", "each seed", f"against {grid.baseline}", "p",
+            *(f"{metric} at equal {cost}" for cost in EQUAL_COSTS), *EQUAL_COSTS]  # fmt: skip
     published_number = _published(grid, published)
     if grid.published:
         head.append("published, **not ours**")
@@ -328,6 +327,17 @@ def _published_key(grid: Grid, on_axes: dict[str, Any], arm: str) -> tuple[str, 
     looked_up = {**(grid.published_like or {}), **on_axes}
     model, dataset, optimizer = (names.get(str(looked_up.get(key)), "") for key in ("model", "dataset_name", "optim"))
     return model, dataset, optimizer, grid.published["arms"].get(arm, "")
+
+
+def measures(run: Run) -> dict[str, float]:
+    """The results of a run, with its last training accuracies, which are only logged."""
+    logged = {key: value for entry in run.history() for key, value in entry.items()}
+    return {key: value for key, value in logged.items() if key.startswith("train_accuracy_")} | run.results()
+
+
+def label_of(grid: Grid) -> str:
+    """The name of the grid's metric in tables and pictures."""
+    return grid.metric.removeprefix("eval_").replace("_", " ") + (" (%)" if grid.percent else "")
 
 
 def metric_of(grid: Grid, run: Run) -> float:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import extra
-from .comparison import common_target, curve, finite, first_reached, grouped, mean, metric_of, speedups
+from .comparison import common_target, curve, finite, first_reached, grouped, label_of, mean, metric_of, speedups
 from .grid import Run
 from .grid_file import Grid
 from .plots import BLUE, COLORS, ORANGE, make_logarithmic
@@ -52,6 +52,7 @@ def plot_arms(grid: Grid, runs: Sequence[Run], path: Path) -> None:
     """A row of panels for each combination of the axes, with the mean of each arm over its seeds: the metric against
     steps and against seconds, with its range; ||g1||, with and without GR; and the warmups, if there are any.
 
+    A metric of the test set is known at the end alone; the curves are those of the same metric on the validation part.
     A dotted line marks the baseline's final value; the title shows how much sooner the fastest other arm gets there.
     """
     groups = grouped(runs, grid.axes)
@@ -82,16 +83,19 @@ Histories = dict[str, list[History]]
 
 def _plot_metric(axis: Axes, grid: Grid, arms: Histories, colors: dict[str, str], against: str, xlabel: str) -> None:
     scale = 100 if grid.percent else 1
+    metric, ylabel = grid.metric, label_of(grid)
+    if metric.startswith("test_"):
+        metric, ylabel = metric.replace("test_", "eval_", 1), ylabel.replace("test", "validation", 1)
     curves = {}
     for arm, histories in arms.items():
-        x, y = _curves(histories, grid.metric, against)
+        x, y = _curves(histories, metric, against)
         if len(x):
             y = scale * y
             curves[arm] = x, y.mean(axis=0)
             axis.plot(*curves[arm], color=colors[arm], label=arm, linewidth=1.2)
             axis.fill_between(x, y.min(axis=0), y.max(axis=0), color=colors[arm], alpha=0.08)
     # The end of the curves matters most, and is hardest to see on a linear axis.
-    axis.set(xlabel=xlabel, ylabel=_label(grid))
+    axis.set(xlabel=xlabel, ylabel=ylabel)
     make_logarithmic(axis)
     if grid.baseline in curves:
         _plot_speedup(axis, curves, colors, grid.baseline)
@@ -174,7 +178,7 @@ def plot_sensitivity(grid: Grid, runs: Sequence[Run], path: Path) -> None:
         axis.errorbar(
             [positions[i] for i in present], means, spread, color=color, label=arm, marker="o", capsize=3, linewidth=1.2
         )
-    axis.set(xlabel=name, ylabel=_label(grid))
+    axis.set(xlabel=name, ylabel=label_of(grid))
     if are_numbers and min(numbers) > 0 and max(numbers) >= 10 * min(numbers):
         axis.set_xscale("log")
         axis.minorticks_off()
@@ -210,9 +214,5 @@ def plot_heat_map(grid: Grid, runs: Sequence[Run], path: Path) -> None:
         axis.set(title=arm, xlabel=second, ylabel=first)
         axis.set_xticks(range(values.shape[1]), [str(value) for value in grid.axes[second]])
         axis.set_yticks(range(values.shape[0]), [str(value) for value in grid.axes[first]])
-        figure.colorbar(image, ax=axis, label=_label(grid))
+        figure.colorbar(image, ax=axis, label=label_of(grid))
     figure.savefig(path, dpi=120)
-
-
-def _label(grid: Grid) -> str:
-    return grid.metric.removeprefix("eval_") + (" (%)" if grid.percent else "")

@@ -23,6 +23,7 @@ from hf_gr.reporting.comparison import (
     _published_key,
     check_published,
     markdown_table,
+    require_metric,
     table_like_the_papers,
     write_results,
 )
@@ -397,6 +398,33 @@ def test_the_tables_say_what_the_runs_have(finished, tmp_path):
     assert lines[3] == "| 0.1 | on | 0.12 ± 0.02 | 0.1, 0.12, 0.14 | +0.11 | 0.0027 | 0.62 | 0.22 | 20 | 11 |"
     grid.percent = True
     assert markdown_table(grid, runs).splitlines()[2].startswith("| 0.1 | off | 1 ± 1 | 0, 1, 2 |")
+
+
+def test_what_is_known_at_the_end_is_in_the_results(finished, tmp_path):
+    """Metrics of the test set, wrong labels, and the last share of them that is only logged."""
+    grid, (run, *_) = finished
+    log = [{"step": step, "train_accuracy_wrong_labels": step / 10, "loss": 1.0} for step in (5, 7)]
+    (run.folder / "trainer_state.json").write_text(json.dumps({"log_history": [*log, *run.history()]}))
+    results = {**run.results(), "test_error": 0.25, "train_wrong_labels": 3, "train_loss": 1.0}
+    (run.folder / "all_results.json").write_text(json.dumps(results))
+    write_results([run], tmp_path / "results.csv")
+    with (tmp_path / "results.csv").open() as file:
+        (row,) = csv.DictReader(file)
+    assert (row["test_error"], row["train_wrong_labels"], row["train_accuracy_wrong_labels"]) == ("0.25", "3", "0.7")
+    assert "train_loss" not in row and row["eval_loss"] == "0.0"
+    grid.metric = "test_error"
+    require_metric(grid, run)
+    grid.metric = "test_loss"
+    with pytest.raises(ValueError, match=r"metric='test_loss': .* to one of eval_loss, test_error, and rerun"):
+        require_metric(grid, run)
+
+
+def test_the_curves_of_a_test_metric_are_those_of_the_validation_part(finished):
+    grid, runs = finished
+    grid.metric, grid.percent, axis = "test_loss", True, Figure().subplots()
+    arms = {run.point["arm"]: [run.history()] for run in runs}
+    _plot_metric(axis, grid, arms, {"off": "blue", "on": "red"}, "step", "step")
+    assert axis.get_ylabel() == "validation loss (%)" and len(axis.get_lines()[0].get_xdata()) == 10
 
 
 def test_published_numbers_are_beside_ours_and_marked(finished, tmp_path):
