@@ -8,7 +8,7 @@ import sys
 import textwrap
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
@@ -152,6 +152,10 @@ class ArgumentParser(HfArgumentParser):
             raise ValueError(f"{flags[0]}: there is no such flag. {self._suggestion(flags[0])}")
         if words:
             raise ValueError(f"{words[0]!r} belongs to no flag. Write --FLAG VALUE; a recipe comes first.")
+
+    def refuse_unknown(self, flags: Iterable[str]) -> None:
+        """Raise `ValueError` if one of `flags` is none of the parser's."""
+        self.refuse([f"--{flag}" for flag in flags if f"--{flag}" not in self._option_string_actions])
 
     def _suggestion(self, flag: str) -> str:
         names = [option[2:] for action in self._actions for option in action.option_strings[:1]]

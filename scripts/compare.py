@@ -30,6 +30,7 @@ from hf_gr.cli import script
 from hf_gr.cli.output_folder import require_writable
 from hf_gr.errors import Failure
 from hf_gr.reporting.comparison import (
+    at_every_point,
     check_published,
     explanation,
     markdown_table,
@@ -165,6 +166,7 @@ def check_command_lines(grid: Grid, runs: list[Run]) -> None:
     for run in (run for run in runs if run.point["seed"] == grid.seeds[0]):
         words = run.arguments[1:] if grid.recipe else run.arguments
         parser.refuse(parser.parse_known_args(words)[1])
+    parser.refuse_unknown(flag for flags in grid.ignores.values() for flag in flags)
 
 
 @functools.cache
@@ -184,6 +186,7 @@ def _parser_of(path: Path) -> script.ArgumentParser:
 def report(grid: Grid, runs: list[Run], folder: Path, published: Path | None, command: str) -> str:
     """Write the results of the finished runs, and return the table."""
     write_results(runs, folder / "results.csv")
+    runs = at_every_point(grid, runs)
     table = markdown_table(grid, runs, published)
     if len(grid.axes) > 1:
         table = f"{table_like_the_papers(grid, runs, published)}\n{table}"

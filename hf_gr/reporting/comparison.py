@@ -2,9 +2,11 @@
 numbers beside ours. Plots are in `comparison_plots.py`."""
 
 import csv
+import itertools
 import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +125,20 @@ def _with_curve(flag: str, folder: Path, metric: str, window: int) -> History:
 
 
 # ---- A grid ----
+
+
+def at_every_point(grid: Grid, runs: Iterable[Run]) -> list[Run]:
+    """The runs in the order of the grid; those that an axis does not change (`Grid.fixed_by`) are repeated at each of
+    its values, beside the other arms."""
+    orders: dict[str, list] = {**grid.axes, "arm": list(grid.arms)}
+    spread = [replace(run, point=point) for run in runs for point in _points_of(grid, run)]
+    return sorted(spread, key=lambda run: [order.index(run.point[name]) for name, order in orders.items()])
+
+
+def _points_of(grid: Grid, run: Run) -> list[dict[str, Any]]:
+    ignored = {axis: values for axis, values in grid.axes.items() if run.point[axis] is None}
+    values = itertools.product(*ignored.values())
+    return [{**run.point, **dict(zip(ignored, some, strict=True))} for some in values]
 
 
 def require_metric(grid: Grid, run: Run) -> None:

@@ -35,6 +35,7 @@ SETTINGS = "settings.json"
 class Run:
     """One point of the grid: its coordinates, the command line they define, and the folder of its results."""
 
+    #: None on an axis that the arm sets or ignores.
     point: Mapping[str, Any]
     arguments: list[str]
     folder: Path
@@ -130,17 +131,18 @@ def expand(grid: Grid, folder: Path, recipes: Path, extra: Iterable[str] = ()) -
     _refuse_flags_without_effect(grid, extra)
     base = [str(recipes / grid.recipe)] if grid.recipe else []
     base += [*_as_arguments(grid.flags), *extra]
-    dimensions: list[Iterable[Any]] = [*grid.axes.values(), list(grid.arms), grid.seeds]
-    names = [folder_names(values) for values in dimensions]
-    runs = []
+    dimensions: dict[str, Iterable[Any]] = {**grid.axes, "arm": grid.arms, "seed": grid.seeds}
+    names = {name: folder_names(values) for name, values in dimensions.items()}
+    runs: dict[Path, Run] = {}
     for seed, *values in itertools.product(grid.seeds, *grid.axes.values()):
         on_axes = dict(zip(grid.axes, values, strict=True))
         for arm, flags in grid.arms.items():
-            point = {**on_axes, "arm": arm, "seed": seed}
-            path = folder / "_".join(short[str(value)] for short, value in zip(names, point.values(), strict=True))
-            arguments = [*base, *_as_arguments({**on_axes, **flags, "seed": seed, "output_dir": path})]
-            runs.append(Run(point, arguments, path, hub_tokens))
-    return runs
+            used = {axis: value for axis, value in on_axes.items() if axis not in grid.fixed_by(arm)}
+            point = {**dict.fromkeys(on_axes), **used, "arm": arm, "seed": seed}
+            path = folder / "_".join(names[key][str(value)] for key, value in point.items() if value is not None)
+            arguments = [*base, *_as_arguments({**used, **flags, "seed": seed, "output_dir": path})]
+            runs[path] = Run(point, arguments, path, hub_tokens)
+    return list(runs.values())
 
 
 def with_underscores(words: Iterable[str]) -> list[str]:

@@ -48,6 +48,7 @@ class Grid:
         recipe: the recipe that all runs start from, in `recipes` beside the script.
         flags: those of all runs.
         axes: flag -> values.
+        ignores: arm -> flags that have no effect on it; see `fixed_by`.
         published: `file` (columns table, model, dataset, optimizer, method, mean, std), `arms` (name -> method) and
             `names` (value of a flag -> name in the file).
         published_like: model, dataset and optimizer to look up instead of those of the runs.
@@ -64,6 +65,7 @@ class Grid:
     recipe: str | None = None
     flags: dict[str, Scalar] = field(default_factory=dict)
     axes: dict[str, list[Scalar]] = field(default_factory=dict)
+    ignores: dict[str, list[str]] = field(default_factory=dict)
     seeds: list[int] = field(default_factory=lambda: [0])
     published: Published | None = None
     published_like: dict[str, str] | None = None
@@ -81,6 +83,8 @@ class Grid:
                 raise ValueError(f"{name}={values}: list each value once, and at least one.")
         if min(self.seeds) < 0:
             raise ValueError(f"seeds={self.seeds}: a seed is 0 or more. Leave out {min(self.seeds)}.")
+        if unknown := sorted(set(self.ignores) - set(self.arms)):
+            raise ValueError(f"ignores: {', '.join(unknown)} is none of the arms, {', '.join(self.arms)}.")
         self._check_flags()
         self._check_published()
 
@@ -91,13 +95,17 @@ class Grid:
                 raise ValueError(f"{flag}: a grid cannot set this flag. {RESERVED[flag]}")
             if not flag.isidentifier():
                 raise ValueError(f"{flag}: write {flag.strip('-').replace('-', '_')}, the flag's name in Python.")
-        if conflicting := sorted(in_arms & set(self.axes)):
-            raise ValueError(
-                f"{', '.join(conflicting)}: an axis has no effect on a flag that the arms set. Leave one of them out."
-            )
         for flag, values in self.axes.items():
+            if all(flag in self.fixed_by(arm) for arm in self.arms):
+                raise ValueError(
+                    f"{flag}: an axis has no effect on a flag that the arms set or ignore. Leave one of them out."
+                )
             if [str(value) for value in values] != redact(map(str, values)):
                 raise ValueError(f"{flag}: a value of this axis is a token, and values become folder names.")
+
+    def fixed_by(self, arm: str) -> set[str]:
+        """The flags that an arm sets or ignores: it is run once for all values of such an axis."""
+        return {*self.arms[arm], *self.ignores.get(arm, [])}
 
     def _check_published(self) -> None:
         if self.published is None:

@@ -21,6 +21,7 @@ from helpers.scripts import load_script
 from hf_gr.errors import Failure
 from hf_gr.reporting.comparison import (
     _published_key,
+    at_every_point,
     check_published,
     markdown_table,
     require_metric,
@@ -88,6 +89,26 @@ def test_every_combination_is_expanded_once(tmp_path):
     assert runs[1].arguments == ["recipes/r.yaml", "--a", "1", "--b", "2", "--model", "m/s", "--gr_lambda", "0.1",
                                  "--seed", "0", "--output_dir", str(tmp_path / "s_on_0")]  # fmt: skip
     assert runs[1].point == {"model": "m/s", "arm": "on", "seed": 0}
+
+
+def test_an_arm_that_ignores_an_axis_is_run_once(training, tmp_path):
+    """Its run stands beside those of the other arms at each value, in the order of the grid."""
+    arms = {"on": {"gr_lambda": 0.1}, "off": {"gr_lambda": 0}}
+    grid = Grid(training.name, arms, "off", axes={"a": [1, 2], "gr_r": [3, 4]}, ignores={"off": ["gr_r"]}, seeds=[0, 1])
+    runs = expand(grid, tmp_path, tmp_path)
+    assert [run.name for run in runs[:6]] == ["1_3_on_0", "1_off_0", "1_4_on_0", "2_3_on_0", "2_off_0", "2_4_on_0"]
+    assert len(runs) == 12 and runs[1].point == {"a": 1, "gr_r": None, "arm": "off", "seed": 0}
+    assert "--gr_r" not in runs[1].arguments and runs[0].arguments[:4] == ["--a", "1", "--gr_r", "3"]
+    run_grid(training, runs, 2)
+    assert sorted(started(tmp_path)) == sorted(run.name for run in runs)
+    lines = markdown_table(grid, at_every_point(grid, runs)).splitlines()[2:]
+    starts = [f"| {a} | {r} | {arm} |" for a in (1, 2) for r in (3, 4) for arm in arms]
+    assert all(line.startswith(start) for line, start in zip(lines, starts, strict=True))
+    assert all("| +0.105 |" in line for line in lines[::2])
+    own = Grid(training.name, {**arms, "own": {"gr_r": 5}}, "off", axes={"gr_r": [3, 4]}, ignores={"off": ["gr_r"]})
+    assert [run.name for run in expand(own, tmp_path, tmp_path)] == ["3_on_0", "off_0", "own_0", "4_on_0"]
+    write_results(runs, tmp_path / "results.csv")
+    assert "\n1,,off,0," in (tmp_path / "results.csv").read_text().replace("\r", "")
 
 
 @pytest.mark.parametrize(
