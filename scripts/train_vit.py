@@ -77,7 +77,8 @@ class ModelArguments(script.ModelArguments):
     stem: str | None = field(
         default=None,
         metadata={
-            "help": "First layers of a ResNet: imagenet (the default) divides the resolution by 4, cifar keeps it.",
+            "help": "First layers of a ResNet: imagenet divides the resolution by 4, cifar keeps it. Default: cifar "
+            "for resnet-20 and resnet-32, imagenet for the others.",
             "choices": list(RESNET_STEMS),
         },
     )

@@ -41,6 +41,12 @@ def _swin(
     return {"embed_dim": width, "depths": depths, "num_heads": heads, **sizes}
 
 
+def _resnet(width: int, depths: list[int], stem: str) -> dict[str, Any]:
+    """The number of channels doubles from stage to stage."""
+    widths = [width * 2**stage for stage in range(len(depths))]
+    return {"embedding_size": width, "hidden_sizes": widths, "depths": depths, "stem": stem}
+
+
 MICRO = "for images of 8 pixels and a laptop"
 # All but the micro ones are published models. The ViTs, Swins and CaiTs are those of the GR paper.
 VIT_PRESETS = {
@@ -63,10 +69,13 @@ CAIT_PRESETS = {
     "cait-xs12": Preset("14 M", _vit(288, 12, 6)),
     "cait-s12": Preset("25 M", _vit(384, 12, 8)),
 }
-#: ResNets of basic blocks, 64 to 512 channels wide.
+#: ResNets of basic blocks. Those of three stages are for CIFAR-10 (He et al., CVPR 2016, section 4.2); a shortcut to
+#: more channels is a projection in them, too, where the paper pads with zeros: 2,752 parameters more.
 RESNET_PRESETS = {
-    "resnet-18": Preset("11 M, for any image size", {"depths": [2, 2, 2, 2]}),
-    "resnet-34": Preset("21 M", {"depths": [3, 4, 6, 3]}),
+    "resnet-18": Preset("11 M, for any image size", _resnet(64, [2, 2, 2, 2], "imagenet")),
+    "resnet-34": Preset("21 M", _resnet(64, [3, 4, 6, 3], "imagenet")),
+    "resnet-20": Preset("0.27 M, for 32 pixels", _resnet(16, [3, 3, 3], "cifar")),
+    "resnet-32": Preset("0.46 M", _resnet(16, [5, 5, 5], "cifar")),
 }
 RESNET_STEMS = ("imagenet", "cifar")
 
@@ -95,10 +104,10 @@ def create_image_model(
         label_names: the classes, in the order of their ids.
         image_size: pixels per side if not the preset's; ignored by ResNets.
         dropout: probability if not that of the code released with GR; ignored by ResNets. See the functions below.
-        stem: for ResNets, one of `RESNET_STEMS`.
+        stem: for ResNets, one of `RESNET_STEMS` if not the preset's.
     """
     if preset in RESNET_PRESETS:
-        return create_resnet(preset, label_names, "imagenet" if stem is None else stem)
+        return create_resnet(preset, label_names, stem)
     for presets, create in ((VIT_PRESETS, create_vit), (SWIN_PRESETS, create_swin), (CAIT_PRESETS, create_cait)):
         if preset in presets:
             options = {} if dropout is None else {"dropout": dropout}
@@ -189,17 +198,21 @@ def create_cait(
     return CaitForImageClassification(CaitConfig(**shape, dropout=dropout, **_labels(label_names)))
 
 
-def create_resnet(preset: str, label_names: list[str], stem: str = "imagenet") -> ResNetForImageClassification:
+def create_resnet(preset: str, label_names: list[str], stem: str | None = None) -> ResNetForImageClassification:
     """A freshly initialized ResNet, with the initialization of transformers: Kaiming normal for the convolutions.
 
     Args:
         preset: a key of `RESNET_PRESETS`.
         label_names: the classes, in the order of their ids.
         stem: `imagenet`, a 7 x 7 convolution and pooling, which divide the resolution by 4 (used on CIFAR-10 by the
-            code released with TVLARS); or `cifar`, for small images, a 3 x 3 convolution at full resolution.
+            code released with TVLARS); or `cifar`, for small images, a 3 x 3 convolution at full resolution. Default:
+            the preset's.
     """
     if preset not in RESNET_PRESETS:
         raise ValueError(f"model={preset!r}: choose one of {', '.join(RESNET_PRESETS)}.")
+    shape = dict(RESNET_PRESETS[preset].shape)
+    usual_stem = shape.pop("stem")
+    stem = usual_stem if stem is None else stem
     if stem not in RESNET_STEMS:
         raise ValueError(f"stem={stem!r}: choose one of {', '.join(RESNET_STEMS)}.")
     classes: dict[str, tuple[Any, Any]] = {
@@ -207,14 +220,7 @@ def create_resnet(preset: str, label_names: list[str], stem: str = "imagenet") -
         "cifar": (CifarResNetConfig, CifarResNetForImageClassification),
     }
     config_class, model_class = classes[stem]
-    config = config_class(
-        embedding_size=64,
-        hidden_sizes=[64, 128, 256, 512],
-        **RESNET_PRESETS[preset].shape,
-        layer_type="basic",
-        **_labels(label_names),
-    )
-    return model_class(config)
+    return model_class(config_class(**shape, layer_type="basic", **_labels(label_names)))
 
 
 def initialize_weights(model: PreTrainedModel, scheme: str) -> None:

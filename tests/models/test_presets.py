@@ -131,6 +131,19 @@ def test_resnets_have_the_size_of_the_paper(preset, parameters):
     assert sum(p.numel() for p in small.parameters()) == parameters - 3 * 64 * (49 - 9)  # 7 x 7 became 3 x 3
 
 
+@pytest.mark.parametrize(("preset", "parameters"), [("resnet-20", 269_722), ("resnet-32", 464_154)])
+def test_resnets_for_cifar_have_the_size_of_the_paper_but_for_their_shortcuts(preset, parameters):
+    """0.27 M and 0.46 M (Table 6), with two shortcuts that are 1 x 1 convolutions and BatchNorm here, nothing there."""
+    model = create_image_model(preset, [str(i) for i in range(10)]).eval()
+    shortcuts = 16 * 32 + 32 * 64 + 2 * (32 + 64)
+    assert sum(p.numel() for p in model.parameters()) == parameters + shortcuts
+    with torch.no_grad():
+        states = model.resnet(torch.zeros(1, 3, 32, 32), output_hidden_states=True).hidden_states
+    assert [tuple(state.shape[1:]) for state in states] == [(16, 32, 32), (16, 32, 32), (32, 16, 16), (64, 8, 8)]
+    layers = sum(isinstance(module, torch.nn.Conv2d) and module.kernel_size == (3, 3) for module in model.modules()) + 1
+    assert preset == f"resnet-{layers}"  # with the classifier
+
+
 @pytest.mark.parametrize(("stem", "side"), [("imagenet", 1), ("cifar", 4)])
 def test_stems_keep_or_divide_the_resolution(stem, side, tmp_path):
     torch.manual_seed(0)
