@@ -14,7 +14,7 @@ import numpy as np
 
 from ..errors import extra
 from .grid import Run
-from .grid_file import Grid
+from .grid_file import Grid, identity
 from .record import History, read_history
 
 with extra("report"):
@@ -298,15 +298,14 @@ def _published(grid: Grid, path: Path | None) -> Callable[[dict[str, Any], str],
     """(values of the axes, arm) -> the paper's number, as text; empty if there is none."""
     if path is None or grid.published is None:
         return lambda on_axes, arm: ""
-    numbers = {
-        (row["model"], row["dataset"], row["optimizer"], row["method"]): (
-            row["mean"]
-            + (f" ± {row['std']}" if row["std"] else "")
-            + f" ({row['model']}, {row['dataset']}, {row['optimizer']})"
-        )
-        for row in _read_published(path)
-    }
+    numbers = {_key_of_row(row): _published_text(row) for row in _read_published(path)}
     return lambda on_axes, arm: numbers.get(_published_key(grid, on_axes, arm), "")
+
+
+def _published_text(row: dict[str, str]) -> str:
+    noise = f"label noise {row['label_noise']}" if row.get("label_noise") else ""
+    names = ", ".join(filter(None, (row["model"], row["dataset"], row["optimizer"], noise)))
+    return row["mean"] + (f" ± {row['std']}" if row["std"] else "") + f" ({names})"
 
 
 def check_published(grid: Grid, path: Path) -> None:
@@ -337,12 +336,17 @@ def _read_published(path: Path) -> list[dict[str, str]]:
     return rows
 
 
-def _published_key(grid: Grid, on_axes: dict[str, Any], arm: str) -> tuple[str, str, str, str]:
+def _key_of_row(row: dict[str, str]) -> tuple[str, ...]:
+    return row["model"], row["dataset"], row["optimizer"], identity(row.get("label_noise") or 0), row["method"]
+
+
+def _published_key(grid: Grid, on_axes: dict[str, Any], arm: str) -> tuple[str, ...]:
+    """The `_key_of_row` that is looked up."""
     assert grid.published is not None
     names = grid.published["names"]
     looked_up = {**(grid.published_like or {}), **on_axes}
     model, dataset, optimizer = (names.get(str(looked_up.get(key)), "") for key in ("model", "dataset_name", "optim"))
-    return model, dataset, optimizer, grid.published["arms"].get(arm, "")
+    return model, dataset, optimizer, identity(on_axes.get("label_noise", 0)), grid.published["arms"].get(arm, "")
 
 
 def measures(run: Run) -> dict[str, float]:

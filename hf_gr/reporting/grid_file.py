@@ -49,8 +49,8 @@ class Grid:
         flags: those of all runs.
         axes: flag -> values.
         ignores: arm -> flags that have no effect on it; see `fixed_by`.
-        published: `file` (columns table, model, dataset, optimizer, method, mean, std), `arms` (name -> method) and
-            `names` (value of a flag -> name in the file).
+        published: `file` (columns table, model, dataset, optimizer, method, mean, std; label_noise if there is any),
+            `arms` (name -> method) and `names` (value of a flag -> name in the file).
         published_like: model, dataset and optimizer to look up instead of those of the runs.
 
     Raises:

@@ -57,7 +57,7 @@ GRID = ["--preset", "{}/grid.yaml", "--output_dir", "{}/out"]
     ("argv", "words"),
     [
         ([], ["--preset"]),
-        (["--preset", "none"], ["preset=", "none.yaml", "or one of gr-table1, gr-table2"]),
+        (["--preset", "none"], ["preset=", "none.yaml", "or one of cost-frontier, gr-harmful, gr-table1"]),
         (["--preset", "{}/none.yaml"], ["preset=", "none.yaml", "Give a file"]),
         (["--preset", "{}/empty"], ["preset=", "Give a file"]),
         (["--preset", "gr-table2", "--scale", "huge"], ["scale='huge'", "choose one of smoke, cpu, paper"]),

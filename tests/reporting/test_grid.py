@@ -20,7 +20,10 @@ from helpers import SCRIPTS
 from helpers.scripts import load_script
 from hf_gr.errors import Failure
 from hf_gr.reporting.comparison import (
+    _key_of_row,
+    _published,
     _published_key,
+    _read_published,
     at_every_point,
     check_published,
     markdown_table,
@@ -141,7 +144,7 @@ def test_flags_without_effect_are_refused(axes, extra, message, tmp_path):
 
 
 def test_a_grid_that_is_not_there_and_a_scale_that_is_not_there():
-    with pytest.raises(ValueError, match=r"Give a file, or one of gr-table1, gr-table2, gr-table4, gr-table5, ire"):
+    with pytest.raises(ValueError, match=r"Give a file, or one of cost-frontier, gr-harmful, gr-table1, gr-table2, gr-table4, .*label-noise"):
         load_grid(SCRIPTS / "grids" / "nothing.yaml")
     with pytest.raises(ValueError, match=r"gr-table2\.yaml: scale='huge': choose one of smoke, cpu, paper"):
         load_grid(SCRIPTS / "grids" / "gr-table2.yaml", "huge")
@@ -485,8 +488,7 @@ def test_a_table_in_the_shape_of_the_papers(training, tmp_path):
 def test_the_paper_scales_are_the_published_tables(number, tmp_path):
     """Each point of the grid has a published number beside it, and each number of the table a point."""
     path = SCRIPTS / "grids" / f"gr-table{number}.yaml"
-    with (path.parent / "published-gr.csv").open() as file:
-        rows = {(row["model"], row["dataset"], row["optimizer"], row["method"]): row for row in csv.DictReader(file)}
+    rows = {_key_of_row(row): row for row in _read_published(path.parent / "published-gr.csv")}
     found = set()
     for scale in ["paper", "paper_imagenet"] if number == 5 else ["paper"]:
         grid = load_grid(path, scale)
@@ -495,6 +497,19 @@ def test_the_paper_scales_are_the_published_tables(number, tmp_path):
         found |= {_published_key(grid, run.point, run.point["arm"]) for run in expand(grid, tmp_path, tmp_path)}
     assert found <= set(rows)
     assert {key for key, row in rows.items() if row["table"] == f"Table {number}"} <= found
+
+
+def test_published_numbers_are_those_of_the_same_label_noise(tmp_path):
+    path = SCRIPTS / "grids" / "label-noise.yaml"
+    grid = load_grid(path, "paper")
+    published_number = _published(grid, path.parent / grid.published["file"])
+    found = {published_number(run.point, run.point["arm"]) for run in expand(grid, tmp_path, tmp_path)}
+    names = "(ResNet-32, cifar10, SGD, label noise"
+    accuracies = {0.2: (84.8, 95.1), 0.4: (68.8, 93.4), 0.6: (48.2, 90.5), 0.8: (26.2, 77.9)}
+    published = {f"{100 - value:.1f} {names} {noise})" for noise, row in accuracies.items() for value in row}
+    assert found == {*published, ""}
+    assert published_number({"label_noise": "0.40"}, "vanilla GR") == f"6.6 {names} 0.4)"
+    assert published_number({"label_noise": 0}, "vanilla GR") == published_number({}, "no GR") == ""
 
 
 def test_an_unfinished_grid_has_a_table_too(finished):
