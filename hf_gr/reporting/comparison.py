@@ -169,13 +169,12 @@ def markdown_table(grid: Grid, runs: Sequence[Run], published: Path | None = Non
     """Mean and standard deviation of each arm at each combination of the axes.
 
     Further columns: the difference from the baseline over the seeds that both have, with the p-value of a paired t-test
-    (two seeds or more); the metric at equal passes and at equal seconds, from the last evaluation within the mean cost
-    of the cheapest arm, on a schedule planned for more; the costs; and the published numbers, marked as such. A number
-    that does not come from all seeds is followed by their count.
+    (two seeds or more); the metric at the best epoch of each run, and at equal passes and at equal seconds, from the
+    last evaluation within the mean cost of the cheapest arm, on a schedule planned for more; the costs; and the
+    published numbers, marked as such. A number that does not come from all seeds is followed by their count.
     """
-    metric = label_of(grid)
-    head = [*grid.axes, "", f"{metric}, mean ± std", "each seed", f"against {grid.baseline}", "p",
-            *(f"{metric} at equal {cost}" for cost in EQUAL_COSTS), *EQUAL_COSTS]  # fmt: skip
+    head = [*grid.axes, "", f"{label_of(grid)}, mean ± std", f"against {grid.baseline}", "p", "best epoch",
+            *(f"at equal {cost}" for cost in EQUAL_COSTS), *EQUAL_COSTS]  # fmt: skip
     published_number = _published(grid, published)
     if grid.published:
         head.append("published, **not ours**")
@@ -225,10 +224,10 @@ def _cells(grid: Grid, members: Sequence[Run], baseline: Sequence[Run], limits: 
     seeds = len(grid.seeds)
     return [
         _mean_and_std(list(values.values()), seeds),
-        ", ".join(f"{value:.4g}" for value in values.values()),
         f"{mean(differences):+.3g}{_share(differences, seeds)}" if differences else "",
         p,
-        *(_mean_within(grid, members, key, limit) for key, limit in limits.items()),
+        _mean_of(grid, (_at_best_epoch(grid, run) for run in members)),
+        *(_mean_of(grid, (_within(grid, run, key, limit) for run in members)) for key, limit in limits.items()),
         *("" if math.isinf(cost := _mean_cost(members, key)) else f"{cost:,.0f}" for key in limits),
     ]
 
@@ -239,13 +238,27 @@ def _mean_cost(members: Sequence[Run], key: str) -> float:
     return mean(result[key] for result in results) if all(key in result for result in results) else math.inf
 
 
-def _mean_within(grid: Grid, members: Sequence[Run], key: str, limit: float) -> str:
-    """The mean of each run's last evaluation within `limit`, plus 2%, since logs are written at intervals. Empty if
-    no run has one; if only some do, their count is shown, because they may be the fastest."""
-    found = []
-    for run in members:
-        evaluations = [e for e in run.history() if grid.metric in e and key in e and e[key] <= 1.02 * limit]
-        found += [_as_float(e[grid.metric]) for e in evaluations[-1:]]
+def _evaluations(grid: Grid, run: Run) -> History:
+    return [entry for entry in run.history() if grid.metric in entry]
+
+
+def _at_best_epoch(grid: Grid, run: Run) -> list[float]:
+    """The lowest value of all evaluations; none if the run was evaluated only once, at its end."""
+    evaluations = {entry["step"]: _as_float(entry[grid.metric]) for entry in _evaluations(grid, run)}
+    return [min(finite(evaluations.values()), default=math.nan)] if len(evaluations) > 1 else []
+
+
+def _within(grid: Grid, run: Run, key: str, limit: float) -> list[float]:
+    """The value of the last evaluation within `limit`, plus 2%, since logs are written at intervals; none if each cost
+    more."""
+    affordable = [entry for entry in _evaluations(grid, run) if entry.get(key, math.inf) <= 1.02 * limit]
+    return [_as_float(entry[grid.metric]) for entry in affordable[-1:]]
+
+
+def _mean_of(grid: Grid, values: Iterable[list[float]]) -> str:
+    """The mean over the runs that have a value. Empty if none has one; if only some do, their count is shown, because
+    they may be the fastest."""
+    found = [value for of_run in values for value in of_run]
     scale = 100 if grid.percent else 1
     return f"{scale * mean(finite(found)):.4g}{_share(found, len(grid.seeds))}" if found else ""
 
@@ -284,10 +297,12 @@ def _share(values: Sequence[float], seeds: int) -> str:
 def explanation(grid: Grid) -> str:
     """A paragraph for readers about the columns of `markdown_table`."""
     lines = [
-        f"Mean and standard deviation over the seeds, p of a paired t-test against {grid.baseline}. At equal passes "
-        "and seconds: the last evaluation within the mean cost of the cheapest arm, of runs whose schedule was "
-        "planned for more. Passes: forward and backward passes over the batch of a step, in total. (2 of 3 seeds): "
-        "the others have not finished, are not finite (nan, inf), or have no evaluation within that cost."
+        f"Mean and standard deviation over the seeds, p of a paired t-test against {grid.baseline}. Best epoch: the "
+        "mean of the lowest value that each run had at any of its evaluations, an oracle: the epoch is chosen by the "
+        "data that it is judged by. At equal passes and seconds: the last evaluation within the mean cost of the "
+        "cheapest arm, of runs whose schedule was planned for more. Passes: forward and backward passes over the batch "
+        "of a step, in total. (2 of 3 seeds): the others have not finished, are not finite (nan, inf), or have no "
+        "evaluation within that cost. results.csv has each run."
     ]
     if grid.published:
         lines.append("Published numbers are the paper's, for the model, data and optimizer in parentheses.")

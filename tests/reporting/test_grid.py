@@ -26,6 +26,7 @@ from hf_gr.reporting.comparison import (
     _read_published,
     at_every_point,
     check_published,
+    explanation,
     markdown_table,
     require_metric,
     table_like_the_papers,
@@ -374,8 +375,8 @@ def test_runs_that_have_diverged_are_shown_as_such(axis, picture, training, tmp_
     path = grid_file(tmp_path, training, seeds=[0, 1], percent=True)
     compare_here("--preset", path, "--output_dir", tmp_path / "out", "--workers", 2, *axis)
     table = (tmp_path / "out" / "table.md").read_text()
-    assert "| off | 0 (1 of 2 seeds) | 0, nan |  |  | 0 (1 of 2 seeds) | 0 (1 of 2 seeds) |" in table
-    assert "| on | nan (0 of 2 seeds) | nan, nan |  |  | nan (0 of 2 seeds) |" in table
+    assert "| off | 0 (1 of 2 seeds) |  |  | 0 (1 of 2 seeds) | 0 (1 of 2 seeds) |" in table
+    assert "| on | nan (0 of 2 seeds) |  |  | nan (0 of 2 seeds) | nan (0 of 2 seeds) |" in table
     assert {"curves.png", picture} <= {file.name for file in (tmp_path / "out").iterdir()}
 
 
@@ -388,7 +389,7 @@ def test_a_mean_over_some_of_the_seeds_says_so(training, tmp_path):
     history = json.loads(path.read_text())["log_history"]
     path.write_text(json.dumps({"log_history": [{**e, "train_seconds": 99} for e in history]}))
     line = markdown_table(grid, runs).splitlines()[3]
-    assert line == "| on | 0.11 ± 0.014 | 0.1, 0.12 | +0.105 | 0.03 | 0.61 | 0.2 (1 of 2 seeds) | 20 | 11 |"
+    assert line == "| on | 0.11 ± 0.014 | +0.105 | 0.03 | 0.11 | 0.61 | 0.2 (1 of 2 seeds) | 20 | 11 |"
 
 
 def test_names_do_not_break_the_table(training, tmp_path):
@@ -415,13 +416,26 @@ def test_the_tables_say_what_the_runs_have(finished, tmp_path):
         "gr_r": "0.1", "arm": "off", "seed": "0", "eval_loss": "0.0", "train_seconds": "10.0", "train_passes": "10",
     }  # fmt: skip
     lines = markdown_table(grid, runs).splitlines()
-    assert lines[0].startswith("| gr_r |  | loss, mean ± std | each seed | against off | p |")
+    assert lines[0].startswith("| gr_r |  | loss, mean ± std | against off | p | best epoch | at equal passes |")
     # `off` takes 10 s; of `on`, which takes 11, that leaves step 9, at a loss of 0.12 + 0.1 on average. It takes 20
     # passes, of which 10 leave step 5, at 0.12 + 0.5.
-    assert lines[2] == "| 0.1 | off | 0.01 ± 0.01 | 0, 0.01, 0.02 |  |  | 0.01 | 0.01 | 10 | 10 |"
-    assert lines[3] == "| 0.1 | on | 0.12 ± 0.02 | 0.1, 0.12, 0.14 | +0.11 | 0.0027 | 0.62 | 0.22 | 20 | 11 |"
+    assert lines[2] == "| 0.1 | off | 0.01 ± 0.01 |  |  | 0.01 | 0.01 | 0.01 | 10 | 10 |"
+    assert lines[3] == "| 0.1 | on | 0.12 ± 0.02 | +0.11 | 0.0027 | 0.12 | 0.62 | 0.22 | 20 | 11 |"
     grid.percent = True
-    assert markdown_table(grid, runs).splitlines()[2].startswith("| 0.1 | off | 1 ± 1 | 0, 1, 2 |")
+    assert markdown_table(grid, runs).splitlines()[2].startswith("| 0.1 | off | 1 ± 1 |  |  | 1 |")
+
+
+def test_the_best_epoch_is_the_lowest_value_of_each_run(finished):
+    """0.5, 0.3 and 0.4, each at another step; a run that was evaluated at its end alone has none."""
+    grid, runs = finished
+    losses = {0.1: ([2, 0.5, 1], [0.3, None, 1], [3, 2, 0.4]), 0.2: ([2], [2], [2])}
+    for run in runs:
+        of_run = losses[run.point["gr_r"]][run.point["seed"]]
+        log = [{"step": step, "eval_loss": loss} for step, loss in enumerate(of_run)]
+        (run.folder / "trainer_state.json").write_text(json.dumps({"log_history": [*log, log[-1]]}))
+    head, _, *lines = (line.split(" | ") for line in markdown_table(grid, runs).splitlines())
+    assert [line[head.index("best epoch")] for line in lines] == ["0.4", "0.4", "", ""]
+    assert "an oracle" in explanation(grid)
 
 
 def test_what_is_known_at_the_end_is_in_the_results(finished, tmp_path):
