@@ -142,14 +142,16 @@ def _points_of(grid: Grid, run: Run) -> list[dict[str, Any]]:
 
 
 def require_metric(grid: Grid, run: Run) -> None:
-    """Raise `ValueError` if the results of a finished run lack the grid's metric."""
+    """Raise `ValueError` if the results of a finished run lack the grid's metric, or another that is to be shown. Those
+    of training (`train_*`) depend on the arm: without wrong labels none is memorized."""
     results = run.results()
-    if grid.metric not in results:
-        found = ", ".join(sorted(key for key in results if key.startswith(("eval_", "test_"))))
-        raise ValueError(
-            f"metric={grid.metric!r}: {run.folder} does not have it. Change it in the grid to one of "
-            f"{found or 'none'}, and rerun the command: finished runs are kept."
-        )
+    for flag, key in [("metric", grid.metric), *(("also", key) for key in grid.also if not key.startswith("train_"))]:
+        if key not in results:
+            found = ", ".join(sorted(key for key in results if key.startswith(("eval_", "test_"))))
+            raise ValueError(
+                f"{flag}={key!r}: {run.folder} does not have it. Change it in the grid to one of {found or 'none'}, "
+                "and rerun the command: finished runs are kept."
+            )
 
 
 def write_results(runs: Sequence[Run], path: Path) -> None:
@@ -168,13 +170,14 @@ def write_results(runs: Sequence[Run], path: Path) -> None:
 def markdown_table(grid: Grid, runs: Sequence[Run], published: Path | None = None) -> str:
     """Mean and standard deviation of each arm at each combination of the axes.
 
-    Further columns: the difference from the baseline over the seeds that both have, with the p-value of a paired t-test
-    (two seeds or more); the metric at the best epoch of each run, and at equal passes and at equal seconds, from the
-    last evaluation within the mean cost of the cheapest arm, on a schedule planned for more; the costs; and the
-    published numbers, marked as such. A number that does not come from all seeds is followed by their count.
+    Further columns: those of `also`; the difference from the baseline over the seeds that both have, with the p-value
+    of a paired t-test (two seeds or more); the metric at the best epoch of each run, and at equal passes and at equal
+    seconds, from the last evaluation within the mean cost of the cheapest arm, on a schedule planned for more; the
+    costs; and the published numbers, marked as such. A number that does not come from all seeds is followed by their
+    count.
     """
-    head = [*grid.axes, "", f"{label_of(grid)}, mean ± std", f"against {grid.baseline}", "p", "best epoch",
-            *(f"at equal {cost}" for cost in EQUAL_COSTS), *EQUAL_COSTS]  # fmt: skip
+    head = [*grid.axes, "", f"{label_of(grid)}, mean ± std", *map(name_of, grid.also), f"against {grid.baseline}", "p",
+            "best epoch", *(f"at equal {cost}" for cost in EQUAL_COSTS), *EQUAL_COSTS]  # fmt: skip
     published_number = _published(grid, published)
     if grid.published:
         head.append("published, **not ours**")
@@ -224,6 +227,7 @@ def _cells(grid: Grid, members: Sequence[Run], baseline: Sequence[Run], limits: 
     seeds = len(grid.seeds)
     return [
         _mean_and_std(list(values.values()), seeds),
+        *(_mean_and_std_of(key, members, seeds) for key in grid.also),
         f"{mean(differences):+.3g}{_share(differences, seeds)}" if differences else "",
         p,
         _mean_of(grid, (_at_best_epoch(grid, run) for run in members)),
@@ -286,6 +290,12 @@ def _mean_and_std(values: Sequence[float], seeds: int) -> str:
     numbers = finite(values)
     spread = f" ± {statistics.stdev(numbers):.2g}" if len(numbers) > 1 else ""
     return f"{mean(numbers):.4g}{spread}{_share(values, seeds)}"
+
+
+def _mean_and_std_of(key: str, members: Sequence[Run], seeds: int) -> str:
+    """Empty if no run has it."""
+    values = [_as_float(results[key]) for run in members if key in (results := measures(run))]
+    return _mean_and_std(values, seeds) if values else ""
 
 
 def _share(values: Sequence[float], seeds: int) -> str:
@@ -371,8 +381,13 @@ def measures(run: Run) -> dict[str, float]:
 
 
 def label_of(grid: Grid) -> str:
-    """The name of the grid's metric in tables and pictures."""
-    return grid.metric.removeprefix("eval_").replace("_", " ") + (" (%)" if grid.percent else "")
+    """The grid's metric and its unit in tables and pictures."""
+    return name_of(grid.metric) + (" (%)" if grid.percent else "")
+
+
+def name_of(key: str) -> str:
+    """The words for a key of the results: `eval_error` is the error."""
+    return key.removeprefix("eval_").replace("_", " ")
 
 
 def metric_of(grid: Grid, run: Run) -> float:

@@ -45,6 +45,7 @@ class Grid:
         baseline: the arm that the others are compared with.
         metric: a key of the evaluation, for which less is better.
         percent: whether to show the metric times 100.
+        also: further keys of the results to show beside the metric, as they are.
         recipe: the recipe that all runs start from, in `recipes` beside the script.
         flags: those of all runs.
         axes: flag -> values.
@@ -62,6 +63,7 @@ class Grid:
     baseline: str
     metric: str = "eval_loss"
     percent: bool = False
+    also: list[str] = field(default_factory=list)
     recipe: str | None = None
     flags: dict[str, Scalar] = field(default_factory=dict)
     axes: dict[str, list[Scalar]] = field(default_factory=dict)
@@ -81,6 +83,8 @@ class Grid:
             repeated = [str(value) for value, count in Counter(map(identity, values)).items() if count > 1]
             if not values or repeated:
                 raise ValueError(f"{name}={values}: list each value once, and at least one.")
+        if repeated := sorted({key for key in self.also if [self.metric, *self.also].count(key) > 1}):
+            raise ValueError(f"also={self.also}: {', '.join(repeated)} is shown already. List it once.")
         if min(self.seeds) < 0:
             raise ValueError(f"seeds={self.seeds}: a seed is 0 or more. Leave out {min(self.seeds)}.")
         if unknown := sorted(set(self.ignores) - set(self.arms)):

@@ -438,6 +438,24 @@ def test_the_best_epoch_is_the_lowest_value_of_each_run(finished):
     assert "an oracle" in explanation(grid)
 
 
+def test_further_metrics_are_beside_the_first(finished):
+    """As they are, also in a grid in percent; empty where a run does not report one."""
+    grid, runs = finished
+    grid.also, grid.percent = ["eval_ece", "train_accuracy_wrong_labels"], True
+    with pytest.raises(ValueError, match=r"also='eval_ece': \S+off_0 does not have it.* one of eval_loss, and rerun"):
+        require_metric(grid, runs[0])
+    for run in runs:
+        results = {**run.results(), "eval_ece": 0.1 * (1 + run.point["seed"])}
+        if run.point["arm"] == "on":
+            results["train_accuracy_wrong_labels"] = 0.5
+        (run.folder / "all_results.json").write_text(json.dumps(results))
+        require_metric(grid, run)
+    lines = markdown_table(grid, runs).splitlines()
+    assert lines[0].startswith("| gr_r |  | loss (%), mean ± std | ece | train accuracy wrong labels | against off |")
+    assert lines[2].startswith("| 0.1 | off | 1 ± 1 | 0.2 ± 0.1 |  |  |")
+    assert lines[3].startswith("| 0.1 | on | 12 ± 2 | 0.2 ± 0.1 | 0.5 ± 0 | +11 |")
+
+
 def test_what_is_known_at_the_end_is_in_the_results(finished, tmp_path):
     """Metrics of the test set, wrong labels, and the last share of them that is only logged."""
     grid, (run, *_) = finished
