@@ -9,7 +9,7 @@ after an interruption: finished runs are not repeated. On another machine that s
 workers.
 
 The output folder gets results.csv (a row per run), table.md and curves.png; also sensitivity.png for one axis,
-heat_map.png for two.
+heat_map.png for two, or the picture that the grid names.
 """
 
 import argparse
@@ -38,9 +38,10 @@ from hf_gr.reporting.comparison import (
     table_like_the_papers,
     write_results,
 )
-from hf_gr.reporting.comparison_plots import plot_arms, plot_heat_map, plot_sensitivity
+from hf_gr.reporting.comparison_plots import plot_arms
 from hf_gr.reporting.grid import Run, expand, run_grid, with_underscores
 from hf_gr.reporting.grid_file import Grid, load_grid
+from hf_gr.reporting.grid_pictures import PICTURES, picture_of
 from hf_gr.reporting.redaction import redact
 
 SCRIPTS = Path(__file__).parent
@@ -84,6 +85,7 @@ def main(argv: list[str] | None = None) -> None:
     if options.workers < 1:
         raise ValueError(f"workers={options.workers}: at least one run at a time is needed. Give 1 or more.")
     folder = options.output_dir or Path("outputs") / "-".join(filter(None, (path.stem, options.scale)))
+    picture_of(grid)  # refuses an unknown one before the first run
     runs = expand(grid, folder, SCRIPTS / "recipes", extra)
     check_command_lines(grid, runs)
     published = path.parent / grid.published["file"] if grid.published else None
@@ -192,10 +194,8 @@ def report(grid: Grid, runs: list[Run], folder: Path, published: Path | None, co
         table = f"{table_like_the_papers(grid, runs, published)}\n{table}"
     (folder / "table.md").write_text(f"`{command}`\n\n{table}\n{explanation(grid)}", encoding="utf-8")
     plot_arms(grid, runs, folder / "curves.png")
-    if len(grid.axes) == 1:
-        plot_sensitivity(grid, runs, folder / "sensitivity.png")
-    if len(grid.axes) == 2:
-        plot_heat_map(grid, runs, folder / "heat_map.png")
+    if picture := picture_of(grid):
+        PICTURES[picture].draw(grid, runs, folder / f"{picture}.png")
     return table
 
 

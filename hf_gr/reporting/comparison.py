@@ -1,5 +1,5 @@
 """Comparisons of runs: how much sooner one group reaches a loss than another, and the tables of a grid, with published
-numbers beside ours. Plots are in `comparison_plots.py`."""
+numbers beside ours. Plots are in `comparison_plots.py` and `grid_pictures.py`."""
 
 import csv
 import itertools

@@ -1,15 +1,13 @@
-"""Plots that compare runs."""
+"""Curves that compare runs: two groups, or the arms of a grid."""
 
 import math
-import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from ..errors import extra
-from .comparison import common_target, curve, finite, first_reached, grouped, label_of, mean, metric_of, speedups
+from .comparison import common_target, curve, first_reached, grouped, label_of, speedups
 from .grid import Run
 from .grid_file import Grid
 from .plots import BLUE, COLORS, ORANGE, make_logarithmic
@@ -159,60 +157,3 @@ def _curves(histories: Sequence[Sequence[dict[str, float]]], key: str, against: 
         ys.append([y for _, y in points])
     count = min(map(len, xs))
     return np.mean([x[:count] for x in xs], axis=0), np.array([y[:count] for y in ys], dtype=float)
-
-
-def plot_sensitivity(grid: Grid, runs: Sequence[Run], path: Path) -> None:
-    """The metric against the only axis, with its standard deviation over seeds, to show how much the choice matters."""
-    (name,) = grid.axes
-    values = grid.axes[name]
-    numbers = [number for value in values if (number := _as_number(value)) is not None]
-    are_numbers = len(numbers) == len(values)
-    positions = numbers if are_numbers else [float(i) for i in range(len(values))]
-    figure = Figure(figsize=(6, 4.2), layout="constrained")
-    axis = figure.subplots()
-    for ((arm,), members), color in zip(grouped(runs, ["arm"]), COLORS * 3, strict=False):
-        cells = {value: finite(metric_of(grid, run) for run in cell) for (value,), cell in grouped(members, [name])}
-        present = [i for i, value in enumerate(values) if value in cells]
-        means = [mean(cells[values[i]]) for i in present]
-        spread = [statistics.stdev(cells[values[i]]) if len(cells[values[i]]) > 1 else 0 for i in present]
-        axis.errorbar(
-            [positions[i] for i in present], means, spread, color=color, label=arm, marker="o", capsize=3, linewidth=1.2
-        )
-    axis.set(xlabel=name, ylabel=label_of(grid))
-    if are_numbers and min(numbers) > 0 and max(numbers) >= 10 * min(numbers):
-        axis.set_xscale("log")
-        axis.minorticks_off()
-    axis.set_xticks(positions, [str(value) for value in values])
-    axis.grid(alpha=0.3)
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(frameon=False)
-    figure.savefig(path, dpi=120)
-
-
-def _as_number(value: Any) -> float | None:
-    try:
-        number = float(value)
-    except ValueError:
-        return None
-    return number if math.isfinite(number) else None
-
-
-def plot_heat_map(grid: Grid, runs: Sequence[Run], path: Path) -> None:
-    """The metric over two axes, averaged over seeds: one panel per arm."""
-    first, second = grid.axes
-    groups = grouped(runs, ["arm"])
-    figure = Figure(figsize=(5 * len(groups), 4), layout="constrained")
-    for axis, ((arm,), members) in zip(figure.subplots(1, len(groups), squeeze=False)[0], groups, strict=True):
-        values = np.full((len(grid.axes[first]), len(grid.axes[second])), np.nan)
-        for (a, b), cell in grouped(members, [first, second]):
-            index = grid.axes[first].index(a), grid.axes[second].index(b)
-            values[index] = mean(finite(metric_of(grid, run) for run in cell))
-        image = axis.imshow(values, cmap="viridis")
-        for (row, column), value in np.ndenumerate(values):
-            color = "black" if image.norm(value) > 0.6 else "white"
-            axis.text(column, row, "" if np.isnan(value) else f"{value:.4g}", ha="center", va="center", color=color)
-        axis.set(title=arm, xlabel=second, ylabel=first)
-        axis.set_xticks(range(values.shape[1]), [str(value) for value in grid.axes[second]])
-        axis.set_yticks(range(values.shape[0]), [str(value) for value in grid.axes[first]])
-        figure.colorbar(image, ax=axis, label=label_of(grid))
-    figure.savefig(path, dpi=120)

@@ -50,6 +50,7 @@ class Grid:
         flags: those of all runs.
         axes: flag -> values.
         ignores: arm -> flags that have no effect on it; see `fixed_by`.
+        picture: a key of `PICTURES`. Default: the one for this number of axes, if there is one.
         published: `file` (columns table, model, dataset, optimizer, method, mean, std; label_noise if there is any),
             `arms` (name -> method) and `names` (value of a flag -> name in the file).
         published_like: model, dataset and optimizer to look up instead of those of the runs.
@@ -69,6 +70,7 @@ class Grid:
     axes: dict[str, list[Scalar]] = field(default_factory=dict)
     ignores: dict[str, list[str]] = field(default_factory=dict)
     seeds: list[int] = field(default_factory=lambda: [0])
+    picture: str | None = None
     published: Published | None = None
     published_like: dict[str, str] | None = None
 
