@@ -54,7 +54,7 @@ class GradientReuse:
         both = zip(self._kept, (p.grad for p in self._params), strict=True)
         pairs = [(g1, g) for g1, g in both if g1 is not None and g is not None]
         product = math.fsum(float(torch.sum(g1 * g)) for g1, g in pairs)
-        along = product / (length(g1 for g1, _ in pairs) ** 2 + NORM_EPS)
+        along = product / length(g1 for g1, _ in pairs) ** 2 if product else 0.0
         for g1, p in zip(self._kept, self._params, strict=True):
             if g1 is not None:
                 g1.mul_(-along)
@@ -64,7 +64,9 @@ class GradientReuse:
         for v in self._kept:
             if v is not None:
                 v.div_(norm + NORM_EPS)
-        self.is_ready = math.isfinite(norm)
+        # Of parallel gradients nothing but rounding is left, and that is no direction.
+        rounding = max((100 * torch.finfo(g.dtype).eps for _, g in pairs), default=0.0) * length(g for _, g in pairs)
+        self.is_ready = rounding < norm < math.inf
 
     @torch.no_grad()
     def add_(self, alpha: float, norm: float) -> None:

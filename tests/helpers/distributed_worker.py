@@ -16,6 +16,8 @@ from helpers import own_loop, toys
 from helpers.training import Estimates
 from hf_gr import GRConfig, GRTrainer
 from hf_gr.cli.output_folder import claim_output_folder
+from hf_gr.cli.trainers import ImageTrainer
+from hf_gr.data.images import IS_WRONG
 
 PRECISIONS = ("float32", "scaled", "bf16")
 CASES = [
@@ -235,6 +237,18 @@ def fsdp(folder: str) -> dict:
     return results
 
 
+def memorization_of(output_dir: str, **flags) -> list[dict[str, float]]:
+    """The logged shares of right and wrong labels that are predicted, of weights that do not change."""
+    images = [{**image, IS_WRONG: i % 3 == 0} for i, image in enumerate(toys.images(24))]
+    settings = {"max_steps": 4, "logging_steps": 2, "learning_rate": 0.0, "remove_unused_columns": False, **flags}
+    args = GRConfig(**toys.arguments(output_dir, gr_warmup="none", **settings))
+    trainer = ImageTrainer(toys.vit(), args, train_dataset=images)
+    trainer.train()
+    reset_state()
+    keys = ("train_accuracy_right_labels", "train_accuracy_wrong_labels")
+    return [{key: entry[key] for key in keys} for entry in trainer.state.log_history if "loss" in entry]
+
+
 def ire(folder: str) -> dict:
     estimates = {}
     for case, flags in IRE_CASES.items():
@@ -280,6 +294,7 @@ SUITES = {
     "resume": resume,
     "fsdp": fsdp,
     "loop": loop,
+    "memorization": lambda folder: memorization_of(folder, ddp_backend="gloo"),
 }
 
 

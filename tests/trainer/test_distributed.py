@@ -21,6 +21,7 @@ from helpers.distributed_worker import (
     OPTIMIZER_CASES,
     RESUME,
     STEPS,
+    memorization_of,
     trainer_of,
 )
 from helpers.reference import flat_masks, regularized_gradient, sampled_label_gradient
@@ -77,7 +78,7 @@ def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
     return {
         "one": alone(folder / "one"),
-        **launch(folder, 2, "scopes", "ascents", "ire", "optimizers", "overflow", "resume", "loop"),
+        **launch(folder, 2, "scopes", "ascents", "ire", "optimizers", "overflow", "resume", "loop", "memorization"),
         "from_two": alone(folder / "resumed", folder / "two" / "checkpoint-2"),
     }
 
@@ -208,6 +209,11 @@ def test_another_number_of_processes_resumes(whole, resumed, results):
     paths = {**results, **results["resume"]}
     assert torch.equal(paths[whole][2], paths[resumed][0])
     assert relative_error_of_path(paths[resumed], paths[whole][2:]) <= TOLERANCE["float32"]
+
+
+def test_memorization_is_counted_on_all_processes(results, tmp_path):
+    shares = memorization_of(str(tmp_path), per_device_train_batch_size=2 * RANKS)
+    assert results["memorization"] == pytest.approx(shares) and len(shares) == 2 and shares[0] != shares[1]
 
 
 def ends(folder: Path, *runs: str) -> list[int]:
