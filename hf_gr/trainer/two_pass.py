@@ -254,8 +254,9 @@ class TwoPass(Part):
         norm = gradient_norm(params)
         scaler = self._trainer.accelerator.scaler
         scale = 1.0 if scaler is None else scaler.get_scale()  # of the gradients
-        rule = RADIUS_RULES[self._flags.gr_radius_rule]
-        gr = gr.with_radius(rule.function(gr.r_t, norm / scale, self._flags.gr_r_max))
+        if _has_direction(norm):
+            rule = RADIUS_RULES[self._flags.gr_radius_rule]
+            gr = gr.with_radius(rule.function(gr.r_t, norm / scale, self._flags.gr_r_max))
         self._norms.append(norm / scale)
         self._logs = {"gr_lambda": gr.lambda_t, "gr_r": gr.r_t}
         # A global norm is the same on all processes, which skip the second pass together. Where it differs between

@@ -252,6 +252,18 @@ def test_the_card_names_what_was_used(method, words, tmp_path):
     assert ("foret2021" in card) == (method == "rule gradient")
 
 
+@pytest.mark.parametrize("scope", ["global", "micro"])
+@pytest.mark.parametrize("rule", ["gradient", "loss"])
+def test_a_zero_gradient_gives_no_radius(rule, scope, tmp_path):
+    """The second micro-batch of the first step has none; in the second step neither has one."""
+    data = [{"x": torch.tensor([x, 0.0])} for x in (1.0, 0.0, 0.0, 0.0)]
+    trainer = run(Bowl(0.0), data, tmp_path, max_steps=2, gr_r=0.1, gr_warmup="none", gr_radius_rule=rule,
+                  gr_scope=scope, gradient_accumulation_steps=2, per_device_train_batch_size=1, optim="sgd",
+                  learning_rate=0.1, lr_scheduler_type="constant", max_grad_norm=0.0)  # fmt: skip
+    expected = torch.tensor([0.3 - 0.1 * 0.5, -0.4], dtype=torch.float64)
+    torch.testing.assert_close(trainer.model.theta.detach(), expected)
+
+
 class Bowl(nn.Module):
     """L = a/2 ||theta||^2 + the mean of x . theta: the rise within r is r ||g|| + a r^2 / 2."""
 
