@@ -220,10 +220,65 @@ def _obstacles(axis: Axes, box: Bbox, taken: Sequence[Bbox]) -> int:
     return box.count_overlaps(taken) + (0 if inside is not None and np.allclose(inside, box) else 100)
 
 
+# ---- Help or harm ----
+
+
+def _mean_logged(*keys: str, since: float = 0.0) -> Callable[[Run], float]:
+    """The mean of a run's logged values of the first of `keys` that it logged, after the share `since` of its steps."""
+
+    def measure(run: Run) -> float:
+        history = run.history()
+        start = since * max((entry["step"] for entry in history), default=0)
+        logged = (finite(e[key] for e in history if key in e and e["step"] > start) for key in keys)
+        return mean(next(filter(None, logged), []))
+
+    return measure
+
+
+#: What the runs tell of the landscape, for the panels below the metric. Without GR the only gradient has another name.
+LANDSCAPE = {
+    "rise of the loss within r,\nrelative to a linear loss": _mean_logged("gr_linearity"),
+    "$\\|g_1\\|$, last half": _mean_logged("gr_grad_norm", "grad_norm", since=0.5),
+}
+
+
+def plot_harmful(grid: Grid, runs: Sequence[Run], path: Path) -> None:
+    """Where GR helps and where it does harm: the metric against the first axis, a line for each arm, and a band for the
+    baseline if the axis does not change it; below, as the runs logged it, how much the loss rises within r, which is 1
+    for a linear loss, and ||g1||. A column of panels for each combination of the other axes."""
+    name, *others = grid.axes
+    groups = grouped(runs, others)
+    rows: dict[str, Callable[[Run], float]] = {label_of(grid): functools.partial(metric_of, grid)}
+    rows |= {label: measure for label, measure in LANDSCAPE.items() if finite(map(measure, runs))}
+    figure = Figure(figsize=(7 * len(groups), 4 + 2 * (len(rows) - 1)), layout="constrained")
+    heights = [2.2, *[1.0] * (len(rows) - 1)]
+    panels = figure.subplots(len(rows), len(groups), squeeze=False, sharex=True, sharey="row", height_ratios=heights)
+    for column, (on_others, members) in zip(panels.T, groups, strict=True):
+        for axis, (label, measure) in zip(column, rows.items(), strict=True):
+            _plot_over(axis, grid, name, members, measure)
+            make_logarithmic(axis)
+            axis.set(ylabel=label)
+            _set_ticks(axis, name if axis is column[-1] else "", grid.axes[name])
+        if name in grid.fixed_by(grid.baseline):
+            _name_sides(column[0], grid, members)
+        column[0].set_title(_coordinates(others, on_others))
+        column[0].legend(frameon=False, fontsize="small")
+    figure.savefig(path, dpi=120)
+
+
+def _name_sides(axis: Axes, grid: Grid, runs: Sequence[Run]) -> None:
+    """Say beside the band of the baseline what it means to be above and below it."""
+    values = finite({run.folder: metric_of(grid, run) for run in runs if run.point["arm"] == grid.baseline}.values())
+    beside: dict[str, Any] = {"transform": axis.get_yaxis_transform(), "color": "gray", "size": "small"}
+    axis.text(1.01, mean(values) + _std(values), "↑ worse", va="bottom", **beside)
+    axis.text(1.01, mean(values) - _std(values), "↓ better", va="top", **beside)
+
+
 PICTURES = {
     "sensitivity": Picture(plot_sensitivity, range(1, 2), "the metric against the axis"),
     "heat_map": Picture(plot_heat_map, range(2, 3), "the metric over two axes"),
     "frontier": Picture(plot_frontier, range(10), "the metric against the passes, and the lowest that they reach"),
+    "harmful": Picture(plot_harmful, range(1, 10), "the metric, the gauge and ||g1|| against the first axis"),
 }
 
 

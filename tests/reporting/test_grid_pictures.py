@@ -17,6 +17,7 @@ from hf_gr.reporting.grid_pictures import (
     frontier,
     picture_of,
     plot_frontier,
+    plot_harmful,
     plot_sensitivity,
 )
 
@@ -60,6 +61,34 @@ def swept(tmp_path) -> tuple[Grid, list[Run]]:
 def curves(axis) -> dict[str, dict[float, float]]:
     """The points of each error bar, by its arm."""
     return {bars.get_label(): dict(zip(*map(tuple, bars[0].get_data()), strict=True)) for bars in axis.containers}
+
+
+def test_help_and_harm_over_the_radius(swept, drawn, tmp_path):
+    grid, runs = swept
+    plot_harmful(grid, runs, tmp_path / "harmful.png")
+    metric, gauge, norm = drawn[0].axes
+    found = curves(metric)
+    assert found["vanilla"] == pytest.approx({0.1: 11, 0.2: 21, 1.0: 101})
+    assert found["zero"] == pytest.approx({0.1: 6, 0.2: 11, 1.0: 51})
+    assert curves(gauge)["zero"] == pytest.approx({0.1: 1.1, 0.2: 1.2, 1.0: 2})
+    assert curves(norm)["zero"] == pytest.approx({0.1: 0.65, 0.2: 1.3, 1.0: 6.5})  # steps 5 to 8
+    assert (metric.get_ylabel(), norm.get_xlabel(), metric.get_xlabel()) == ("error (%)", "gr_r", "")
+    # Without GR: a band, not a curve, and ||g|| under its other name.
+    bands = {axis: (axis.patches[0].get_y(), axis.patches[0].get_height()) for axis in (metric, norm)}
+    assert "off" not in found and bands[metric] == pytest.approx((21 - 2**0.5, 2 * 2**0.5))
+    assert bands[norm] == pytest.approx((3, 0)) and not gauge.patches
+    sides = {text.get_text(): text.get_position()[1] for text in metric.texts}
+    assert sides == pytest.approx({"↑ worse": 21 + 2**0.5, "↓ better": 21 - 2**0.5})
+
+
+def test_the_other_axes_are_columns(swept, drawn, tmp_path):
+    grid, _ = swept
+    grid.axes["model"] = ["a", "b"]
+    runs = expand(grid, tmp_path / "more", tmp_path)
+    for run in runs:
+        finish(run, 0.2, [])
+    plot_harmful(grid, at_every_point(grid, runs), tmp_path / "harmful.png")
+    assert [axis.get_title() for axis in drawn[0].axes] == ["model = a", "model = b"]  # nothing was logged
 
 
 def test_the_only_axis_and_an_arm_that_it_does_not_change(swept, drawn, tmp_path):
