@@ -48,14 +48,16 @@ def plot_comparison(
 
 def plot_arms(grid: Grid, runs: Sequence[Run], path: Path) -> None:
     """A row of panels for each combination of the axes, with the mean of each arm over its seeds: the metric against
-    steps and against seconds, with its range; ||g1||, with and without GR; and the warmups, if there are any.
+    steps and against seconds, with its range; ||g1||, with and without GR; and, if there are any, the warmups and the
+    wrong labels that were memorized.
 
     A metric of the test set is known at the end alone; the curves are those of the same metric on the validation part.
     A dotted line marks the baseline's final value; the title shows how much sooner the fastest other arm gets there.
     """
     groups = grouped(runs, grid.axes)
-    has_gr = any("gr_lambda" in entry for run in runs for entry in run.history())
-    columns = 4 if has_gr else 3
+    logged = {key for run in runs for entry in run.history() for key in entry}
+    further = [draw for key, draw in FURTHER_PANELS.items() if key in logged]
+    columns = 3 + len(further)
     figure = Figure(figsize=(4.6 * columns, 4.2 * len(groups)), layout="constrained")
     panels = figure.subplots(len(groups), columns, squeeze=False)
     for row, (on_axes, members) in zip(panels, groups, strict=True):
@@ -64,8 +66,8 @@ def plot_arms(grid: Grid, runs: Sequence[Run], path: Path) -> None:
         _plot_metric(row[0], grid, arms, colors, "step", "optimizer step")
         _plot_metric(row[1], grid, arms, colors, "train_seconds", "seconds of training")
         _plot_norms(row[2], arms, colors)
-        if has_gr:
-            _plot_warmups(row[3], arms, colors)
+        for axis, draw in zip(row[3:], further, strict=True):
+            draw(axis, arms, colors)
         for axis in row:
             axis.grid(alpha=0.3)
             axis.spines[["top", "right"]].set_visible(False)
@@ -146,6 +148,19 @@ def _plot_warmups(axis: Axes, arms: Histories, colors: dict[str, str]) -> None:
     axis.set_ylim(bottom=0)
     if 0 < 3 * end < axis.get_xlim()[1]:
         axis.set_xlim(0, 3 * end)  # nothing happens after that
+
+
+def _plot_memorization(axis: Axes, arms: Histories, colors: dict[str, str]) -> None:
+    for arm, histories in arms.items():
+        x, y = _curves(histories, "train_accuracy_wrong_labels", "step")
+        if len(x):
+            axis.plot(x, 100 * y.mean(axis=0), color=colors[arm], linewidth=1.2)
+    axis.set(xlabel="optimizer step", ylabel="wrong labels that the model predicts (%)")
+    axis.set_ylim(bottom=0)
+
+
+#: A logged value -> the panel of it.
+FURTHER_PANELS = {"gr_lambda": _plot_warmups, "train_accuracy_wrong_labels": _plot_memorization}
 
 
 def _curves(histories: Sequence[Sequence[dict[str, float]]], key: str, against: str) -> tuple[np.ndarray, np.ndarray]:

@@ -572,6 +572,23 @@ def test_the_picture_says_how_much_sooner_the_end_of_the_baseline_is_reached(fac
     assert axis.get_title(loc="right") == text
 
 
+def test_the_curves_show_what_was_memorized(finished, tmp_path, monkeypatch):
+    """A further panel, with the mean over the seeds of the arm that logged it."""
+    grid, runs = finished
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **_: figures.append(figure))
+    plot_arms(grid, runs, tmp_path / "curves.png")
+    for run in runs:
+        if run.point["arm"] == "on":
+            log = [{"step": 1, "train_accuracy_wrong_labels": 0.1 * (1 + run.point["seed"])}]
+            (run.folder / "trainer_state.json").write_text(json.dumps({"log_history": [*run.history(), *log]}))
+    plot_arms(grid, runs, tmp_path / "curves.png")
+    assert [len(figure.axes) for figure in figures] == [6, 8]
+    for panel in figures[1].axes[3::4]:
+        (line,) = panel.get_lines()
+        assert line.get_xydata().tolist() == [[1, pytest.approx(20)]] and "wrong labels" in panel.get_ylabel()
+
+
 def test_pictures(finished, tmp_path):
     grid, runs = finished
     plot_arms(grid, runs, tmp_path / "curves.png")
