@@ -367,18 +367,25 @@ def test_a_truncated_file_is_named(name, training, tmp_path):
 # ---- Reports ----
 
 
-@pytest.mark.parametrize(("axis", "picture"), [(["--axis", "a=1,2"], "sensitivity.png"),
-                                               (["--axis", "a=1", "--axis", "b=1"], "heat_map.png")])  # fmt: skip
-def test_runs_that_have_diverged_are_shown_as_such(axis, picture, training, tmp_path):
+@pytest.mark.parametrize(
+    ("axis", "changes", "picture"),
+    [
+        (["--axis", "a=1,2"], {}, "sensitivity.png"),
+        (["--axis", "a=1", "--axis", "b=1"], {}, "heat_map.png"),
+        ([], {"picture": "frontier"}, "frontier.png"),
+        (["--axis", "a=1,2"], {"picture": "harmful"}, "harmful.png"),
+    ],
+)
+def test_runs_that_have_diverged_are_shown_as_such(axis, changes, picture, training, tmp_path):
     (tmp_path / "out").mkdir()
     diverging = [["0.1", "0"], ["0.1", "1"], ["0", "1"]]
     (tmp_path / "out" / "told.json").write_text(json.dumps({"diverges": diverging}))
-    path = grid_file(tmp_path, training, seeds=[0, 1], percent=True)
+    path = grid_file(tmp_path, training, seeds=[0, 1], percent=True, **changes)
     compare_here("--preset", path, "--output_dir", tmp_path / "out", "--workers", 2, *axis)
     table = (tmp_path / "out" / "table.md").read_text()
     assert "| off | 0 (1 of 2 seeds) |  |  | 0 (1 of 2 seeds) | 0 (1 of 2 seeds) |" in table
     assert "| on | nan (0 of 2 seeds) |  |  | nan (0 of 2 seeds) | nan (0 of 2 seeds) |" in table
-    assert {"curves.png", picture} <= {file.name for file in (tmp_path / "out").iterdir()}
+    assert {"curves.png", picture} == {file.name for file in (tmp_path / "out").glob("*.png")}
 
 
 def test_a_mean_over_some_of_the_seeds_says_so(training, tmp_path):
