@@ -4,6 +4,7 @@ numbers beside ours. Plots are in `comparison_plots.py` and `grid_pictures.py`."
 import csv
 import itertools
 import math
+import re
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -176,8 +177,9 @@ def markdown_table(grid: Grid, runs: Sequence[Run], published: Path | None = Non
     costs; and the published numbers, marked as such. A number that does not come from all seeds is followed by their
     count.
     """
-    head = [*grid.axes, "", f"{label_of(grid)}, mean ± std", *map(name_of, grid.also), f"against {grid.baseline}", "p",
-            "best epoch", *(f"at equal {cost}" for cost in EQUAL_COSTS), *EQUAL_COSTS]  # fmt: skip
+    further = [name_of(grid, key) for key in grid.also]
+    head = [*grid.axes, "", f"{label_of(grid)}, mean ± std", *further, f"against {grid.baseline}", "p", "best epoch",
+            *(f"at equal {cost}" for cost in EQUAL_COSTS), *EQUAL_COSTS]  # fmt: skip
     published_number = _published(grid, published)
     if grid.published:
         head.append("published, **not ours**")
@@ -382,12 +384,13 @@ def measures(run: Run) -> dict[str, float]:
 
 def label_of(grid: Grid) -> str:
     """The grid's metric and its unit in tables and pictures."""
-    return name_of(grid.metric) + (" (%)" if grid.percent else "")
+    return name_of(grid, grid.metric) + (" (%)" if grid.percent else "")
 
 
-def name_of(key: str) -> str:
-    """The words for a key of the results: `eval_error` is the error."""
-    return key.removeprefix("eval_").replace("_", " ")
+def name_of(grid: Grid, key: str) -> str:
+    """The words for a key of the results: `eval_error` is the error; beside `test_error`, the validation error."""
+    evaluation = "validation_" if grid.metric.startswith("test_") else ""
+    return re.sub("^eval_", evaluation, key).replace("_", " ")
 
 
 def metric_of(grid: Grid, run: Run) -> float:

@@ -235,9 +235,10 @@ def _mean_logged(*keys: str, since: float = 0.0) -> Callable[[Run], float]:
     return measure
 
 
+_rise = _mean_logged("gr_linearity")
 #: What the runs tell of the landscape, for the panels below the metric. Without GR the only gradient has another name.
 LANDSCAPE = {
-    "rise of the loss within r,\nrelative to a linear loss": _mean_logged("gr_linearity"),
+    "rise of the loss within r,\nrelative to a linear loss": _rise,
     "$\\|g_1\\|$, last half": _mean_logged("gr_grad_norm", "grad_norm", since=0.5),
 }
 
@@ -256,7 +257,10 @@ def plot_harmful(grid: Grid, runs: Sequence[Run], path: Path) -> None:
     for column, (on_others, members) in zip(panels.T, groups, strict=True):
         for axis, (label, measure) in zip(column, rows.items(), strict=True):
             _plot_over(axis, grid, name, members, measure)
-            make_logarithmic(axis)
+            if measure is _rise:
+                axis.set_ylim(bottom=min(0, axis.get_ylim()[0]))
+            else:
+                make_logarithmic(axis)
             axis.set(ylabel=label)
             _set_ticks(axis, name if axis is column[-1] else "", grid.axes[name])
         if name in grid.fixed_by(grid.baseline):
