@@ -69,6 +69,10 @@ class _Metadata(Mapping):
     def __len__(self) -> int:
         return len(list(iter(self)))
 
+    def copy(self) -> dict[str, Any]:
+        """What is iterated over; `HfArgumentParser` of transformers 5.18 asks for a copy."""
+        return dict(self)
+
     def __getitem__(self, name: str) -> Any:
         value = self._entries[name]
         if name == "help" and isinstance(choices := self._entries.get("choices"), Mapping):

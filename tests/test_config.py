@@ -228,6 +228,11 @@ def test_a_flag_without_effect_is_named(flags, messages):
     assert GRArguments(**flags).flags_without_effect("gr_") == messages
 
 
+def test_the_metadata_of_a_flag_without_its_limit():
+    metadata = GRArguments.__dataclass_fields__["gr_r"].metadata
+    assert metadata.copy().keys() == dict(metadata).keys() == {"help"} and metadata["limit"].allows(0.1)
+
+
 def test_passes_of_a_step():
     assert "; 1 pass per step" in GRArguments(**MOMENTUM).describe_method()
     assert "gr_ascent=momentum" in GRArguments(**MOMENTUM).describe_method()
