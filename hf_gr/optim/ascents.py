@@ -75,9 +75,10 @@ def momentum(params: Sequence[Tensor], norm: float, optimizer: Any) -> Direction
 
 
 def first_moment(optimizer: Any, p: Tensor) -> Tensor | None:
-    """m of one parameter; None if the optimizer keeps none, or has not begun to."""
+    """m of one parameter; None if the optimizer keeps none of its shape, as after a projection, or has not begun to."""
     state = optimizer.state.get(p, {})
-    return next((state[key] for key in FIRST_MOMENTS if state.get(key) is not None), None)
+    moments = (state[key] for key in FIRST_MOMENTS if state.get(key) is not None)
+    return next((m for m in moments if m.shape == p.shape), None)
 
 
 def length(tensors: Iterable[Tensor]) -> float:

@@ -11,7 +11,7 @@ from matplotlib.mathtext import MathTextParser
 from hf_gr.config import GR_PRESETS, IRE_PRESETS, GRArguments
 from hf_gr.models.presets import IMAGE_PRESETS, LLAMA_PRESETS
 from hf_gr.optim import IRE, OPTIMIZERS
-from hf_gr.optim.ascents import ASCENTS
+from hf_gr.optim.ascents import ASCENTS, first_moment
 from hf_gr.optim.gr_warmup import GR_WARMUPS, gr_strength
 from hf_gr.optim.gradient_regularization import CITATION, Perturbation, gradient_norm
 from hf_gr.optim.gradient_reuse import CITATION as REUSE_CITATION
@@ -129,6 +129,18 @@ def test_they_go_as_far_as_the_radius(ascent):
     before = [p.detach().clone() for p in params]
     Perturbation(params, ascent, after_a_step(params)).apply(0.1, gradient_norm(params))
     assert math.hypot(*((p.detach() - b).norm() for p, b in zip(params, before, strict=True))) == pytest.approx(0.1)
+
+
+def test_only_a_moment_of_the_shape_of_the_weights_can_be_followed():
+    (p, _), optimizer = with_gradients(), torch.optim.SGD([torch.nn.Parameter(torch.ones(1))])
+    assert first_moment(optimizer, p) is None
+    for key, m, expected in (
+        ("momentum_buffer", None, None),
+        ("exp_avg", torch.ones(2, 4), None),  # of a projection to a lower rank
+        ("momentum_buffer", torch.ones(3, 4), torch.ones(3, 4)),
+    ):
+        optimizer.state[p][key] = m
+        assert expected is first_moment(optimizer, p) or torch.equal(first_moment(optimizer, p), expected)
 
 
 def test_asam_does_not_depend_on_the_scale_of_the_weights():
