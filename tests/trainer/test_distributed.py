@@ -213,7 +213,8 @@ def test_another_number_of_processes_resumes(whole, resumed, results):
 
 def test_memorization_is_counted_on_all_processes(results, tmp_path):
     shares = memorization_of(str(tmp_path), per_device_train_batch_size=2 * RANKS)
-    assert results["memorization"] == pytest.approx(shares) and len(shares) == 2 and shares[0] != shares[1]
+    assert results["memorization"] == shares  # quotients of the same counts
+    assert len(shares) == 2 and shares[0] != shares[1]
 
 
 def ends(folder: Path, *runs: str) -> list[int]:
