@@ -6,6 +6,7 @@ from pathlib import Path
 from unittest import mock
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from datasets import ClassLabel, Dataset, Features, Image, Value
 from PIL import Image as PILImage
@@ -25,7 +26,8 @@ def files(tmp_path_factory):
     labels = [0, 1] * 10
 
     def write(name, columns, features=features):
-        Dataset.from_dict(columns, features=features).to_parquet(folder / f"{name}.parquet")
+        # `to_parquet` of datasets 4.7 divides by the number of rows, of which one of these files has none.
+        pq.write_table(Dataset.from_dict(columns, features=features).data.table, folder / f"{name}.parquet")
 
     write("good", {"image": pixels, "label": labels})
     write("minus_one", {"image": pixels, "label": [*labels[:17], -1, 0, -1]})
