@@ -55,8 +55,8 @@ IRE_PRESETS: dict[str, dict[str, float]] = {
     "vit_cifar": {"ire_kappa": 20.0, "ire_gamma": 0.6},
     "cnn": {"ire_kappa": 1.0, "ire_gamma": 0.9},
 }
-#: Named settings of GR, with the papers' r for CIFAR, but for MSAM's, which is ours. Late SAM is "Sharpness-Aware
-#: Minimization Efficiently Selects Flatter Minima Late in Training", Zhou et al., ICLR 2025.
+#: Named settings of GR. Their r is where to begin, and is tuned to nothing. Late SAM is "Sharpness-Aware Minimization
+#: Efficiently Selects Flatter Minima Late in Training", Zhou et al., ICLR 2025.
 GR_PRESETS: dict[str, GRPreset] = {
     "gr_paper": GRPreset("GR with zero-warmup, as in the GR paper", {"gr_r": 0.1, "gr_warmup": "zero"}),
     "sam": GRPreset("SAM in every step", {"gr_r": 0.05, "gr_warmup": "none"}),
@@ -345,7 +345,7 @@ class GRArguments(IREArguments, OptimizerArguments):
     gr_reuse: float = flag(
         _Unset(0.0),
         "alpha of LookSAM: the steps between regularized ones add alpha ||g1|| times the direction that the last "
-        "second gradient added; 0.7 in its paper, 0 turns it off.",
+        "second gradient added, times lambda / r, which is 1 in its paper, with alpha 0.7. 0 turns it off.",
         NOT_NEGATIVE,
     )
     gr_on_nonfinite: str = flag(
