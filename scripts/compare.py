@@ -193,8 +193,10 @@ def report(grid: Grid, runs: list[Run], folder: Path, published: Path | None, co
     if len(grid.axes) > 1:
         table = f"{table_like_the_papers(grid, runs, published)}\n{table}"
     (folder / "table.md").write_text(f"`{command}`\n\n{table}\n{explanation(grid)}", encoding="utf-8")
-    plot_arms(grid, runs, folder / "curves.png")
-    if picture := picture_of(grid):
+    picture = picture_of(grid)
+    if picture is None or PICTURES[picture].with_curves:
+        plot_arms(grid, runs, folder / "curves.png")
+    if picture:
         PICTURES[picture].draw(grid, runs, folder / f"{picture}.png")
     return table
 

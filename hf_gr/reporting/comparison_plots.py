@@ -1,13 +1,13 @@
 """Curves that compare runs: two groups, or the arms of a grid."""
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from ..errors import extra
-from .comparison import common_target, curve, first_reached, grouped, label_of, speedups
+from .comparison import common_target, curve, grouped, label_of, speedups
 from .grid import Run
 from .grid_file import Grid
 from .plots import BLUE, COLORS, ORANGE, make_logarithmic
@@ -33,11 +33,14 @@ def plot_comparison(
     """The curves of all runs against each axis, with the target as a line, as one PNG."""
     logged_axes = list(speedups(baseline, candidate, target, metric, window))
     target = common_target([*baseline, *candidate], metric, window) if target is None else target
+    if "tokens" in logged_axes and _are_proportional([*baseline, *candidate], ("tokens", "steps"), metric, window):
+        logged_axes.remove("tokens")  # the same picture twice
     figure = Figure(figsize=(4.5 * len(logged_axes), 4), layout="constrained")
+    figure.suptitle(f"{names[0]} ({len(baseline)} runs) and {names[1]} ({len(candidate)}): {metric}")
     for axis, name in zip(figure.subplots(1, len(logged_axes), squeeze=False)[0], logged_axes, strict=True):
         for runs, color, label in ((baseline, BLUE, names[0]), (candidate, ORANGE, names[1])):
             for i, run in enumerate(runs):
-                axis.plot(*curve(run, name, metric, window), color=color, linewidth=1, label=None if i else label)
+                _draw(axis, *curve(run, name, metric, window), color=color, linewidth=1, label=None if i else label)
         axis.axhline(target, color="gray", linestyle="--", linewidth=0.8)
         axis.set(xlabel=name, ylabel=metric)
         axis.grid(alpha=0.3)
@@ -46,13 +49,19 @@ def plot_comparison(
     figure.savefig(path, dpi=120)
 
 
+def _are_proportional(runs: Sequence[History], axes: tuple[str, str], metric: str, window: int) -> bool:
+    """Whether, to within a percent, one axis is the same multiple of the other in all runs."""
+    one, other = (np.concatenate([curve(run, axis, metric, window)[0] for run in runs]) for axis in axes)
+    return bool(np.allclose(one, other * one.sum() / other.sum(), rtol=0.01))
+
+
 def plot_arms(grid: Grid, runs: Sequence[Run], path: Path) -> None:
     """A row of panels for each combination of the axes, with the mean of each arm over its seeds: the metric against
     steps and against seconds, with its range; ||g1||, with and without GR; and, if there are any, the warmups and the
     wrong labels that were memorized.
 
-    A metric of the test set is known at the end alone; the curves are those of the same metric on the validation part.
-    A dotted line marks the baseline's final value; the title shows how much sooner the fastest other arm gets there.
+    A metric of the test set is measured only at the end; the curves show the same metric on the validation part. A
+    dotted line marks the baseline's final value. Curves of a single point are drawn as dots.
     """
     groups = grouped(runs, grid.axes)
     logged = {key for run in runs for entry in run.history() for key in entry}
@@ -72,9 +81,8 @@ def plot_arms(grid: Grid, runs: Sequence[Run], path: Path) -> None:
             axis.grid(alpha=0.3)
             axis.spines[["top", "right"]].set_visible(False)
         row[0].legend(frameon=False)
-        row[0].set_title(
-            ", ".join(f"{n} = {v}" for n, v in zip(grid.axes, on_axes, strict=True)), loc="left", fontsize="medium"
-        )
+        if on_axes:
+            row[0].set_title(", ".join(f"{n} = {v}" for n, v in zip(grid.axes, on_axes, strict=True)))
     figure.savefig(path, dpi=min(120, LARGEST_PICTURE / figure.get_figheight()))
 
 
@@ -92,34 +100,14 @@ def _plot_metric(axis: Axes, grid: Grid, arms: Histories, colors: dict[str, str]
         if len(x):
             y = scale * y
             curves[arm] = x, y.mean(axis=0)
-            axis.plot(*curves[arm], color=colors[arm], label=arm, linewidth=1.2)
+            width = 3.0 if arm == grid.baseline else 1.2  # visible below an arm that is the same but for its end
+            _draw(axis, *curves[arm], color=colors[arm], label=arm, linewidth=width)
             axis.fill_between(x, y.min(axis=0), y.max(axis=0), color=colors[arm], alpha=0.08)
     # The end of the curves matters most, and is hardest to see on a linear axis.
-    axis.set(xlabel=xlabel, ylabel=ylabel)
+    axis.set(title=f"{ylabel}, mean and range over seeds".capitalize(), xlabel=xlabel, ylabel=ylabel)
     make_logarithmic(axis)
     if grid.baseline in curves:
-        _plot_speedup(axis, curves, colors, grid.baseline)
-
-
-def _plot_speedup(
-    axis: Axes, curves: dict[str, tuple[np.ndarray, np.ndarray]], colors: dict[str, str], baseline: str
-) -> None:
-    target = float(curves[baseline][1][-1])
-    if not math.isfinite(target):
-        axis.set_title(f"{baseline} ends with {target}", loc="right", fontsize="small", color="gray")
-        return
-    axis.axhline(target, color="gray", linestyle=":", linewidth=0.8)
-    reached = {arm: first_reached(x, y, target) for arm, (x, y) in curves.items()}
-    baseline_x = reached.pop(baseline)
-    best = min(reached, key=reached.__getitem__, default=None)
-    if best is None:
-        return
-    if np.isinf(reached[best]):
-        text = f"none reaches the end of {baseline}"
-    else:
-        text = f"{best}: {baseline_x / reached[best]:.2f} x the speed of {baseline}"
-        axis.plot([reached[best], baseline_x], [target, target], color=colors[best], linewidth=2.5, alpha=0.6)
-    axis.set_title(text, loc="right", fontsize="small", color=colors[best] if np.isfinite(reached[best]) else "gray")
+        axis.axhline(float(curves[grid.baseline][1][-1]), color="gray", linestyle=":", linewidth=0.8)
 
 
 def _plot_norms(axis: Axes, arms: Histories, colors: dict[str, str]) -> None:
@@ -128,8 +116,8 @@ def _plot_norms(axis: Axes, arms: Histories, colors: dict[str, str]) -> None:
         key = "gr_grad_norm" if any("gr_grad_norm" in entry for entry in histories[0]) else "grad_norm"
         x, y = _curves(histories, key, "step")
         if len(x):
-            axis.plot(x, y.mean(axis=0), color=colors[arm], label=arm, linewidth=1.2)
-    axis.set(xlabel="optimizer step", ylabel=r"$\|g_1\|$")
+            _draw(axis, x, y.mean(axis=0), color=colors[arm], label=arm)
+    axis.set(title="Gradient norm", xlabel="optimizer step", ylabel=r"$\|g_1\|$")
     make_logarithmic(axis)
 
 
@@ -141,10 +129,10 @@ def _plot_warmups(axis: Axes, arms: Histories, colors: dict[str, str]) -> None:
             x, y = _curves(histories, key, "step")
             if len(x):
                 y = y.mean(axis=0)
-                axis.plot(x, y, style, color=colors[arm], drawstyle="steps-pre", linewidth=width)
+                _draw(axis, x, y, linestyle=style, color=colors[arm], drawstyle="steps-pre", linewidth=width)
                 changes = np.flatnonzero(np.diff(y))
                 end = max(end, x[changes[-1] + 1] if len(changes) else 0)
-    axis.set(xlabel="optimizer step", ylabel=r"$\lambda_t$ (lines), $r_t$ (dots)")
+    axis.set(title="Warmup", xlabel="optimizer step", ylabel=r"$\lambda_t$ (lines), $r_t$ (dots)")
     axis.set_ylim(bottom=0)
     if 0 < 3 * end < axis.get_xlim()[1]:
         axis.set_xlim(0, 3 * end)  # nothing happens after that
@@ -154,13 +142,18 @@ def _plot_memorization(axis: Axes, arms: Histories, colors: dict[str, str]) -> N
     for arm, histories in arms.items():
         x, y = _curves(histories, "train_accuracy_wrong_labels", "step")
         if len(x):
-            axis.plot(x, 100 * y.mean(axis=0), color=colors[arm], linewidth=1.2)
-    axis.set(xlabel="optimizer step", ylabel="wrong labels that the model predicts (%)")
+            _draw(axis, x, 100 * y.mean(axis=0), color=colors[arm])
+    axis.set(title="Wrong labels memorized", xlabel="optimizer step", ylabel="share of the wrong labels (%)")
     axis.set_ylim(bottom=0)
 
 
 #: A logged value -> the panel of it.
 FURTHER_PANELS = {"gr_lambda": _plot_warmups, "train_accuracy_wrong_labels": _plot_memorization}
+
+
+def _draw(axis: Axes, x: np.ndarray, y: np.ndarray, *, linewidth: float = 1.2, **style: Any) -> None:
+    """A curve, or a dot if it has only one point."""
+    axis.plot(x, y, marker="o" if len(x) == 1 else "", linewidth=linewidth, **style)
 
 
 def _curves(histories: Sequence[Sequence[dict[str, float]]], key: str, against: str) -> tuple[np.ndarray, np.ndarray]:

@@ -18,22 +18,29 @@ from .grid_file import Grid
 from .plots import BLUE, COLORS, make_logarithmic
 
 with extra("report"):
+    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
+    from matplotlib.colors import Normalize
     from matplotlib.figure import Figure
     from matplotlib.text import Annotation, Text
     from matplotlib.ticker import NullLocator
-    from matplotlib.transforms import Bbox
+    from matplotlib.transforms import Bbox, ScaledTranslation
 
 
 class Picture(NamedTuple):
-    """A picture of a grid: its function, the numbers of axes that it can show, and what it shows.
+    """A picture of a grid.
 
-    `draw(grid, runs, path)` gets the runs `at_every_point`.
+    Attributes:
+        draw: `draw(grid, runs, path)` gets the runs `at_every_point`.
+        axes: the numbers of axes that it can show.
+        help: what it shows.
+        with_curves: whether `plot_arms` is drawn as well, with a row of panels for each point of the axes.
     """
 
     draw: Callable[[Grid, Sequence[Run], Path], None]
     axes: range
     help: str
+    with_curves: bool = True
 
 
 # ---- The metric over one axis, or two ----
@@ -56,7 +63,8 @@ def _plot_over(axis: Axes, grid: Grid, name: str, runs: Iterable[Run], measure: 
     and a band for one that the axis does not change."""
     positions = dict(zip(map(str, grid.axes[name]), _positions(grid.axes[name]), strict=True))
     colors = itertools.cycle(COLORS)
-    for (arm,), members in grouped(runs, ["arm"]):
+    groups = grouped(runs, ["arm"])
+    for number, ((arm,), members) in enumerate(groups):
         color = "gray" if arm == grid.baseline else next(colors)
         cells = {positions[str(value)]: finite(map(measure, cell)) for (value,), cell in grouped(members, [name])}
         points = {x: (mean(values), _std(values)) for x, values in cells.items() if values}
@@ -66,7 +74,15 @@ def _plot_over(axis: Axes, grid: Grid, name: str, runs: Iterable[Run], measure: 
             axis.axhspan(level - spread, level + spread, color=color, alpha=0.15, linewidth=0)
         elif points:
             y, spreads = zip(*points.values(), strict=True)
-            axis.errorbar(list(points), y, spreads, color=color, label=arm, marker="o", capsize=3, linewidth=1.2)
+            bars = axis.errorbar(list(points), y, spreads, color=color, label=arm, marker="o", capsize=3, linewidth=1.2)
+            _move(axis, bars.get_children(), 4 * (number - len(groups) / 2))
+
+
+def _move(axis: Axes, drawn: Iterable[Artist], points: float) -> None:
+    """Move what was drawn to the right by so many typographic points, so that equal values of two arms stay visible."""
+    offset = ScaledTranslation(points / 72, 0, axis.figure.dpi_scale_trans)
+    for artist in drawn:
+        artist.set_transform(artist.get_transform() + offset)
 
 
 def _set_ticks(axis: Axes, name: str, values: Sequence[Any]) -> None:
@@ -101,24 +117,47 @@ def _std(values: Sequence[float]) -> float:
 
 
 def plot_heat_map(grid: Grid, runs: Sequence[Run], path: Path) -> None:
-    """The metric over two axes, averaged over seeds: one panel per arm."""
+    """The metric over two axes, averaged over seeds: a panel for each arm that the axes change. One that neither
+    changes, such as the baseline without the method, is a line in the color bar and named in the title."""
     first, second = grid.axes
-    groups = grouped(runs, ["arm"])
-    figure = Figure(figsize=(5 * len(groups), 4), layout="constrained")
-    for axis, ((arm,), members) in zip(figure.subplots(1, len(groups), squeeze=False)[0], groups, strict=True):
-        values = np.full((len(grid.axes[first]), len(grid.axes[second])), np.nan)
-        for (a, b), cell in grouped(members, [first, second]):
-            index = grid.axes[first].index(a), grid.axes[second].index(b)
-            values[index] = mean(finite(metric_of(grid, run) for run in cell))
-        image = axis.imshow(values, cmap="viridis")
+    fixed, swept = {}, {}
+    for (arm,), members in grouped(runs, ["arm"]):
+        if {first, second} <= grid.fixed_by(arm):
+            fixed[arm] = mean(finite(metric_of(grid, run) for run in members))
+        else:
+            swept[arm] = _means_over(grid, members)
+    figure = Figure(figsize=(5 * max(1, len(swept)), 4), layout="constrained")
+    colors = Normalize(*_range_of([*fixed.values(), *(v for values in swept.values() for v in values.flat)]))
+    for axis, (arm, values) in zip(figure.subplots(1, len(swept), squeeze=False)[0], swept.items(), strict=True):
+        image = axis.imshow(values, cmap="viridis", norm=colors)
         for (row, column), value in np.ndenumerate(values):
-            color = "black" if image.norm(value) > 0.6 else "white"
+            color = "black" if colors(value) > 0.6 else "white"
             axis.text(column, row, "" if np.isnan(value) else f"{value:.4g}", ha="center", va="center", color=color)
         axis.set(title=arm, xlabel=second, ylabel=first)
         axis.set_xticks(range(values.shape[1]), [str(value) for value in grid.axes[second]])
         axis.set_yticks(range(values.shape[0]), [str(value) for value in grid.axes[first]])
-        figure.colorbar(image, ax=axis, label=label_of(grid))
+        bar = figure.colorbar(image, ax=axis, label=label_of(grid))
+        for level in fixed.values():
+            bar.ax.axhline(level, color="red", linewidth=2)
+    if fixed:
+        figure.suptitle(", ".join(f"{arm}: {level:.4g}" for arm, level in fixed.items()), color="red", size="medium")
     figure.savefig(path, dpi=120)
+
+
+def _means_over(grid: Grid, runs: Sequence[Run]) -> np.ndarray:
+    """The metric, averaged over seeds, at each point of the grid's two axes; NaN where no run has finished."""
+    first, second = grid.axes
+    values = np.full((len(grid.axes[first]), len(grid.axes[second])), np.nan)
+    for (a, b), cell in grouped(runs, [first, second]):
+        values[grid.axes[first].index(a), grid.axes[second].index(b)] = mean(
+            finite(metric_of(grid, run) for run in cell)
+        )
+    return values
+
+
+def _range_of(values: Sequence[float]) -> tuple[float, float]:
+    known = finite(values) or [0.0]
+    return min(known), max(known)
 
 
 # ---- The frontier ----
@@ -280,7 +319,7 @@ def _name_sides(axis: Axes, grid: Grid, runs: Sequence[Run]) -> None:
 
 PICTURES = {
     "sensitivity": Picture(plot_sensitivity, range(1, 2), "the metric against the axis"),
-    "heat_map": Picture(plot_heat_map, range(2, 3), "the metric over two axes"),
+    "heat_map": Picture(plot_heat_map, range(2, 3), "the metric over two axes", with_curves=False),
     "frontier": Picture(plot_frontier, range(10), "the metric against the passes, and the lowest that they reach"),
     "harmful": Picture(plot_harmful, range(1, 10), "the metric, the gauge and ||g1|| against the first axis"),
 }

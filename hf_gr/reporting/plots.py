@@ -99,8 +99,8 @@ def _plot_schedules(axis: Axes, log_history: History) -> None:
     curves = axis.get_lines()
     if any("gr_lambda" in entry for entry in log_history):
         gr_axis = axis.twinx()
+        _line(gr_axis, log_history, "gr_r", r"$r_t$", PURPLE, drawstyle="steps-pre", linewidth=5, alpha=0.3)
         _line(gr_axis, log_history, "gr_lambda", r"$\lambda_t$", PURPLE, drawstyle="steps-pre")
-        _line(gr_axis, log_history, "gr_r", r"$r_t$", PURPLE, linestyle=":")
         gr_axis.set_ylabel(r"$\lambda_t$, $r_t$")
         gr_axis.set_ylim(bottom=0)
         curves = [*curves, *gr_axis.get_lines()]

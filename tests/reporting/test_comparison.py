@@ -3,6 +3,7 @@
 import math
 
 import pytest
+from matplotlib.figure import Figure
 
 from hf_gr.reporting.comparison import common_target, curve, first_reached, speedups
 from hf_gr.reporting.comparison_plots import plot_comparison
@@ -28,8 +29,16 @@ def test_speedups_of_straight_lines(tmp_path):
     assert speedups([slow], [fast], target=1.0)["steps"][:2] == (math.inf, math.inf)
     assert math.isnan(speedups([slow], [fast], target=1.0)["steps"][2])  # neither gets there
     assert speedups([slow, fast], [fast, fast])["steps"] == pytest.approx((7.5, 5, 1.5))
+
+
+@pytest.mark.parametrize(("tokens", "axes"), [(100, ["steps", "seconds"]), (150, ["steps", "tokens", "seconds"])])
+def test_a_picture_does_not_show_the_same_twice(tokens, axes, monkeypatch, tmp_path):
+    """Tokens are steps in another unit, unless two runs have different batches."""
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **_: figures.append(figure))
+    slow, fast = run(0.1, 1.0), [{**e, "num_input_tokens_seen": tokens * e["step"]} for e in run(0.2, 1.5)]
     plot_comparison([slow], [fast], tmp_path / "c.png")
-    assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
+    assert [axis.get_xlabel() for axis in figures[0].axes] == axes
 
 
 def test_one_lucky_point_does_not_reach_a_smoothed_target():

@@ -18,6 +18,7 @@ from hf_gr.reporting.grid_pictures import (
     picture_of,
     plot_frontier,
     plot_harmful,
+    plot_heat_map,
     plot_sensitivity,
 )
 
@@ -98,6 +99,26 @@ def test_the_only_axis_and_an_arm_that_it_does_not_change(swept, drawn, tmp_path
     assert set(curves(axis)) == {"vanilla", "zero"} and axis.get_xscale() == "log"
     assert [text.get_text() for text in axis.get_xticklabels()] == ["0.1", "0.2", "1.0"]
     assert axis.get_lines()[0].get_ydata() == pytest.approx([21, 21])
+
+
+def test_a_heat_map_with_the_arm_that_no_axis_changes(drawn, tmp_path):
+    """It has no panel: its value is in the title and, as a line, in the color bar, which all panels share."""
+    axes = {"ire_kappa": [1, 2], "ire_gamma": [0.5, 0.6, 0.8]}
+    arms = {"AdamW": {"ire_kappa": 0}, "AdmIRE": {}, "slow": {"learning_rate": 1}}
+    grid = Grid("x", arms, "AdamW", "eval_error", axes=axes, ignores={"AdamW": ["ire_gamma"]}, seeds=[0, 1])
+    runs = expand(grid, tmp_path, tmp_path)
+    for run in runs:
+        kappa, gamma = run.point["ire_kappa"] or 0, run.point["ire_gamma"] or 0
+        finish(run, 10 * kappa + gamma + run.point["seed"], [])
+    plot_heat_map(grid, at_every_point(grid, runs), tmp_path / "map.png")
+    panels = [axis for axis in drawn[0].axes if axis.images]
+    assert [axis.get_title() for axis in panels] == ["AdmIRE", "slow"]
+    assert np.asarray(panels[0].images[0].get_array()) == pytest.approx(np.array([[11, 11.1, 11.3], [21, 21.1, 21.3]]))
+    assert drawn[0].get_suptitle() == "AdamW: 0.5"
+    bar = panels[0].images[0].colorbar
+    assert (bar.vmin, bar.vmax) == pytest.approx((0.5, 21.3))
+    assert any(set(line.get_ydata()) == {0.5} for line in bar.ax.get_lines())
+    assert not PICTURES[picture_of(grid)].with_curves  # six rows of curves would show less
 
 
 def test_the_frontier_has_what_nothing_cheaper_beats():
