@@ -1,4 +1,4 @@
-.PHONY: style quality test fast test-lowest third-party bench
+.PHONY: style quality test fast coverage docs test-lowest third-party bench
 
 style:  ## rewrite the code to the house style
 	ruff check --fix .
@@ -15,6 +15,13 @@ test:
 
 fast:  ## the maths and the flags
 	python -m pytest tests/optim tests/test_config.py
+
+coverage:  ## what the tests do not reach, worker processes included
+	python -m pytest --cov --cov-report=term-missing:skip-covered
+
+docs:  ## the generated tables, and the site in build/site
+	python docs/generate.py
+	mkdocs build --strict
 
 LOWEST_PYTHON ?= python3.10
 LOWEST_TESTS ?= $(addprefix tests/,trainer/test_trainer.py optim/test_ire.py trainer/test_ire_training.py cli)

@@ -60,7 +60,7 @@ IRE_PRESETS: dict[str, dict[str, float]] = {
 GR_PRESETS: dict[str, GRPreset] = {
     "gr_paper": GRPreset("GR with zero-warmup, as in the GR paper", {"gr_r": 0.1, "gr_warmup": "zero"}),
     "sam": GRPreset("SAM in every step", {"gr_r": 0.05, "gr_warmup": "none"}),
-    "late": GRPreset("SAM in the last fifth alone", {"gr_r": 0.05, "gr_warmup": "zero", "gr_warmup_steps": 0.8}),
+    "late": GRPreset("SAM in the last fifth of the run", {"gr_r": 0.05, "gr_warmup": "zero", "gr_warmup_steps": 0.8}),
     "asam": GRPreset("ASAM in every step", {"gr_r": 0.5, "gr_warmup": "none", "gr_ascent": "adaptive"}),
     "msam": GRPreset(
         "MSAM after the learning-rate warmup, in one pass",
@@ -143,7 +143,7 @@ class OptimizerArguments:
     )
     layer_statistics_steps: int = flag(
         0,
-        "Record the weight norm, the gradient norm and their ratio for each layer every this many steps, in "
+        "Record the weight norm, the gradient norm, and their ratio for each layer every this many steps, in "
         "layer_statistics.parquet and .png in the output folder. 0 turns this off.",
         Limit(0, rule="must be a whole number of steps, or 0 (off)."),
     )
@@ -201,10 +201,10 @@ class IREArguments:
     )
     ire_gamma: float = flag(
         _Unset(0.6),
-        "gamma: the fraction of all coordinates treated as flat, in (0, 1]; the paper uses (0.5, 1).",
+        "gamma: the fraction of coordinates treated as flat, in (0, 1]; the paper uses (0.5, 1).",
         SETTINGS["gamma"],
     )
-    ire_interval: int = flag(10, "K: optimizer steps from one choice of the flat coordinates to the next.", INTERVAL)
+    ire_interval: int = flag(10, "K: choose the flat coordinates anew every K optimizer steps.", INTERVAL)
     ire_start_step: float | None = flag(
         _Unset(None),
         "The step at which IRE starts; below 1, a fraction of all steps. None means the end of the learning-rate "
@@ -219,8 +219,7 @@ class IREArguments:
     )
     ire_preset: str | None = flag(
         None,
-        "Set ire_kappa, ire_gamma and ire_start_step to published values. Any of the three that is given takes "
-        "precedence.",
+        "Set ire_kappa, ire_gamma, and ire_start_step to published values. Flags that you give take precedence.",
         IRE_PRESETS,
     )
     ire_mask: str = flag(
@@ -303,7 +302,7 @@ class GRArguments(IREArguments, OptimizerArguments):
     """
 
     gr_preset: str | None = flag(
-        None, "Set other gr_ flags to those of a named method. Any of them that is given takes precedence.", GR_PRESETS
+        None, "Set other gr_ flags to those of a named method. Flags that you give take precedence.", GR_PRESETS
     )
     gr_r: float = flag(
         _Unset(0.1),
@@ -317,12 +316,14 @@ class GRArguments(IREArguments, OptimizerArguments):
         "gr_r, which is SAM; 0 turns gradient regularization off.",
         DEGREE,
     )
-    gr_ascent: str = flag(_Unset("gradient"), "Where the second gradient is taken: the direction d.", ASCENTS)
-    gr_radius_rule: str = flag(
-        "fixed", "How the radius of a step follows from r; the degree keeps its ratio to it.", RADIUS_RULES
+    gr_ascent: str = flag(
+        _Unset("gradient"), "The direction d of the perturbation, along which the second gradient is taken.", ASCENTS
     )
-    gr_r_max: float = flag(1.0, "The largest radius that gr_radius_rule gradient or loss may take; > 0.", POSITIVE)
-    gr_warmup: str = flag(_Unset("zero"), "How GR starts.", GR_WARMUPS)
+    gr_radius_rule: str = flag(
+        "fixed", "How the radius of a step is computed from r. lambda / r stays as set.", RADIUS_RULES
+    )
+    gr_r_max: float = flag(1.0, "Upper bound of the radius, for gr_radius_rule=gradient and loss; > 0.", POSITIVE)
+    gr_warmup: str = flag(_Unset("zero"), "How GR starts: the GR warmup.", GR_WARMUPS)
     gr_warmup_steps: float | None = flag(
         _Unset(None),
         "T_w, in optimizer steps; below 1 it is a fraction of all steps. None means the steps of the learning-rate "
@@ -345,7 +346,7 @@ class GRArguments(IREArguments, OptimizerArguments):
     gr_reuse: float = flag(
         _Unset(0.0),
         "alpha of LookSAM: the steps between regularized ones add alpha ||g1|| times the direction that the last "
-        "second gradient added, times lambda / r, which is 1 in its paper, with alpha 0.7. 0 turns it off.",
+        "second gradient added, scaled by lambda / r. The paper uses 0.7, and lambda = r. 0 turns it off.",
         NOT_NEGATIVE,
     )
     gr_on_nonfinite: str = flag(

@@ -1,12 +1,10 @@
 """Warmups, ascents, optimizers and presets from outside the package: one entry each, known everywhere."""
 
-import re
-
 import pytest
 import torch
 from transformers import HfArgumentParser
 
-from helpers import ROOT, toys
+from helpers import pages, toys
 from hf_gr import GRArguments, GRConfig, GRTrainer, create_optimizer, list_optimizers
 from hf_gr.config import IRE_PRESETS
 from hf_gr.models.presets import (
@@ -146,11 +144,11 @@ def test_the_step_and_the_card(tmp_path):
 
 
 def test_the_code_of_the_docs():
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "extending.md").read_text(), re.DOTALL)
+    (block,) = pages.blocks(pages.DOCS / "extending.md", "python")
     tables = (GR_WARMUPS, ASCENTS, OPTIMIZERS, VIT_PRESETS)
     before = [set(entries) for entries in tables]
     try:
-        exec(code, {})
+        exec(block.code, {})
         args = GRArguments(gr_warmup="cosine", optim="descent")
         assert args.gr_strength(4, 10).lambda_t == pytest.approx(0.05)  # in the middle of the warmup: half of lambda
         p = torch.nn.Parameter(torch.ones(2))

@@ -6,6 +6,7 @@ import pytest
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parent.parent
+EXTRAS = ("test", "scripts", "report", "sweep", "tensorboard")
 
 
 def test_the_lowest_versions_that_are_tested_are_the_bounds():
@@ -14,7 +15,10 @@ def test_the_lowest_versions_that_are_tested_are_the_bounds():
     lines = (ROOT / "constraints-lowest.txt").read_text().splitlines()
     pins = dict(line.split("==") for line in lines if not line.startswith("#"))
     extras = project["optional-dependencies"]
-    tested = [*project["dependencies"], *(r for name in ("test", "scripts", "report", "sweep") for r in extras[name])]
+    tested = [
+        *project["dependencies"],
+        *(r for name in EXTRAS for r in extras[name]),
+    ]
     for requirement in (r for r in map(Requirement, tested) if r.name != "hf_gr"):
         bound = next(s.version for s in requirement.specifier if s.operator == ">=")
         pin = Requirement(f"x=={pins[requirement.name.replace('_', '-')]}").specifier

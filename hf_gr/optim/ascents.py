@@ -127,13 +127,13 @@ ASCENTS: dict[str, Ascent] = {
     ),
     "adaptive_weights": Ascent(
         adaptive_weights,
-        "the same, with biases and norms left unscaled",
+        "as adaptive, with biases and norms left unscaled",
         r"\frac{T^2 g_1}{\|T g_1\|}, \ T = |\theta| + 0.01 \ \mathrm{or} \ 1",
         ASAM_CITATION,
     ),
     "momentum": Ascent(
         momentum,
-        "along the update that the optimizer's momentum announces (MSAM), in one pass, with a larger r",
+        "along the optimizer's momentum (MSAM), in one pass, with a larger r",
         r"\frac{-m}{\|m\|}",
         MSAM_CITATION,
         passes=1,

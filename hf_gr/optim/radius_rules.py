@@ -54,13 +54,13 @@ RADIUS_RULES: dict[str, RadiusRule] = {
     "fixed": RadiusRule(fixed, "r itself", r"r_t", is_capped=False),
     "gradient": RadiusRule(
         gradient,
-        "r times the norm of the gradient, for a penalty on its square",
+        "r times the gradient norm, which penalizes the squared norm",
         r"\min\left(r_t \|g_1\|, r_{\max}\right)",
         KARAKIDA_CITATION,
     ),
     "loss": RadiusRule(
         loss,
-        "r divided by that norm, so that r is a rise of the loss",
+        "r divided by the gradient norm, so that r is a rise of the loss",
         r"\min\left(\frac{r_t}{\|g_1\|}, r_{\max}\right)",
     ),
 }

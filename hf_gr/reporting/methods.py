@@ -33,7 +33,7 @@ def table(entries: Mapping[str, Any]) -> str:
 
 def _equation(entry: Any) -> str:
     latex = getattr(entry, "latex", "")
-    return f"${latex}$".replace(r"\|", r"\Vert ") if latex else ""  # a bar would end the cell
+    return f"${latex}$".replace(r"\|", r"\Vert ").replace("|", r"\vert ") if latex else ""  # a bar would end the cell
 
 
 def _sources(entry: Any) -> str:

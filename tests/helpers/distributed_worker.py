@@ -208,7 +208,7 @@ class Sharded(GRTrainer):
 
 
 def loop(folder: str) -> list[dict]:
-    """What the loop of the README makes in each process, in order."""
+    """What the loop of the docs makes in each process, in order."""
     os.environ["ACCELERATE_USE_CPU"] = "true"  # as a file of `accelerate config` says it
     mine = own_loop.run_block(seed=int(os.environ["RANK"]))
     found = [None] * dist.get_world_size()

@@ -1,15 +1,14 @@
-"""The loop of the README, word for word, and the same written out slowly."""
+"""The loop of the docs, word for word, and the same written out slowly."""
 
 import copy
 import os
-import re
 
 import torch
 from accelerate.state import GradientState
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from helpers import ROOT
+from helpers import pages
 from hf_gr.optim.ascents import NORM_EPS
 
 ACCUMULATION, STEPS, BATCH = 2, 4, 3
@@ -17,9 +16,8 @@ RADIUS, DEGREE, WARMUP_STEPS, LEARNING_RATE = 0.1, 0.05, 2, 0.2
 
 
 def block() -> str:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    (code,) = re.findall(r"<!-- loop -->\n```python\n(.*?)```", readme, re.DOTALL)
-    return code
+    (found,) = [b for b in pages.blocks(pages.DOCS / "guides" / "own_trainer.md", "python") if b.comment == "loop"]
+    return found.code
 
 
 def make_model() -> nn.Module:

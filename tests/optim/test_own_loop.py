@@ -1,11 +1,11 @@
-"""GR without a trainer: the loop of the README on one process. On two: `test_distributed.py`."""
+"""GR without a trainer: the loop of the docs on one process. On two: `test_distributed.py`."""
 
 import torch
 
 from helpers import own_loop
 
 
-def test_loop_of_the_readme_equals_its_reference():
+def test_the_loop_equals_its_reference():
     found = own_loop.run_block()
     expected = own_loop.make_model()
     weights = own_loop.reference([found["batches"]], expected)

@@ -1,0 +1,108 @@
+"""Fill the generated tables of the docs: `python docs/generate.py`.
+
+A page marks a table with two comments, `<!-- flags: gr -->` and `<!-- /flags -->`; what is between them is replaced.
+`flags` are the fields of argument classes, with their help, default and choices; `entries` are the tables of methods
+and presets.
+"""
+
+import dataclasses
+import importlib.util
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from hf_gr.cli.script import ScriptConfig
+from hf_gr.config import GR_PRESETS, IRE_PRESETS, GRArguments, IREArguments, OptimizerArguments
+from hf_gr.models.presets import CAIT_PRESETS, LLAMA_PRESETS, RESNET_PRESETS, SWIN_PRESETS, VIT_PRESETS
+from hf_gr.reporting.methods import methods_tables, table
+
+DOCS = Path(__file__).parent
+SCRIPTS = {"vit": "train_vit", "llama": "pretrain_llama", "lora": "finetune_llama_lora"}
+#: Longer lists of choices are shown without their descriptions, and beyond the second number not in full.
+DESCRIBED, LISTED = 8, 20
+
+
+def argument_classes() -> dict[str, type]:
+    """The dataclasses that a page can show, by the names in its comments."""
+    classes: dict[str, type] = {"gr": GRArguments, "ire": IREArguments, "optimizer": OptimizerArguments}
+    for name, script in SCRIPTS.items():
+        module = _module(script)
+        classes |= {f"{name} model": module.ModelArguments, f"{name} data": module.DataArguments}
+    return classes | {"script": ScriptConfig}
+
+
+def _module(script: str) -> Any:
+    if script not in sys.modules:
+        spec = importlib.util.spec_from_file_location(script, DOCS.parent / "scripts" / f"{script}.py")
+        assert spec is not None and spec.loader is not None
+        sys.modules[script] = importlib.util.module_from_spec(spec)  # dataclasses look up their module
+        spec.loader.exec_module(sys.modules[script])
+    return sys.modules[script]
+
+
+def flags_of(name: str) -> list[dataclasses.Field]:
+    """The fields of an argument class. Of a class of `hf_gr`'s configuration only those that it adds."""
+    cls = argument_classes()[name]
+    is_configuration = issubclass(cls, OptimizerArguments | IREArguments)
+    return [f for f in dataclasses.fields(cls) if not is_configuration or f.name in cls.__annotations__]
+
+
+def flags_table(name: str) -> str:
+    rows = [f"| `{f.name}` | {_default(f)} | {_description(f)} |" for f in flags_of(name)]
+    return "\n".join(["| flag | default | meaning |", "|---|---|---|", *rows])
+
+
+def _default(f: dataclasses.Field) -> str:
+    default = str(getattr(f.default, "value", f.default))
+    return "" if default in ("None", "") else f"`{default}`"
+
+
+def _description(f: dataclasses.Field) -> str:
+    choices = f.metadata.get("choices") or {}
+    helps = {name: getattr(choices[name], "help", "") if isinstance(choices, Mapping) else "" for name in choices}
+    about = [f"{name}: {text}" for name, text in helps.items() if text]
+    text = f.metadata["help"].removesuffix(f" {'; '.join(about)}.")  # `_choices` shows them
+    text = re.sub(r"--\w+|\b(?!hf_gr\b)\w*[a-z0-9]_\w+(?:=\w+|\.[a-z]+)?", r"`\g<0>`", text)
+    return f"{text}{_choices(helps)}".replace("|", r"\|")
+
+
+def _choices(helps: dict[str, str]) -> str:
+    if len(helps) > LISTED:
+        helps = {name: text for name, text in helps.items() if text}
+    is_described = len(helps) <= DESCRIBED
+    words = [f"`{name}` ({text})" if is_described and text else f"`{name}`" for name, text in helps.items()]
+    return f" Choices: {', '.join(words)}." if words else ""
+
+
+def entries_table(name: str) -> str:
+    if name in ("GR presets", "IRE presets"):
+        return "\n".join(_presets(name))
+    models = {"ViT": VIT_PRESETS, "Swin": SWIN_PRESETS, "CaiT": CAIT_PRESETS, "ResNet": RESNET_PRESETS}
+    models |= {"Llama": LLAMA_PRESETS}
+    return table(models[name]) if name in models else methods_tables()[name]
+
+
+def _presets(name: str) -> Iterator[str]:
+    presets = {key: preset.flags for key, preset in GR_PRESETS.items()} if name == "GR presets" else IRE_PRESETS
+    yield "| preset | sets |\n|---|---|"
+    for key, flags in presets.items():
+        values = (f"{value:.3g}" if isinstance(value, float) else value for value in flags.values())
+        yield f"| `{key}` | {', '.join(f'`{flag}={value}`' for flag, value in zip(flags, values, strict=True))} |"
+
+
+def fill(text: str) -> str:
+    """A page with its tables made anew."""
+    tables = {"flags": flags_table, "entries": entries_table}
+
+    def replace(match: re.Match) -> str:
+        opening, kind, name = match.groups()
+        return f"{opening}\n{tables[kind](name)}\n<!-- /{kind} -->"
+
+    return re.sub(r"(<!-- (flags|entries): ([\w ]+) -->)\n.*?<!-- /\2 -->", replace, text, flags=re.DOTALL)
+
+
+if __name__ == "__main__":
+    for page in DOCS.rglob("*.md"):
+        page.write_text(fill(page.read_text(encoding="utf-8")), encoding="utf-8")
