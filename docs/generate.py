@@ -36,10 +36,11 @@ def argument_classes() -> dict[str, type]:
 def _module(script: str) -> Any:
     if script not in sys.modules:
         spec = importlib.util.spec_from_file_location(script, DOCS.parent / "scripts" / f"{script}.py")
-        assert spec is not None and spec.loader is not None
+        assert spec is not None
+        assert spec.loader is not None
         sys.modules[script] = importlib.util.module_from_spec(spec)  # dataclasses look up their module
         spec.loader.exec_module(sys.modules[script])
-    return sys.modules[script]
+    return sys.modules[sys.modules[script].main.__module__]
 
 
 def flags_of(name: str) -> list[dataclasses.Field]:

@@ -143,7 +143,7 @@ class OptimizerArguments:
     )
     layer_statistics_steps: int = flag(
         0,
-        "Record the weight norm, the gradient norm, and their ratio for each layer every this many steps, in "
+        "Record the weight norm, the gradient norm and their ratio for each layer every this many steps, in "
         "layer_statistics.parquet and .png in the output folder. 0 turns this off.",
         Limit(0, rule="must be a whole number of steps, or 0 (off)."),
     )
@@ -201,7 +201,7 @@ class IREArguments:
     )
     ire_gamma: float = flag(
         _Unset(0.6),
-        "gamma: the fraction of coordinates treated as flat, in (0, 1]; the paper uses (0.5, 1).",
+        "gamma: the fraction of all coordinates treated as flat, in (0, 1]; the paper uses (0.5, 1).",
         SETTINGS["gamma"],
     )
     ire_interval: int = flag(10, "K: choose the flat coordinates anew every K optimizer steps.", INTERVAL)
@@ -302,7 +302,7 @@ class GRArguments(IREArguments, OptimizerArguments):
     """
 
     gr_preset: str | None = flag(
-        None, "Set other gr_ flags to those of a named method. Flags that you give take precedence.", GR_PRESETS
+        None, "Set other gr_ flags to those of a named method. Any of them that is given takes precedence.", GR_PRESETS
     )
     gr_r: float = flag(
         _Unset(0.1),
@@ -346,7 +346,7 @@ class GRArguments(IREArguments, OptimizerArguments):
     gr_reuse: float = flag(
         _Unset(0.0),
         "alpha of LookSAM: the steps between regularized ones add alpha ||g1|| times the direction that the last "
-        "second gradient added, scaled by lambda / r. The paper uses 0.7, and lambda = r. 0 turns it off.",
+        "second gradient added, times lambda / r, which is 1 in its paper, with alpha 0.7. 0 turns it off.",
         NOT_NEGATIVE,
     )
     gr_on_nonfinite: str = flag(
