@@ -37,6 +37,7 @@ pytestmark = [
 ]
 
 TRAINING = ("train_vit", "pretrain_llama", "finetune_llama_lora")
+COMMANDS = {**dict(zip(("vit", "llama", "lora"), TRAINING, strict=True)), "compare": "compare"}
 LAUNCHERS = (["accelerate", "launch"], ["torchrun"], ["python"])
 #: What fragments of the README need not import.
 IMPORTED = {
@@ -142,6 +143,8 @@ def test_shell(block, tmp_path, monkeypatch):
 def in_checkout(folder, monkeypatch) -> None:
     """Let a command find what it finds in a checkout, and write to `folder`."""
     (folder / "scripts").symlink_to(ROOT / "scripts")
+    for recipe in (ROOT / "scripts" / "recipes").glob("*.yaml"):
+        (folder / recipe.name).symlink_to(recipe)
     monkeypatch.chdir(folder)
 
 
@@ -151,6 +154,8 @@ def check(words: list[str]) -> None:
         check_pip(words[2:])
     elif words[0] == "make":
         assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    elif words[0] == "hf-gr" and words[1] in COMMANDS:
+        check_script(["python", f"scripts/{COMMANDS[words[1]]}.py", *words[2:]])
     elif words[0] == "hf-gr":
         parse(command.main, words[1:])
     elif words[:3] == ["python", "-m", "pytest"]:
