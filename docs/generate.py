@@ -16,6 +16,7 @@ from typing import Any
 from hf_gr.cli.script import ScriptConfig
 from hf_gr.config import GR_PRESETS, IRE_PRESETS, GRArguments, IREArguments, OptimizerArguments
 from hf_gr.models.presets import CAIT_PRESETS, LLAMA_PRESETS, RESNET_PRESETS, SWIN_PRESETS, VIT_PRESETS
+from hf_gr.optim import OPTIMIZERS
 from hf_gr.reporting.methods import methods_tables, table
 
 DOCS = Path(__file__).parent
@@ -65,7 +66,7 @@ def _description(f: dataclasses.Field) -> str:
     helps = {name: getattr(choices[name], "help", "") if isinstance(choices, Mapping) else "" for name in choices}
     about = [f"{name}: {text}" for name, text in helps.items() if text]
     text = f.metadata["help"].removesuffix(f" {'; '.join(about)}.")  # `_choices` shows them
-    text = re.sub(r"--\w+|\b(?!hf_gr\b)\w*[a-z0-9]_\w+(?:=\w+|\.[a-z]+)?", r"`\g<0>`", text)
+    text = re.sub(r"--\w+|\b(?!hf_gr\b)\w*[a-z0-9]_[\w*]+(?:=\w+|\.[a-z]+)?", r"`\g<0>`", text)
     return f"{text}{_choices(helps)}".replace("|", r"\|")
 
 
@@ -80,6 +81,8 @@ def _choices(helps: dict[str, str]) -> str:
 def entries_table(name: str) -> str:
     if name in ("GR presets", "IRE presets"):
         return "\n".join(_presets(name))
+    if name == "Optimizers":  # their equations are too wide for a table
+        return "\n\n".join(f"`{key}`: {cls.help}\n\n$$\n{cls.latex}\n$$" for key, cls in OPTIMIZERS.items())
     models = {"ViT": VIT_PRESETS, "Swin": SWIN_PRESETS, "CaiT": CAIT_PRESETS, "ResNet": RESNET_PRESETS}
     models |= {"Llama": LLAMA_PRESETS}
     return table(models[name]) if name in models else methods_tables()[name]
