@@ -2,7 +2,7 @@
 
     pip install -c constraints.txt -e ".[bench]"
     python benchmarks/make_mnist1d.py FOLDER
-    python scripts/train_vit.py scripts/recipes/vit_digits.yaml --dataset_name FOLDER
+    python scripts/train_vit.py vit_digits.yaml --dataset_name FOLDER
 
 MNIST-1D ("Scaling Down Deep Learning with MNIST-1D", Greydanus and Kobak, ICML 2024, https://arxiv.org/abs/2011.14439)
 has one-dimensional digits: templates of 12 points, padded, scaled, shifted, sheared and noisy. Its defaults and seed

@@ -19,7 +19,7 @@ def raising(error):
 
 @pytest.mark.parametrize("name", ALL_SCRIPTS)
 def test_every_script_ends_with_one_line(name):
-    assert (SCRIPTS / f"{name}.py").read_text().endswith('if __name__ == "__main__":\n    script.run(main)\n')
+    assert (SCRIPTS / f"{name}.py").read_text().endswith('if __name__ == "__main__":\n    run(main)\n')
     check(load_script(name).main, ["--no_such_flag", "1"], "--")
 
 

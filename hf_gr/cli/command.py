@@ -1,23 +1,40 @@
-"""`hf-gr`: cards, plots and comparisons of finished runs, from their output folders.
+"""`hf-gr`, the console command: the scripts, and what else can be done with a run.
 
-    hf-gr card FOLDER                                      # rewrites README.md
-    hf-gr plots FOLDER                                     # redraws curves.png
-    hf-gr compare --baseline FOLDERS --candidate FOLDERS   # how much sooner a loss is reached
-
-hf-gr COMMAND --help lists the flags of a command.
+Imports nothing at the top that `hf-gr --help` does not need.
 """
 
+import ast
 import inspect
 import math
+import sys
 from argparse import RawDescriptionHelpFormatter
 from collections.abc import Callable
+from functools import partial
+from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from ..errors import ArgumentParser, run
+from .shipped import COMMAND, SCRIPTS, SCRIPTS_PACKAGE
+
+if TYPE_CHECKING:
+    from ..errors import ArgumentParser
+
+#: Commands that are scripts -> their files in `SCRIPTS`.
+FILES = {
+    "vit": "train_vit",
+    "llama": "pretrain_llama",
+    "lora": "finetune_llama_lora",
+    "compare": "compare",
+    "evaluate": "evaluate_llama",
+    "robustness": "evaluate_robustness",
+}
 
 
 def card(argv: list[str]) -> None:
-    """Rewrite the model card of a run, from its run.json and trainer_state.json."""
+    """Rewrite the model card of a run.
+
+    From its run.json and trainer_state.json.
+    """
     from ..reporting.card import write_card
 
     parser = _parser(card)
@@ -26,7 +43,10 @@ def card(argv: list[str]) -> None:
 
 
 def plots(argv: list[str]) -> None:
-    """Redraw the curves of a run, from its trainer_state.json or that of its last checkpoint."""
+    """Redraw the curves of a run.
+
+    From its trainer_state.json, or that of its last checkpoint.
+    """
     from ..reporting.plots import PICTURE, plot_curves, require_picture
     from ..reporting.record import last_state, read_history
 
@@ -42,10 +62,10 @@ def plots(argv: list[str]) -> None:
     plot_curves(history, picture)
 
 
-def compare(argv: list[str]) -> None:
-    """Compare how soon two ways of training reach a loss, from the folders of finished runs.
+def speedup(argv: list[str]) -> None:
+    """Compare how soon two groups of runs reach a loss.
 
-        hf-gr compare --baseline out/adamw-* --candidate out/admire-* --window 5 --picture curves.png
+        hf-gr speedup --baseline out/adamw-* --candidate out/admire-* --window 5 --picture curves.png
 
     Each group is one setting with several seeds. The target is a loss, by default the lowest that all runs reach.
     Curves are smoothed by a running mean, so that one lucky batch does not count.
@@ -54,7 +74,7 @@ def compare(argv: list[str]) -> None:
     from ..reporting.comparison_plots import plot_comparison
     from ..reporting.plots import require_picture
 
-    parser = _parser(compare)
+    parser = _parser(speedup)
     parser.add_argument("--baseline", nargs="+", action="extend", required=True, help="output folders")
     parser.add_argument("--candidate", nargs="+", action="extend", required=True, help="output folders")
     parser.add_argument("--names", nargs=2, default=["baseline", "candidate"])
@@ -79,23 +99,68 @@ def compare(argv: list[str]) -> None:
     lines = [f"Target: {options.metric} {target:.4g}, running mean of {options.window} points.", ""]
     lines += [f"| to the target | {' | '.join(options.names)} | quotient |", "|---|---|---|---|"]
     lines += [f"| {axis} | {a:,.4g} | {b:,.4g} | {quotient:.2f} |" for axis, (a, b, quotient) in results.items()]
-    print("\n".join(lines))  # noqa: T201
+    print("\n".join(lines))
     if options.picture:
         plot_comparison(baseline, candidate, options.picture, tuple(options.names), target, *smoothed)
 
 
-COMMANDS = {function.__name__: function for function in (card, plots, compare)}
+def env(argv: list[str]) -> None:
+    """Show versions and devices, for a bug report."""
+    from .inventory import environment
+
+    _parser(env).parse_args(argv)
+    print("\n".join(f"{name}: {value}" for name, value in environment().items()))
 
 
-def _parser(command: Callable[[list[str]], None]) -> ArgumentParser:
+def optimizers(argv: list[str]) -> None:
+    """List the optimizers that --optim knows, and what has to be installed for them."""
+    from .inventory import optimizers as rows
+
+    _parser(optimizers).parse_args(argv)
+    print("\n".join(f"{name:28} {about}" for name, about in rows().items()))
+
+
+def run_script(name: str, argv: list[str]) -> None:
+    """Run one of the scripts."""
+    started, sys.argv[0] = sys.argv[0], f"{COMMAND} {name}"  # for the usage, and for the command on the card
+    try:
+        import_module(f"{SCRIPTS_PACKAGE}.{FILES[name]}").main(argv)
+    finally:
+        sys.argv[0] = started
+
+
+COMMANDS: dict[str, Callable[[list[str]], None]] = {
+    **{name: partial(run_script, name) for name in FILES},
+    **{function.__name__: function for function in (speedup, card, plots, env, optimizers)},
+}
+
+
+def about(name: str) -> str:
+    """What a command does: the first sentence of its docstring. A script is read, not imported."""
+    if name in FILES:
+        text = ast.get_docstring(ast.parse((SCRIPTS / f"{FILES[name]}.py").read_text(encoding="utf-8")))
+    else:
+        text = COMMANDS[name].__doc__
+    return (text or "").partition("\n\n")[0].replace("\n", " ")
+
+
+def usage() -> str:
+    """The text of `hf-gr --help`."""
+    commands = "\n".join(f"  {name:12}{about(name)}" for name in COMMANDS)
+    return f"usage: {COMMAND} COMMAND ...\n\n{commands}\n\n{COMMAND} COMMAND --help shows the flags of a command."
+
+
+def _parser(command: Callable[[list[str]], None]) -> "ArgumentParser":
+    from ..errors import ArgumentParser
+
     description = inspect.cleandoc(command.__doc__ or "")
-    name = f"hf-gr {command.__name__}"
+    name = f"{COMMAND} {command.__name__}"
     return ArgumentParser(prog=name, description=description, formatter_class=RawDescriptionHelpFormatter)
 
 
 def main(argv: list[str]) -> None:
     if not argv or argv[0] in ("-h", "--help"):
-        print(__doc__)  # noqa: T201
+        print(usage())
     elif argv[0] not in COMMANDS:
         raise ValueError(f"{argv[0]!r}: there is no such command. Choose one of {', '.join(COMMANDS)}.")
     else:
@@ -104,6 +169,11 @@ def main(argv: list[str]) -> None:
 
 def entry() -> None:
     """Entry point of `hf-gr`."""
+    if sys.argv[1:] in ([], ["-h"], ["--help"]):
+        main(sys.argv[1:])
+        return
+    from ..errors import run
+
     run(main)
 
 

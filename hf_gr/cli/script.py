@@ -26,6 +26,7 @@ from ..trainer.trainer import GRTrainer
 from ..trainer.uploads import LEFT_OUT
 from . import recipes
 from .output_folder import claim_output_folder, clear, refuse_removing
+from .shipped import COMMAND, RECIPES, SCRIPTS, SCRIPTS_PACKAGE, SUFFIXES, find
 
 with extra("scripts"):
     from ..reporting.card import PICTURE, has_curves
@@ -42,6 +43,7 @@ __all__ = [
     "evaluated_examples",
     "keep_token_out_of_files",
     "parse_args",
+    "program",
     "publish",
     "refuse",
     "run",
@@ -126,8 +128,8 @@ def parse_args(
     flags = {argument.name for kind in kinds for argument in fields(kind)}
     default = recipes.read_recipe(default_recipe, flags) if default_recipe is not None else {}
     recipe = None
-    if argv and argv[0].endswith((".yaml", ".yml", ".json")):
-        recipe, argv = recipes.read_recipe(argv[0], flags), argv[1:]
+    if argv and argv[0].endswith(SUFFIXES):
+        recipe, argv = recipes.read_recipe(find("recipe", argv[0], RECIPES), flags), argv[1:]
     given = _given(parser, argv)
     if recipe is None:
         recipe = default if given.keys().isdisjoint(without_it) else recipes.method_of(default)
@@ -170,7 +172,7 @@ def claim(args: ScriptConfig) -> Iterator[None]:
     with claim_output_folder(args, args.overwrite_output_dir):
         set_seed(args.seed)
         if args.process_index == 0:
-            print(f"Method: {args.describe_method()}.", flush=True)  # noqa: T201
+            print(f"Method: {args.describe_method()}.", flush=True)
         yield
 
 
@@ -203,14 +205,22 @@ def command_line(script: str, argv: list[str], args: GRConfig) -> str:
         argv: its arguments.
         args: the parsed arguments. How several processes were started is not recorded; one needs no launcher.
     """
-    launcher = f"accelerate launch --num_processes {args.world_size}" if args.world_size > 1 else "python"
-    words = redact([_shown_script(script), *argv], known=(args.hub_token,))
-    return f"{launcher} {shlex.join(map(_without_folders, words))}"
+    words = redact(argv, known=(args.hub_token,))
+    return shlex.join([*program(script, args.world_size), *map(_without_folders, words)])
 
 
-def _shown_script(script: str) -> str:
-    path = os.path.relpath(script)
-    return os.path.basename(path) if path.startswith("..") else path
+def program(script: str, processes: int = 1) -> list[str]:
+    """The words that start `script`, a file, as this process was started: `hf-gr vit`, `python scripts/train_vit.py`,
+    or `python -m hf_gr.scripts.train_vit`."""
+    started = Path(sys.argv[0])
+    if started.name.startswith(f"{COMMAND} ") and processes == 1:
+        return started.name.split()
+    launcher = ["accelerate", "launch", "--num_processes", str(processes)] if processes > 1 else ["python"]
+    is_thin = started.name == Path(script).name and started.resolve() != Path(script).resolve()
+    if Path(script).parent == SCRIPTS and not is_thin:
+        return [*launcher, "-m", f"{SCRIPTS_PACKAGE}.{Path(script).stem}"]
+    path = os.path.relpath(started if is_thin else script)
+    return [*launcher, os.path.basename(path) if path.startswith("..") else path]
 
 
 def _without_folders(argument: str) -> str:
@@ -310,7 +320,7 @@ def publish(
         outputs = {kind: folder, "Card": folder / "README.md", "Picture": picture}
         for label, path in outputs.items():
             if path is not None:
-                print(f"{label:8} {path}")  # noqa: T201
+                print(f"{label:8} {path}")
     return folder
 
 

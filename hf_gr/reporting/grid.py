@@ -181,7 +181,7 @@ def _as_name(value: Any) -> str:
 
 
 def run_grid(
-    script: Path,
+    script: str | Path,
     runs: list[Run],
     workers: int = 1,
     on_end: Callable[[Run, bool], None] = lambda run, succeeded: None,
@@ -193,6 +193,7 @@ def run_grid(
     the operating system releases however a process ends.
 
     Args:
+        script: its file; or, with a launcher that ends with `-m`, its module.
         workers: the number of runs at a time in this process.
         on_end: called with each run that ends and whether it succeeded. If it raises, no further run is started.
         launcher: the command that starts the script.
@@ -217,7 +218,7 @@ def run_grid(
 
 @dataclass
 class _Worker:
-    script: Path
+    script: str | Path
     on_end: Callable[[Run, bool], None]
     launcher: list[str]
     tried: set[str] = field(default_factory=set)
@@ -248,7 +249,7 @@ class _Worker:
                 raise
 
 
-def _run(script: Path, run: Run, launcher: Iterable[str], lock: int) -> bool:
+def _run(script: str | Path, run: Run, launcher: Iterable[str], lock: int) -> bool:
     run.folder.mkdir(parents=True, exist_ok=True)
     (run.folder / SETTINGS).write_text(json.dumps(run.settings))
     # The files of an unfinished run are in the way, unless it is to be resumed.

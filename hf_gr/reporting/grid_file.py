@@ -40,13 +40,13 @@ class Grid:
     """Arms to compare at every combination of axes and seeds.
 
     Args:
-        script: the training script, in the folder above that of the grid's file.
+        script: the training script: one of `hf_gr/scripts`, or the path of another.
         arms: name -> flags that define it.
         baseline: the arm that the others are compared with.
         metric: a key of the evaluation, for which less is better.
         percent: whether to show the metric times 100.
         also: further keys of the results to show beside the metric, as they are.
-        recipe: the recipe that all runs start from, in `recipes` beside the script.
+        recipe: the recipe that all runs start from: one that ships, or a path.
         flags: those of all runs.
         axes: flag -> values.
         ignores: arm -> flags that have no effect on it; see `fixed_by`.
@@ -185,9 +185,6 @@ def load_grid(path: Path, scale: str | None = None) -> Grid:
     Raises:
         ValueError: there is no such file or scale, or it is invalid; the message names the file and the key.
     """
-    if not path.is_file():
-        grids = ", ".join(sorted(p.stem for p in path.parent.glob("*.yaml")))
-        raise ValueError(f"preset={path}: there is no such file. Give a file{f', or one of {grids}' if grids else ''}.")
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:

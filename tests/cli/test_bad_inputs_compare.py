@@ -57,9 +57,9 @@ GRID = ["--preset", "{}/grid.yaml", "--output_dir", "{}/out"]
     ("argv", "words"),
     [
         ([], ["--preset"]),
-        (["--preset", "none"], ["preset=", "none.yaml", "or one of cost-frontier, gr-harmful, gr-table1"]),
-        (["--preset", "{}/none.yaml"], ["preset=", "none.yaml", "Give a file"]),
-        (["--preset", "{}/empty"], ["preset=", "Give a file"]),
+        (["--preset", "none"], ["preset=none", "or one of these: cost-frontier.yaml, gr-harmful.yaml"]),
+        (["--preset", "{}/none.yaml"], ["preset=", "none.yaml", "Give the path of one"]),
+        (["--preset", "{}/empty"], ["preset=", "Give the path of one"]),
         (["--preset", "gr-table2", "--scale", "huge"], ["scale='huge'", "choose one of smoke, cpu, paper"]),
         ([*GRID, "--scale", "cpu"], ["grid.yaml", "scale='cpu'", "it has no scales"]),
         ([*GRID, "--seeds", "1", "1"], ["seeds=[1, 1]", "list each value once"]),
@@ -140,7 +140,7 @@ def test_command_lines_of_compare(argv, words, place):
         ({"also": ["eval_nll", "eval_nll"]}, ["also=", "eval_nll is shown already", "List it once"]),
         ({"also": ["eval_loss"]}, ["also=['eval_loss']", "is shown already"]),
         ({"percent": "yes"}, ["percent='yes'", "must be true or false"]),
-        ({"recipe": "none.yaml"}, ["recipe='none.yaml'", "there is no file"]),
+        ({"recipe": "none.yaml"}, ["recipe=none.yaml", "there is no such file", "vit_digits"]),
         ({"recipe": 3}, ["recipe=3", "must be text"]),
         ({"flags": ["--bf16"]}, ["flags=['--bf16']", "must be names with values"]),
         ({"flags": {"gr_r": {"a": 1}}}, ["flags.gr_r={'a': 1}", "must be text, a number"]),
@@ -201,7 +201,7 @@ def test_scales_of_a_grid(scale, tmp_path):
     check(load_script("compare").main, argv, "grid.yaml", key)
 
 
-# ---- hf-gr compare ----
+# ---- hf-gr speedup ----
 
 
 def runs(*argv: str, baseline: str = "run", candidate: str = "run") -> list[str]:
@@ -244,7 +244,7 @@ def runs(*argv: str, baseline: str = "run", candidate: str = "run") -> list[str]
     ],
 )  # fmt: skip
 def test_comparisons(argv, words, place):
-    check(command.main, ["compare", *fill(argv, place)], *words)
+    check(command.main, ["speedup", *fill(argv, place)], *words)
 
 
 # ---- hf-gr plots, hf-gr card, and what is neither ----
@@ -283,8 +283,8 @@ def test_plots(argv, words, place):
         (["card", "{}/unreadable"], ["run.json", "cannot be read", "Delete it"]),
         (["card", "{}/run", "{}/nan"], ["nan", "belongs to no flag"]),
         (["card", "{}/run", "--license", "mit"], ["--license", "there is no such flag"]),
-        (["cards", "{}/run"], ["'cards'", "no such command", "card, plots, compare"]),
-        (["--picture", "{}/x.png"], ["'--picture'", "no such command", "card, plots, compare"]),
+        (["cards", "{}/run"], ["'cards'", "no such command", "vit, llama", "speedup, card, plots"]),
+        (["--picture", "{}/x.png"], ["'--picture'", "no such command", "vit, llama", "speedup, card, plots"]),
     ],
 )
 def test_cards_and_commands(argv, words, place):

@@ -275,7 +275,7 @@ OTHERS = [
     ("list.yaml", "list.yaml: ", "FLAG: VALUE"),
     ("broken.yaml", "broken.yaml: ", "Give a YAML or JSON file"),
     ("broken.json", "broken.json: ", "Give a YAML or JSON file"),
-    ("missing.yaml", "missing.yaml: ", "Give a YAML or JSON file"),
+    ("missing.yaml", "missing.yaml: ", "Give the path of one", "vit_digits.yaml"),
     ("word.yaml", "gr_r", "much", "number"),
     ("boolean.yaml", "gr_lambda=True", "give a number"),
     ("size.yaml", "image_size=8.5", "whole number"),

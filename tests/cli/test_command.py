@@ -8,7 +8,9 @@ import sys
 import pytest
 
 from helpers import ROOT
-from hf_gr.cli import command
+from helpers.scripts import load_script
+from hf_gr import list_optimizers
+from hf_gr.cli import command, script, shipped
 
 RUN = ROOT / "tests" / "fixtures" / "runs" / "vit-gr"
 
@@ -32,7 +34,7 @@ def test_a_card_and_a_picture_from_the_command_line(tmp_path):
 def test_help_names_the_commands(argv, capsys):
     command.main(argv)
     printed = capsys.readouterr().out
-    assert all(f"hf-gr {name} " in printed for name in command.COMMANDS)
+    assert all(f"\n  {name} " in printed for name in command.COMMANDS)
 
 
 @pytest.mark.parametrize("name", command.COMMANDS)
@@ -40,3 +42,50 @@ def test_help_of_a_command(name, capsys):
     with pytest.raises(SystemExit) as end:
         command.main([name, "--help"])
     assert end.value.code == 0 and f"usage: hf-gr {name} " in capsys.readouterr().out
+
+
+def test_help_is_one_screen_and_loads_no_torch():
+    code = "import sys; from hf_gr.cli.command import entry; entry(); assert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) <= 30 and max(map(len, lines)) <= 120
+    for name, file in command.FILES.items():
+        assert f"  {name:12}{load_script(file).__doc__.splitlines()[0][:40]}" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("started", "processes", "expected"),
+    [
+        ("hf-gr vit", 1, "hf-gr vit"),
+        ("hf-gr vit", 2, "accelerate launch --num_processes 2 -m hf_gr.scripts.train_vit"),
+        ("scripts/train_vit.py", 1, "python scripts/train_vit.py"),
+        ("scripts/train_vit.py", 2, "accelerate launch --num_processes 2 scripts/train_vit.py"),
+        (str(shipped.SCRIPTS / "train_vit.py"), 1, "python -m hf_gr.scripts.train_vit"),
+        ("ipykernel_launcher.py", 1, "python -m hf_gr.scripts.train_vit"),
+    ],
+)
+def test_a_command_is_shown_as_it_was_started(started, processes, expected, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [started])
+    assert script.program(load_script("train_vit").__file__, processes) == expected.split()
+
+
+def test_env_and_optimizers(capsys):
+    command.main(["env"])
+    printed = capsys.readouterr().out
+    for name in ("hf_gr", "Python", "torch", "transformers", "accelerate", "platform", "devices", "torch.distributed"):
+        assert f"{name}: " in printed
+    command.main(["optimizers"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == list(list_optimizers())
+    assert any("Adam with a trust ratio" in line for line in lines)
+
+
+def test_recipes_and_grids_are_found_by_path_and_by_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = shipped.find("recipe", "vit_digits.yaml", shipped.RECIPES)
+    assert found == shipped.RECIPES / "vit_digits.yaml" and shipped.find("preset", "gr-table2", shipped.GRIDS).is_file()
+    (tmp_path / "vit_digits.yaml").write_text("")
+    assert shipped.find("recipe", "vit_digits.yaml", shipped.RECIPES).samefile(tmp_path / "vit_digits.yaml")
+    with pytest.raises(ValueError, match=r"^recipe=none\.yaml: there is no such file\. .*vit_ti_cifar10\.yaml"):
+        shipped.find("recipe", "none.yaml", shipped.RECIPES)

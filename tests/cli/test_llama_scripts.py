@@ -1,6 +1,5 @@
 """The scripts for language models as users start them: the chain from raw text to a model that answers, offline."""
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -12,20 +11,13 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from helpers import SCRIPTS
-from helpers.scripts import launch
+from helpers.scripts import launch, load_script
 from hf_gr.cli import command
+from hf_gr.cli.shipped import RECIPES
 from hf_gr.reporting.card import ENVIRONMENT, python_string
 from hf_gr.reporting.record import read_record
 
 TEXT = "\n\n".join(f"line {i}: the quick brown fox jumps over {i % 11} lazy dogs and {i % 5} cats." for i in range(600))
-
-
-def load(name: str):
-    spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module.main
 
 
 @pytest.fixture(scope="module")
@@ -96,9 +88,8 @@ QUIET = ["--use_cpu", "--report_to", "none"]
 
 def parsed(name: str, *argv):
     """(model, data, training arguments) as script NAME has them."""
-    load(name)
     required = ["--model_name_or_path", "base"] if name == "finetune_llama_lora" else []
-    return sys.modules[name].parse_args([*map(str, argv), *required, *QUIET])
+    return load_script(name).parse_args([*map(str, argv), *required, *QUIET])
 
 
 def method(name: str, *argv) -> str:
@@ -278,7 +269,9 @@ def test_the_code_on_the_cards_runs(pretrained, adapters, tmp_path, monkeypatch,
 
 
 def test_multiple_choice(data, pretrained, capsys):
-    load("evaluate_llama")([str(pretrained[0]), "--dataset_name", str(data["questions"]), "--device", "cpu"])
+    load_script("evaluate_llama").main(
+        [str(pretrained[0]), "--dataset_name", str(data["questions"]), "--device", "cpu"]
+    )
     printed = json.loads(capsys.readouterr().out)
     assert printed["examples"] == 3 and 0 <= printed["accuracy"] <= 1
     assert json.loads((pretrained[0] / "evaluation.json").read_text()) == printed
@@ -288,7 +281,8 @@ def test_the_harness_is_given_the_folder(adapters, pretrained, monkeypatch, tmp_
     """A stand-in for lm_eval, which is not installed: what it is asked for."""
     (tmp_path / "lm_eval.py").write_text("def simple_evaluate(**kwargs):\n    return {'results': kwargs}\n")
     monkeypatch.syspath_prepend(tmp_path)
-    load("evaluate_llama")([str(adapters[0]), "--lm_eval_tasks", "arc_easy", "--device", "cpu", "--max_examples", "9"])
+    argv = [str(adapters[0]), "--lm_eval_tasks", "arc_easy", "--device", "cpu", "--max_examples", "9"]
+    load_script("evaluate_llama").main(argv)
     asked = json.loads(capsys.readouterr().out)
     assert asked == {
         "model": "hf",
@@ -361,7 +355,7 @@ def test_mistakes_are_named(script, arguments, message, data, pretrained, adapte
         if flag not in arguments:
             arguments += [flag, str(value)]
     with pytest.raises(ValueError) as error:
-        load(script)([*arguments, *(["--use_cpu", "--report_to", "none"] if defaults else [])])
+        load_script(script).main([*arguments, *(["--use_cpu", "--report_to", "none"] if defaults else [])])
     assert message in str(error.value)
 
 
@@ -383,9 +377,8 @@ def mismatch(base: Path, folder: Path) -> None:
 
 
 def test_recipes_parse():
-    load("pretrain_llama")
-    module = sys.modules["pretrain_llama"]
-    for recipe in (SCRIPTS / "recipes").glob("llama_*.yaml"):
+    module = load_script("pretrain_llama")
+    for recipe in RECIPES.glob("llama_*.yaml"):
         model, data, args = module.parse_args([str(recipe), "--use_cpu", "--bf16", "False", "--report_to", "none"])
         assert model.model.startswith("llama-") and data.dataset_name and args.gr_lambda == 0
 
@@ -393,8 +386,8 @@ def test_recipes_parse():
 @pytest.mark.parametrize("script", sorted(path.stem for path in SCRIPTS.glob("*.py")))
 def test_help(script, capsys):
     with pytest.raises(SystemExit) as end:
-        load(script)(["--help"])
+        load_script(script).main(["--help"])
     assert end.value.code == 0
     printed = capsys.readouterr().out
     assert printed.startswith("usage:")
-    assert sys.modules[script].__doc__.strip().splitlines()[-1] in printed
+    assert load_script(script).__doc__.strip().splitlines()[-1] in printed

@@ -19,20 +19,17 @@ from PIL import Image as PILImage
 from transformers import AutoModelForImageClassification, pipeline
 
 from helpers import SCRIPTS
-from helpers.scripts import launch
+from helpers.scripts import launch, load_script
 from hf_gr import GRConfig
 from hf_gr.cli import script
+from hf_gr.cli.shipped import RECIPES
 
 SCRIPT = SCRIPTS / "train_vit.py"
 
 
 @pytest.fixture(scope="module")
 def main():
-    spec = importlib.util.spec_from_file_location("train_vit", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["train_vit"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module.main
+    return load_script("train_vit").main
 
 
 @pytest.fixture(scope="module")
@@ -354,12 +351,11 @@ def test_wrong_choices_are_named(arguments, message, main):
 
 
 def test_recipes_parse(main):
-    module = sys.modules["train_vit"]
-    for recipe in (SCRIPTS / "recipes").glob("vit_*.yaml"):
+    module = load_script("train_vit")
+    for recipe in RECIPES.glob("vit_*.yaml"):
         model, data, args = module.parse_args([str(recipe), "--use_cpu", "--report_to", "none"])
         assert args.gr_warmup == "zero" and model.model.startswith("vit-") and data.dataset_name
-    recipe = SCRIPTS / "recipes" / "resnet18_cifar10_tvlars.yaml"
-    model, _, args = module.parse_args([str(recipe), "--use_cpu", "--report_to", "none"])
+    model, _, args = module.parse_args(["resnet18_cifar10_tvlars.yaml", "--use_cpu", "--report_to", "none"])
     assert (model.model, args.optim, args.lr_scaling) == ("resnet-18", "tvlars", "linear")
     assert torch.get_default_dtype() == torch.float32
 

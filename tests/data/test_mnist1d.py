@@ -1,5 +1,6 @@
 """MNIST-1D as images: the sequence that a ViT sees, and the dataset that is written."""
 
+import importlib.util
 import sys
 from types import ModuleType, SimpleNamespace
 
@@ -8,11 +9,12 @@ import pytest
 import torch
 
 from helpers import ROOT
-from helpers.scripts import load_script
 from hf_gr.data.images import find_image_column, find_label_column, load_image_dataset, split_train_eval
 from hf_gr.models.presets import create_vit
 
-make_mnist1d = load_script("make_mnist1d", ROOT / "benchmarks")
+spec = importlib.util.spec_from_file_location("make_mnist1d", ROOT / "benchmarks" / "make_mnist1d.py")
+make_mnist1d = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(make_mnist1d)
 #: Each of 64 values as a shade of gray of its own, in multiples of 4.
 RAMP = (np.arange(64) * 4) / 255 * 8 - 4
 

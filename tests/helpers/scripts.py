@@ -1,13 +1,12 @@
 """A script given a bad input, in this process: what it says. No case may get as far as a step."""
 
-import importlib.util
+import importlib
 import io
 import os
 import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack, redirect_stderr, redirect_stdout
-from pathlib import Path
 from types import ModuleType
 from unittest import mock
 
@@ -17,13 +16,9 @@ from helpers import SCRIPTS
 from hf_gr.cli import script
 
 
-def load_script(name: str, folder: Path = SCRIPTS) -> ModuleType:
-    """The module of scripts/NAME.py, or of that file in another folder, loaded once."""
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, folder / f"{name}.py")
-        sys.modules[name] = importlib.util.module_from_spec(spec)  # dataclasses look their module up
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
+def load_script(name: str) -> ModuleType:
+    """The module of a script."""
+    return importlib.import_module(f"hf_gr.scripts.{name}")
 
 
 def launch(*arguments, processes=1, script="train_vit.py"):

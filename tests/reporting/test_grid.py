@@ -1,7 +1,6 @@
 """Grids of runs: what is run, what is not run again, and what the tables say."""
 
 import csv
-import importlib.util
 import json
 import logging
 import os
@@ -18,6 +17,7 @@ from PIL import Image
 
 from helpers import SCRIPTS
 from helpers.scripts import load_script
+from hf_gr.cli.shipped import GRIDS, RECIPES, find
 from hf_gr.errors import Failure
 from hf_gr.reporting.comparison import (
     _key_of_row,
@@ -146,21 +146,18 @@ def test_flags_without_effect_are_refused(axes, extra, message, tmp_path):
 
 
 def test_a_grid_that_is_not_there_and_a_scale_that_is_not_there():
-    with pytest.raises(ValueError, match=r"Give a file, or one of cost-frontier, gr-harmful, .*label-noise"):
-        load_grid(SCRIPTS / "grids" / "nothing.yaml")
+    with pytest.raises(ValueError, match=r"preset=none: .* or one of these: cost-frontier.yaml, .*"):
+        find("preset", "none", GRIDS)
     with pytest.raises(ValueError, match=r"gr-table2\.yaml: scale='huge': choose one of smoke, cpu, paper"):
-        load_grid(SCRIPTS / "grids" / "gr-table2.yaml", "huge")
+        load_grid(find("preset", "gr-table2", GRIDS), "huge")
 
 
-@pytest.mark.parametrize("path", sorted((SCRIPTS / "grids").glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(GRIDS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_shipped_grids_make_command_lines_that_their_scripts_take(path, tmp_path):
     for scale in yaml.safe_load(path.read_text())["scales"]:
         grid = load_grid(path, scale)
-        spec = importlib.util.spec_from_file_location(Path(grid.script).stem, SCRIPTS / grid.script)
-        script = importlib.util.module_from_spec(spec)
-        sys.modules[spec.name] = script  # dataclasses look their module up
-        spec.loader.exec_module(script)
-        runs = expand(grid, tmp_path, SCRIPTS / "recipes", ["--use_cpu", "True", "--bf16", "False"])
+        script = load_script(Path(grid.script).stem)
+        runs = expand(grid, tmp_path, RECIPES, ["--use_cpu", "True", "--bf16", "False"])
         load_script("compare").check_command_lines(grid, runs)
         if grid.published:
             check_published(grid, path.parent / grid.published["file"])
@@ -527,7 +524,7 @@ def test_a_table_in_the_shape_of_the_papers(training, tmp_path):
 @pytest.mark.parametrize("number", [1, 2, 4, 5])
 def test_the_paper_scales_are_the_published_tables(number, tmp_path):
     """Each point of the grid has a published number beside it, and each number of the table a point."""
-    path = SCRIPTS / "grids" / f"gr-table{number}.yaml"
+    path = GRIDS / f"gr-table{number}.yaml"
     rows = {_key_of_row(row): row for row in _read_published(path.parent / "published-gr.csv")}
     found = set()
     for scale in ["paper", "paper_imagenet"] if number == 5 else ["paper"]:
@@ -540,7 +537,7 @@ def test_the_paper_scales_are_the_published_tables(number, tmp_path):
 
 
 def test_published_numbers_are_those_of_the_same_label_noise(tmp_path):
-    path = SCRIPTS / "grids" / "label-noise.yaml"
+    path = GRIDS / "label-noise.yaml"
     grid = load_grid(path, "paper")
     published_number = _published(grid, path.parent / grid.published["file"])
     found = {published_number(run.point, run.point["arm"]) for run in expand(grid, tmp_path, tmp_path)}
@@ -611,7 +608,7 @@ def compare(*arguments) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("path", sorted((SCRIPTS / "grids").glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(GRIDS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_presets_run(path, tmp_path):
     compare("--preset", path.stem, "--scale", "smoke", "--seeds", 0, "--output_dir", tmp_path)
     assert (tmp_path / "table.md").is_file() and (tmp_path / "curves.png").is_file()

@@ -7,9 +7,10 @@ import pytest
 import torch
 from transformers import Trainer, TrainingArguments
 
-from helpers import SCRIPTS, toys
+from helpers import toys
 from helpers.reference import phi
 from hf_gr import IRE, LAMB, LARS, TVLARS, GRConfig, GRTrainer
+from hf_gr.cli.shipped import GRIDS
 from hf_gr.reporting.grid_file import load_grid
 from hf_gr.reporting.plots import plot_curves
 
@@ -188,7 +189,7 @@ def test_the_batch_is_in_the_floor_once(scaling, outside, tmp_path):
 
 @pytest.mark.parametrize("arm", ["LARS", "LARS with warmup", "LAMB", "TVLARS"])
 def test_all_arms_of_the_shipped_grid_end_at_a_thousandth_of_their_peak(arm, tmp_path):
-    grid = load_grid(SCRIPTS / "grids" / "tvlars-batch.yaml", "paper")
+    grid = load_grid(GRIDS / "tvlars-batch.yaml", "paper")
     flags = {key: value for key, value in {**grid.flags, **grid.arms[arm]}.items() if key not in ("model", "stem")}
     trainer, _ = train(tmp_path, **{**flags, "max_steps": 2, "per_device_train_batch_size": 4})
     (group, *_) = groups(trainer)

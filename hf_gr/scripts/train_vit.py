@@ -1,0 +1,313 @@
+"""Train a vision transformer, or a ResNet, for image classification with gradient regularization.
+
+    accelerate launch scripts/train_vit.py                                      # a small ViT on scans of digits
+    accelerate launch scripts/train_vit.py --gr_lambda 0                        # the same without GR
+    accelerate launch scripts/train_vit.py vit_ti_cifar10.yaml --seed 1
+    accelerate launch scripts/train_vit.py --dataset_name PATH_OR_HUB_NAME --model vit-s --output_dir out
+
+A recipe (YAML or JSON) may come first; flags override it, along with whatever in it contradicts them. The default
+recipe is vit_digits.yaml. With --dataset_name or --model_name_or_path, or a recipe that does not set
+the method, only its method (gr_*, ire_*, optim*) is used: the data never changes the method.
+"""
+
+import math
+import sys
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    PreTrainedModel,
+    ViTImageProcessorPil,
+)
+from transformers.image_processing_utils import BaseImageProcessor
+
+from .. import GRTrainer
+from ..checks import COUNT, NOT_NEGATIVE, POSITIVE, SHARE, Limit, check_ranges, flag
+from ..cli import script
+from ..cli.script import ScriptConfig
+from ..cli.shipped import RECIPES
+from ..cli.trainers import BatchNormReestimation, ImageTrainer
+from ..data.images import (
+    IS_WRONG,
+    LABEL_NOISES,
+    add_augmentation,
+    add_label_noise,
+    check_first_example,
+    find_image_column,
+    find_label_column,
+    hold_out,
+    keep_first,
+    keep_readable,
+    load_image_dataset,
+    number_rows,
+    preprocess,
+    split_train_eval,
+)
+from ..errors import explained, extra
+from ..evaluation import classification_metrics, rank_classes
+from ..models.presets import (
+    IMAGE_PRESETS,
+    RESNET_PRESETS,
+    RESNET_STEMS,
+    WEIGHT_INITS,
+    create_image_model,
+    initialize_weights,
+)
+
+with extra("scripts"):
+    from datasets import Dataset
+
+DEFAULT_RECIPE = RECIPES / "vit_digits.yaml"
+
+
+@dataclass
+class ModelArguments(script.ModelArguments):
+    model: str | None = flag(None, "Architecture to train from scratch. Default: vit-ti.", IMAGE_PRESETS)
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Pretrained checkpoint to start from, on the Hub or in a folder."}
+    )
+    # A checkpoint has its own values of these; they describe a model trained from scratch.
+    dropout: float | None = field(
+        default=None,
+        metadata={"help": "Dropout, also of attention weights (Swin: only those). Default: 0.1; 0 for CaiT."},
+    )
+    stem: str | None = field(
+        default=None,
+        metadata={
+            "help": "First layers of a ResNet: imagenet divides the resolution by 4, cifar keeps it. Default: cifar "
+            "for resnet-20 and resnet-32, imagenet for the others.",
+            "choices": list(RESNET_STEMS),
+        },
+    )
+    weight_init: str | None = field(
+        default=None,
+        metadata={
+            "help": "Initialization of linear and convolutional weights. Default: the architecture's.",
+            "choices": list(WEIGHT_INITS),
+        },
+    )
+    image_size: int | None = field(
+        default=None, metadata={"help": "Pixels per side. Default: the architecture's; 32 for ResNets."}
+    )
+    image_mean: list[float] | None = field(
+        default=None, metadata={"help": "Subtracted from each channel, scaled to [0, 1]. Default: 0.5 0.5 0.5."}
+    )
+    image_std: list[float] | None = field(default=None, metadata={"help": "Then divided by. Default: 0.5 0.5 0.5."})
+
+    def __post_init__(self):
+        self._check_ranges()
+        if self.model_name_or_path is not None:
+            names = ("model", "dropout", "stem", "weight_init", "image_size", "image_mean", "image_std")
+            script.refuse(self, names, f"model_name_or_path={self.model_name_or_path!r}, which brings its own")
+        elif self.model in RESNET_PRESETS:
+            script.refuse(self, ("dropout",), f"model={self.model!r}, which has none")
+        else:
+            script.refuse(self, ("stem",), f"model={self.model or 'vit-ti'!r}, which is not a ResNet")
+
+    def _check_ranges(self) -> None:
+        check_ranges(self, {"image_size": COUNT, "dropout": SHARE})
+        for name, limit, more in (("image_mean", Limit(-math.inf), ""), ("image_std", POSITIVE, " above 0")):
+            values = getattr(self, name)
+            if values is not None and not (len(values) == 3 and all(map(limit.allows, values))):
+                raise ValueError(f"{name}={values}: give three numbers{more}, one per color, or leave it out.")
+
+
+@dataclass
+class DataArguments(script.DataArguments):
+    dataset_name: str = field(
+        default="digits",
+        metadata={"help": "'digits' (embedded), a name on the Hub, a local folder, or a parquet file."},
+    )
+    image_column_name: str | None = field(default=None, metadata={"help": "Default: the column of type Image."})
+    label_column_name: str | None = field(default=None, metadata={"help": "Default: the column of type ClassLabel."})
+    eval_fraction: float | None = field(
+        default=None,
+        metadata={"help": "Share of train to evaluate on, if there is no test or validation split. Default: 0.1."},
+    )
+    max_train_samples: int | None = field(default=None, metadata={"help": "Train on at most this many examples."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on at most this many examples."})
+    label_noise: float = flag(
+        0.0, "Give this share of the training examples a wrong label, drawn with --seed: does the model memorize them?"
+    )
+    label_noise_type: str | None = flag(None, "Which label is the wrong one. Default: symmetric.", LABEL_NOISES)
+    validation_fraction: float | None = flag(
+        None,
+        "Hold this share of the training examples out, with their wrong labels, to choose settings by: evaluation "
+        "during training (eval_*) is on them, and the test set is evaluated once, at the end (test_*).",
+    )
+    image_max_value: float | None = field(
+        default=None,
+        metadata={
+            "help": "Value of white in images of more than 8 bits, used to scale them to 8: 65535 for 16 bits, 4095 "
+            "for 12 bits, 1 for values from 0 to 1. Scale images the same way before inference."
+        },
+    )
+    skip_bad_examples: bool = field(
+        default=False,
+        metadata={
+            "help": "Skip and count examples without a class or with an unreadable image. To find them, all images are "
+            "read before training."
+        },
+    )
+    random_flip: bool = field(default=True, metadata={"help": "Mirror training images at random."})
+    crop_padding: int = field(
+        default=4, metadata={"help": "Shift training images by up to this many pixels, reflecting the border; 0: off."}
+    )
+    reestimate_batch_norm: int | None = field(
+        default=None,
+        metadata={
+            "help": "After training, recompute BatchNorm's running statistics from this many training images without "
+            "augmentation. After few steps they still reflect earlier weights."
+        },
+    )
+
+    def __post_init__(self):
+        counts = dict.fromkeys(("max_train_samples", "max_eval_samples", "reestimate_batch_norm"), COUNT)
+        limits = {
+            "label_noise": SHARE,
+            "image_max_value": POSITIVE,
+            "crop_padding": NOT_NEGATIVE,
+            "eval_fraction": Limit(0, 1, True, True),
+            "validation_fraction": Limit(0, 1, True, True),
+        }
+        check_ranges(self, counts | limits)
+        if self.label_noise == 0:
+            script.refuse(self, ("label_noise_type",), "label_noise=0")
+
+
+def parse_args(argv: list[str]) -> tuple[ModelArguments, DataArguments, ScriptConfig]:
+    kinds = (ModelArguments, DataArguments, ScriptConfig)
+    return script.parse_args(kinds, argv, DEFAULT_RECIPE, without_it=("dataset_name", "model_name_or_path"))
+
+
+def _load_model(name: str, label_names: list[str]) -> tuple[PreTrainedModel, BaseImageProcessor]:
+    remedy = "Give a folder that a model and its image processor were saved to, or a name on the Hub."
+    with explained(f"model_name_or_path={name!r} could not be loaded", remedy):
+        model = AutoModelForImageClassification.from_pretrained(
+            name,
+            id2label=dict(enumerate(label_names)),
+            label2id={name: i for i, name in enumerate(label_names)},
+            ignore_mismatched_sizes=True,  # the head, if the number of classes differs
+        )
+        return model, AutoImageProcessor.from_pretrained(name)
+
+
+def create_model(args: ModelArguments, label_names: list[str]) -> tuple[PreTrainedModel, BaseImageProcessor]:
+    """The model and the image processor that belongs to it."""
+    if args.model_name_or_path is not None:
+        return _load_model(args.model_name_or_path, label_names)
+    model = create_image_model(args.model or "vit-ti", label_names, args.image_size, args.dropout, args.stem)
+    image_size = getattr(model.config, "image_size", 32) if args.image_size is None else args.image_size
+    if args.weight_init is not None:
+        initialize_weights(model, args.weight_init)
+    image_processor = ViTImageProcessorPil(
+        size={"height": image_size, "width": image_size},
+        image_mean=[0.5] * 3 if args.image_mean is None else args.image_mean,
+        image_std=[0.5] * 3 if args.image_std is None else args.image_std,
+    )
+    return model, image_processor
+
+
+class Data(NamedTuple):
+    train: Dataset
+    validation: Dataset | None  # what `validation_fraction` held out of train
+    test: Dataset
+    test_split: str
+    image_column: str
+    label_column: str
+    label_names: list[str]
+    counts: dict[str, int]  # of skipped examples and of wrong labels, as metrics; empty without those flags
+
+
+def load_data(args: DataArguments, training: ScriptConfig) -> Data:
+    dataset = load_image_dataset(args.dataset_name, args.dataset_config_name)
+    features = next(iter(dataset.values())).features
+    image_column = find_image_column(features, args.image_column_name)
+    label_column, label_names = find_label_column(features, args.label_column_name)
+    skipped: Counter[str] | None = Counter() if args.skip_bad_examples else None
+    train, test, test_split = split_train_eval(
+        number_rows(dataset), label_column, args.eval_fraction, training.seed, skipped
+    )
+    train = keep_first(train, args.max_train_samples, training.seed, "max_train_samples")
+    test = keep_first(test, args.max_eval_samples, training.seed, "max_eval_samples")
+    metrics = {}
+    if skipped is not None:
+        how = (image_column, args.image_max_value, training.dataloader_num_workers or None)
+        train = keep_readable(train, "train", skipped, *how)
+        test = keep_readable(test, test_split, skipped, *how)
+        metrics = {"train_skipped_examples": skipped["train"], "eval_skipped_examples": skipped[test_split]}
+    if args.label_noise > 0:
+        train = add_label_noise(
+            train, label_column, args.label_noise, args.label_noise_type or "symmetric", training.seed
+        )
+    validation = None
+    if args.validation_fraction is not None:
+        train, validation = hold_out(
+            train, label_column, args.validation_fraction, training.seed, "validation_fraction"
+        )
+    if args.label_noise > 0:
+        metrics["train_wrong_labels"] = sum(train[IS_WRONG])
+        if validation is not None:
+            validation = validation.remove_columns(IS_WRONG)  # only what was trained on can be memorized
+    return Data(train, validation, test, test_split, image_column, label_column, label_names, metrics)
+
+
+def create_trainer(
+    model_args: ModelArguments, data_args: DataArguments, args: ScriptConfig, data: Data
+) -> tuple[GRTrainer, Dataset | None]:
+    """The trainer, and the test set if it evaluates on a validation part instead."""
+    model, image_processor = create_model(model_args, data.label_names)
+    splits = {"train": data.train, data.test_split: data.test}
+    if data.validation is not None:
+        splits["validation part of train"] = data.validation
+    train, test, *validation = (
+        preprocess(split, image_processor, data.image_column, data.label_column, name, data_args.image_max_value)
+        for name, split in splits.items()
+    )
+    check_first_example(train, data.image_column, data_args.image_max_value, data_args.crop_padding)
+    add_augmentation(model, flip=data_args.random_flip, crop_padding=data_args.crop_padding)
+    args.remove_unused_columns = False  # preprocessing reads the image column
+    args.label_names = ["labels"]
+    callbacks = []
+    if (count := data_args.reestimate_batch_norm) is not None:
+        callbacks.append(BatchNormReestimation(train.select(range(min(count, len(train))))))
+    trainer = ImageTrainer(
+        model=model,
+        args=args,
+        train_dataset=train,
+        eval_dataset=validation[0] if validation else test,
+        processing_class=image_processor,
+        compute_metrics=classification_metrics,
+        preprocess_logits_for_metrics=rank_classes,
+        callbacks=callbacks,
+    )
+    return trainer, test if validation else None
+
+
+def main(argv: list[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
+    model_args, data_args, args = parse_args(argv)
+    with script.claim(args):
+        with args.main_process_first(desc="loading the data"):
+            data = load_data(data_args, args)
+        trainer, test = create_trainer(model_args, data_args, args, data)
+        script.begin(trainer, model_args, data_args)
+        metrics = script.train(trainer, data.counts, test=test)
+        error = "eval_error" if test is None else "test_error"
+        if trainer.is_world_process_zero() and error in metrics:
+            print(f"Test error {100 * metrics[error]:.2f} % on {script.evaluated_examples(trainer)} images.")
+        script.publish(
+            trainer,
+            data_args.dataset_name,
+            embedded={"digits": "scikit-learn digits"},
+            tasks="image-classification",
+            dataset_args=data.test_split,
+            command=script.command_line(__file__, argv, args),
+        )
+
+
+if __name__ == "__main__":
+    script.run(main)
