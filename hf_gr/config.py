@@ -120,30 +120,29 @@ class OptimizerArguments:
 
     optim: str = flag(
         _default("optim"),
-        "The optimizer: a name that transformers knows, or one of hf_gr's own.",
+        "The optimizer; `hf-gr optimizers` lists them. It is a name that transformers knows, or one of hf_gr's own.",
         ChainMap[str, Any](OPTIMIZERS, dict.fromkeys(name.value for name in OptimizerNames)),
     )
     lr_scheduler_type: str = flag(
         _default("lr_scheduler_type"),
-        "The learning-rate schedule: one of transformers' names, or time_varying, the factor phi of TVLARS for any "
+        "The learning-rate schedule. One of transformers' names, or time_varying, the factor phi of TVLARS for any "
         "other optimizer: 1/(alpha + exp(tv_lambda (t - delay_steps))) + gamma_min, with these four in "
         "lr_scheduler_kwargs.",
         [*(name.value for name in SchedulerType), TIME_VARYING],
     )
     lr_scaling: str = flag(
         "none",
-        f"Multiply the learning rate by the total batch size / {BASE_BATCH_SIZE} (linear), by its square root "
-        "(sqrt), or not at all (none).",
+        "Scale the learning rate with the total batch size. linear: multiply it by the total batch size / "
+        f"{BASE_BATCH_SIZE}; sqrt: by the square root of that.",
         LR_SCALINGS,
     )
     decay_norms_and_biases: bool = flag(
         False,
-        "Also apply weight_decay to norms and biases, as the code released with the GR paper does; Trainer exempts "
-        "them.",
+        "Also apply weight_decay to norms and biases. The code released with the GR paper does; Trainer exempts them.",
     )
     layer_statistics_steps: int = flag(
         0,
-        "Record the weight norm, the gradient norm and their ratio for each layer every this many steps, in "
+        "Record the weight and gradient norms of each layer every this many steps. They and their ratio are in "
         "layer_statistics.parquet and .png in the output folder. 0 turns this off.",
         Limit(0, rule="must be a whole number of steps, or 0 (off)."),
     )
@@ -201,7 +200,7 @@ class IREArguments:
     )
     ire_gamma: float = flag(
         _Unset(0.6),
-        "gamma: the fraction of all coordinates treated as flat, in (0, 1]; the paper uses (0.5, 1).",
+        "gamma: the fraction of all coordinates treated as flat, in (0, 1]. The paper uses (0.5, 1).",
         SETTINGS["gamma"],
     )
     ire_interval: int = flag(10, "K: choose the flat coordinates anew every K optimizer steps.", INTERVAL)
@@ -213,7 +212,7 @@ class IREArguments:
     )
     ire_probe_fraction: float = flag(
         1.0,
-        "Fraction of the step's samples used to choose the flat coordinates, in (0, 1]. 1 costs an extra forward and "
+        "Share of the step's samples that choose the flat coordinates, in (0, 1]. 1 costs an extra forward and "
         "backward pass every ire_interval steps; smaller fractions cost less.",
         Limit(0, 1, above=True, rule="must be in (0, 1]."),
     )
@@ -224,8 +223,8 @@ class IREArguments:
     )
     ire_mask: str = flag(
         "flat",
-        "Which coordinates are amplified: the flat ones or, as controls that show whether the choice matters, all "
-        "others (inverted), the same fraction at random (random), or all (uniform).",
+        "Which coordinates are amplified. flat is IRE; as controls, which show whether the choice matters, all others "
+        "(inverted), the same fraction at random (random), or all (uniform).",
         SETTINGS["mask"],
     )
     ire_kappa_schedule: str = flag(
@@ -233,24 +232,24 @@ class IREArguments:
     )
     ire_scope: str = flag(
         "global",
-        "What gamma is a fraction of: all parameters together (global, the paper), or each tensor (per_tensor).",
+        "What gamma is a fraction of. global: all parameters together (the paper); per_tensor: each tensor.",
         SETTINGS["scope"],
     )
     ire_exclude: list[str] | None = flag(  # noqa: RUF009
-        None, "Parameters with one of these words in their names are never amplified, e.g. embed norm bias."
+        None, "Never amplify parameters with one of these words in their names, e.g. embed norm bias."
     )
     ire_beta: float = flag(
         0.0,
-        "Decay of a moving average of the estimate over its updates, in [0, 1); 0 uses the latest estimate alone.",
+        "Decay of a moving average of the estimate over its updates, in [0, 1). 0 uses the latest estimate alone.",
         SETTINGS["beta"],
     )
     ire_amplify_weight_decay: bool = flag(
-        True, "Amplify decoupled weight decay with the rest of the step, as the released code does."
+        True, "Amplify decoupled weight decay with the rest of the step. The released code does."
     )
     ire_guard: float = flag(
         3.0,
-        "Halve kappa if the loss is not finite, or exceeds both this many times its running mean and its level when "
-        "IRE started. 0 turns this off.",
+        "Halve kappa if the loss diverges. It does if it is not finite, or exceeds both this many times its running "
+        "mean and its level when IRE started. 0 turns this off.",
         Limit(1, above=True, off=0, rule="must be more than 1, how many times its mean the loss may be, or 0 (off)."),
     )
 
@@ -302,11 +301,11 @@ class GRArguments(IREArguments, OptimizerArguments):
     """
 
     gr_preset: str | None = flag(
-        None, "Set other gr_ flags to those of a named method. Any of them that is given takes precedence.", GR_PRESETS
+        None, "Set the other gr_ flags as a named method does. Any of them that is given takes precedence.", GR_PRESETS
     )
     gr_r: float = flag(
         _Unset(0.1),
-        "r, the radius of the perturbation r d at which the second gradient is taken; > 0. The paper uses 0.05 and 0.1 "
+        "r, the radius of the perturbation r d at which the second gradient is taken. The paper uses 0.05 and 0.1 "
         "for hundreds of epochs; small models and short runs need less, wrong labels more.",
         RADIUS,
     )
@@ -339,14 +338,14 @@ class GRArguments(IREArguments, OptimizerArguments):
     )
     gr_interval: int = flag(
         _Unset(1),
-        "After the warmup, regularize only every k-th step and take plain steps in between: less cost, about 1 + 1/k "
-        "passes per step. 1 is the paper.",
+        "After the warmup, regularize only every k-th step. With plain steps in between, a step costs about 1 + 1/k "
+        "passes. 1 is the paper.",
         INTERVAL,
     )
     gr_reuse: float = flag(
         _Unset(0.0),
-        "alpha of LookSAM: the steps between regularized ones add alpha ||g1|| times the direction that the last "
-        "second gradient added, times lambda / r, which is 1 in its paper, with alpha 0.7. 0 turns it off.",
+        "alpha of LookSAM, which reuses the last second gradient between regularized steps. They add alpha ||g1|| "
+        "times the direction that it added, times lambda / r, which is 1 in its paper, with alpha 0.7. 0 turns it off.",
         NOT_NEGATIVE,
     )
     gr_on_nonfinite: str = flag(
@@ -357,8 +356,8 @@ class GRArguments(IREArguments, OptimizerArguments):
     )
     gr_half_precision_weights: bool = flag(
         False,
-        "Allow trainable weights in bf16 or fp16, in which a perturbation would be lost to rounding: the perturbed "
-        "copy and the second pass then use float32. One process only, without --bf16 or --fp16.",
+        "Allow trainable weights in bf16 or fp16. A perturbation would be lost to their rounding: the perturbed copy "
+        "and the second pass use float32. One process only, without --bf16 or --fp16.",
     )
 
     def __post_init__(self):

@@ -5,7 +5,7 @@ import os
 import shlex
 import sys
 import time
-from argparse import ArgumentDefaultsHelpFormatter, Namespace, RawDescriptionHelpFormatter
+from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
@@ -24,7 +24,7 @@ from ..reporting.redaction import redact, without_folders
 from ..trainer.checkpoints import LAST, checkpoints, last_complete_checkpoint
 from ..trainer.trainer import GRTrainer
 from ..trainer.uploads import LEFT_OUT
-from . import recipes
+from . import help, recipes
 from .output_folder import claim_output_folder, clear, refuse_removing
 from .shipped import COMMAND, RECIPES, SCRIPTS, SCRIPTS_PACKAGE, SUFFIXES, find
 
@@ -75,8 +75,8 @@ class ScriptConfig(GRConfig):
     overwrite_output_dir: bool = field(
         default=False,
         metadata={
-            "help": "Before training, remove the checkpoints, weights, metrics and card of an earlier run from "
-            "output_dir. Otherwise such a folder is refused, unless resume_from_checkpoint continues the run."
+            "help": "Before training, remove an earlier run from output_dir: its checkpoints, weights, metrics and "
+            "card. Otherwise such a folder is refused, unless resume_from_checkpoint continues the run."
         },
     )
 
@@ -123,19 +123,17 @@ def parse_args(
     Raises:
         ValueError: a recipe or a flag is invalid.
     """
-    description = sys.modules[kinds[0].__module__].__doc__
-    parser = ArgumentParser(kinds, description=description, formatter_class=_HelpFormatter)
+    parser = ArgumentParser(kinds, add_help=False)
     flags = {argument.name for kind in kinds for argument in fields(kind)}
     default = recipes.read_recipe(default_recipe, flags) if default_recipe is not None else {}
     recipe = None
     if argv and argv[0].endswith(SUFFIXES):
         recipe, argv = recipes.read_recipe(find("recipe", argv[0], RECIPES), flags), argv[1:]
+    if asked := set(argv).intersection(help.FLAGS):
+        print(help.help_of(parser, kinds, _completed(recipe, default), is_long="--help-all" in asked))
+        sys.exit(0)
     given = _given(parser, argv)
-    if recipe is None:
-        recipe = default if given.keys().isdisjoint(without_it) else recipes.method_of(default)
-    elif not recipes.method_of(recipe):
-        recipe = recipes.method_of(default) | recipe
-    recipe = recipes.under(given, recipe)
+    recipe = recipes.under(given, _completed(recipe, default, given.keys().isdisjoint(without_it)))
     parser.set_defaults(**recipe)
     values, _ = parser.parse_known_args(argv)
     for kind in kinds:
@@ -152,8 +150,11 @@ def parse_args(
     return parsed
 
 
-class _HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
-    """Shows the defaults of flags, and the script's docstring as it is written."""
+def _completed(recipe: dict[str, Any] | None, default: dict[str, Any], is_whole: bool = True) -> dict[str, Any]:
+    """`recipe`, which has the default's method where it sets none; without one, the default, or only its method."""
+    if recipe is None:
+        return default if is_whole else recipes.method_of(default)
+    return recipe if recipes.method_of(recipe) else recipes.method_of(default) | recipe
 
 
 def _given(parser: ArgumentParser, argv: list[str]) -> dict[str, Any]:

@@ -1,5 +1,7 @@
 """Where the scripts, recipes and grids of the package are, and how they are called."""
 
+import re
+from itertools import takewhile
 from pathlib import Path
 
 #: The console command; `hf-gr vit` is also the name of the process, its `sys.argv[0]`.
@@ -8,6 +10,12 @@ SCRIPTS_PACKAGE = "hf_gr.scripts"
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 RECIPES, GRIDS = SCRIPTS / "recipes", SCRIPTS / "grids"
 SUFFIXES = (".yaml", ".yml", ".json")
+
+
+def about(path: Path) -> str:
+    """The first sentence of the comment at the head of a recipe or grid."""
+    lines = takewhile(lambda line: line.startswith("#"), path.read_text(encoding="utf-8").splitlines())
+    return re.split(r"(?<=[.?])\s", " ".join(line.lstrip("# ") for line in lines))[0]
 
 
 def find(flag: str, name: str | Path, folder: Path) -> Path:

@@ -61,7 +61,12 @@ METRICS = {
 
 
 def parse_args(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    parser = script.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    presets = "\n".join(f"  {path.stem:17}{shipped.about(path)}" for path in sorted(shipped.GRIDS.glob("*.yaml")))
+    parser = script.ArgumentParser(
+        description=__doc__,
+        epilog=f"presets:\n{presets}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--preset", required=True, help="a YAML file of your own, or one of those below")
     parser.add_argument("--scale", help="one of the grid's scales, e.g. smoke, cpu, paper")
     parser.add_argument("--output_dir", type=Path, help="default: outputs/GRID-SCALE")

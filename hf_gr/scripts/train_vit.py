@@ -77,7 +77,7 @@ class ModelArguments(script.ModelArguments):
     stem: str | None = field(
         default=None,
         metadata={
-            "help": "First layers of a ResNet: imagenet divides the resolution by 4, cifar keeps it. Default: cifar "
+            "help": "First layers of a ResNet. imagenet divides the resolution by 4, cifar keeps it. Default: cifar "
             "for resnet-20 and resnet-32, imagenet for the others.",
             "choices": list(RESNET_STEMS),
         },
@@ -130,18 +130,18 @@ class DataArguments(script.DataArguments):
     max_train_samples: int | None = field(default=None, metadata={"help": "Train on at most this many examples."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on at most this many examples."})
     label_noise: float = flag(
-        0.0, "Give this share of the training examples a wrong label, drawn with --seed: does the model memorize them?"
+        0.0, "Give this share of the training examples a wrong label, drawn with --seed. Does the model memorize them?"
     )
     label_noise_type: str | None = flag(None, "Which label is the wrong one. Default: symmetric.", LABEL_NOISES)
     validation_fraction: float | None = flag(
         None,
-        "Hold this share of the training examples out, with their wrong labels, to choose settings by: evaluation "
+        "Hold this share of the training examples out, to choose settings by. They keep their wrong labels. Evaluation "
         "during training (eval_*) is on them, and the test set is evaluated once, at the end (test_*).",
     )
     image_max_value: float | None = field(
         default=None,
         metadata={
-            "help": "Value of white in images of more than 8 bits, used to scale them to 8: 65535 for 16 bits, 4095 "
+            "help": "Value of white in images of more than 8 bits. It scales them to 8: 65535 for 16 bits, 4095 "
             "for 12 bits, 1 for values from 0 to 1. Scale images the same way before inference."
         },
     )
@@ -159,8 +159,8 @@ class DataArguments(script.DataArguments):
     reestimate_batch_norm: int | None = field(
         default=None,
         metadata={
-            "help": "After training, recompute BatchNorm's running statistics from this many training images without "
-            "augmentation. After few steps they still reflect earlier weights."
+            "help": "After training, recompute BatchNorm's running statistics from this many images. They are training "
+            "images without augmentation. After few steps the statistics still reflect earlier weights."
         },
     )
 
