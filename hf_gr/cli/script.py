@@ -15,6 +15,7 @@ from typing import Any
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 from transformers import TrainingArguments, set_seed
+from transformers.utils import logging as logging_of_transformers
 
 from ..checks import COUNT, NOT_NEGATIVE, POSITIVE, SHARE, Limit, check_fields, check_ranges
 from ..config import GRConfig
@@ -25,10 +26,14 @@ from ..trainer.checkpoints import LAST, checkpoints, last_complete_checkpoint
 from ..trainer.trainer import GRTrainer
 from ..trainer.uploads import LEFT_OUT
 from . import help, recipes
+from .console import has_bars, metrics_line, talk
 from .output_folder import claim_output_folder, clear, refuse_removing
 from .shipped import COMMAND, RECIPES, SCRIPTS, SCRIPTS_PACKAGE, SUFFIXES, find
+from .twins import comparisons, twin_command
 
 with extra("scripts"):
+    import datasets
+
     from ..reporting.card import PICTURE, has_curves
 
 __all__ = [
@@ -169,18 +174,27 @@ def _given(parser: ArgumentParser, argv: list[str]) -> dict[str, Any]:
 @contextmanager
 def claim(args: ScriptConfig) -> Iterator[None]:
     """Inside this context no other run can write to the output folder (see `claim_output_folder`, also for errors).
-    Seeds the random number generators and prints the training method."""
+    Seeds the random number generators, and silences what would not be read."""
+    if not has_bars(args):
+        datasets.disable_progress_bars()
+        logging_of_transformers.disable_progress_bar()
+    if args.device.type == "cpu":
+        args.dataloader_pin_memory = False  # torch warns that it has no effect
     with claim_output_folder(args, args.overwrite_output_dir):
         set_seed(args.seed)
-        if args.process_index == 0:
-            print(f"Method: {args.describe_method()}.", flush=True)
         yield
 
 
-def begin(trainer: GRTrainer, *script_args: Any) -> None:
+def begin(trainer: GRTrainer, *script_args: Any, data: str) -> None:
     """Once everything is loaded, before anything is written: pass the script's own arguments to the trainer, and with
-    `overwrite_output_dir` remove the results of an earlier run."""
+    `overwrite_output_dir` remove the results of an earlier run.
+
+    Args:
+        data: a few words on the data, to print.
+    """
     trainer.script_args = script_args
+    flags = {name: value for args in script_args for name, value in vars(args).items()}
+    talk(trainer, flags.get("model_name_or_path") or flags.get("model"), data)
     folder = trainer.args.output_dir
     if trainer.args.overwrite_output_dir:
         refuse_removing(folder, [v for group in script_args for v in asdict(group).values() if isinstance(v, str)])
@@ -258,7 +272,8 @@ def save_model(trainer: GRTrainer) -> None:
 
 def save_metrics(trainer: GRTrainer, split: str, metrics: dict[str, float], combined: bool = True) -> None:
     """Print `metrics`, and write them to the output folder."""
-    trainer.log_metrics(split, metrics)
+    if trainer.is_world_process_zero():
+        print(f"{split:8} {metrics_line(metrics)}", flush=True)
     trainer.save_metrics(split, metrics, combined=combined)
 
 
@@ -293,14 +308,17 @@ def publish(
     dataset_name: str,
     embedded: dict[str, str] | None = None,
     kind: str = "Model",
+    started: tuple[str, list[str]] | None = None,
     **card: Any,
 ) -> Path:
-    """Write the card, upload everything with `push_to_hub`, and print the paths. Returns the output folder.
+    """Write the card, upload everything with `push_to_hub`, and print the paths, and what the run can be compared with.
+    Returns the output folder.
 
     Args:
         dataset_name: the flag's value.
         embedded: name -> description of the datasets that come with a dependency.
         kind: what was trained, in one word.
+        started: the script's file and its arguments.
         card: further arguments of `create_model_card`; they override those taken from the script's arguments.
     """
     folder = Path(trainer.args.output_dir).resolve()
@@ -310,6 +328,7 @@ def publish(
         "finetuned_from": flags.get("model_name_or_path"),
         "license": flags.get("license"),
         "script_args": trainer.script_args,
+        "command": command_line(*started, trainer.args) if started else None,
         **_dataset(dataset_name, embedded or {}),
         **card,
     }
@@ -322,7 +341,18 @@ def publish(
         for label, path in outputs.items():
             if path is not None:
                 print(f"{label:8} {path}")
+        if started is not None:
+            _print_twins(folder, *started, trainer.args)
     return folder
+
+
+def _print_twins(folder: Path, script: str, argv: list[str], args: GRConfig) -> None:
+    """How the run compares with its finished twins; without one, the command of a twin."""
+    found = list(comparisons(folder))
+    for line in found:
+        print(f"Twin     {line}")
+    if not found and (twin := twin_command(program(script, args.world_size), argv, args)) is not None:
+        print("The same without {}: {}".format(*twin))
 
 
 def _dataset(name: str, embedded: dict[str, str]) -> dict[str, str | None]:

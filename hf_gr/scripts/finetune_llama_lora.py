@@ -237,7 +237,9 @@ def main(argv: list[str] | None = None) -> None:
         with args.main_process_first(desc="preparing the data"):
             data = load_data(data_args, args.seed, tokenizer, max_length)
         trainer = create_trainer(model, tokenizer, args, data)
-        script.begin(trainer, model_args, data_args)
+        sizes = f"{len(data.train):,} training examples of at most {max_length:,} tokens"
+        words = f"{data_args.dataset_name}, {sizes}; {len(data.evaluation):,} to evaluate on"
+        script.begin(trainer, model_args, data_args, data=words)
         train(trainer, data, data_args)
         prompt, _ = prompt_and_answer(data.questions[0], tokenizer)
         folder = script.publish(
@@ -246,7 +248,7 @@ def main(argv: list[str] | None = None) -> None:
             kind="Adapters",
             tasks="text-generation",
             dataset_args=data.eval_split,
-            command=script.command_line(__file__, argv, args),
+            started=(__file__, argv),
             sample=(prompt, generate_text(cast(PreTrainedModel, model), tokenizer, prompt, data_args.max_new_tokens)),
         )
         if model_args.merge_and_save and trainer.is_world_process_zero():

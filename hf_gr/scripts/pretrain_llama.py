@@ -167,6 +167,15 @@ def create_trainer(model_args: ModelArguments, args: ScriptConfig, data: Data) -
     )
 
 
+def in_words(name: str, data: Data, block_size: int) -> str:
+    if isinstance(data.train, IterableDataset):
+        return f"{name}, streamed in blocks of {block_size} tokens, a vocabulary of {len(data.tokenizer):,}"
+    return (
+        f"{name}, {len(data.train):,} training blocks of {block_size} tokens, a vocabulary of {len(data.tokenizer):,}; "
+        f"{len(data.evaluation):,} blocks to evaluate on"
+    )
+
+
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     model_args, data_args, args = parse_args(argv)
@@ -175,7 +184,7 @@ def main(argv: list[str] | None = None) -> None:
         with args.main_process_first(desc="preparing the data"):
             data = load_data(model_args, data_args, args, block_size)
         trainer = create_trainer(model_args, args, data)
-        script.begin(trainer, model_args, data_args)
+        script.begin(trainer, model_args, data_args, data=in_words(data_args.dataset_name, data, block_size))
         metrics = script.train(trainer, data.counts)
         prompt = data_args.sample_prompt
         sample = generate_text(trainer.model, data.tokenizer, prompt, seed=args.seed, temperature=0.8)
@@ -188,7 +197,7 @@ def main(argv: list[str] | None = None) -> None:
             embedded={"python": "the source of Python's standard library"},
             tasks="text-generation",
             dataset_args=data.eval_split,
-            command=script.command_line(__file__, argv, args),
+            started=(__file__, argv),
             sample=(prompt, sample),
         )
 

@@ -287,6 +287,15 @@ def create_trainer(
     return trainer, test if validation else None
 
 
+def in_words(name: str, data: Data) -> str:
+    wrong = f", {data.counts['train_wrong_labels']:,} wrong labels" if "train_wrong_labels" in data.counts else ""
+    held_out = "" if data.validation is None else f"{len(data.validation):,} to choose settings by, "
+    return (
+        f"{name}, {len(data.train):,} training images of {len(data.label_names)} classes{wrong}; {held_out}"
+        f"{len(data.test):,} to test on"
+    )
+
+
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     model_args, data_args, args = parse_args(argv)
@@ -294,7 +303,7 @@ def main(argv: list[str] | None = None) -> None:
         with args.main_process_first(desc="loading the data"):
             data = load_data(data_args, args)
         trainer, test = create_trainer(model_args, data_args, args, data)
-        script.begin(trainer, model_args, data_args)
+        script.begin(trainer, model_args, data_args, data=in_words(data_args.dataset_name, data))
         metrics = script.train(trainer, data.counts, test=test)
         error = "eval_error" if test is None else "test_error"
         if trainer.is_world_process_zero() and error in metrics:
@@ -305,7 +314,7 @@ def main(argv: list[str] | None = None) -> None:
             embedded={"digits": "scikit-learn digits"},
             tasks="image-classification",
             dataset_args=data.test_split,
-            command=script.command_line(__file__, argv, args),
+            started=(__file__, argv),
         )
 
 

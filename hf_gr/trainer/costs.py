@@ -79,6 +79,11 @@ class Costs(Part):
         """Seconds of training, excluding evaluation, and passes over the batch of a step."""
         return {"train_seconds": self._recorder.seconds, "train_passes": self._recorder.passes}
 
+    def planned(self) -> list[float]:
+        """The passes of each step, by the schedules of GR and IRE."""
+        trainer = self._trainer
+        return [trainer.gr.passes(step) + trainer.ire.passes(step) for step in range(trainer.state.max_steps)]
+
     def total(self) -> dict[str, float]:
         """Seconds, passes, peak memory in bytes, and tokens if they were counted."""
         trainer = self._trainer

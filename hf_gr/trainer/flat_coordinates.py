@@ -170,12 +170,31 @@ class FlatCoordinates(Part):
         ire = self.optimizer
         if ire is None or not batch_samples:
             return
-        state = self._trainer.state
-        since_start = state.global_step - self.start_step(state.max_steps)
-        ire.active = since_start >= 0
+        step = self._trainer.state.global_step
+        ire.active = self._since_start(step) >= 0
         # A mask may be missing after an overflow, or in a resumed run that had no IRE: it is then chosen at once.
-        if ire.active and (since_start % self._flags.ire_interval == 0 or not ire.has_mask):
+        if ire.active and (self._is_due(step) or not ire.has_mask):
             self._update_mask(ire, batch_samples)
+
+    def _since_start(self, step: int) -> int:
+        return step - self.start_step(self._trainer.state.max_steps)
+
+    def _is_due(self, step: int) -> bool:
+        """Whether a choice precedes the step that follows `step` completed ones."""
+        since_start = self._since_start(step)
+        return since_start >= 0 and since_start % self._flags.ire_interval == 0
+
+    def passes(self, step: int) -> float:
+        """Passes of the estimate before that step, as a share of its batch."""
+        ire, args = self.optimizer, self._trainer.args
+        if ire is None or not ire.needs_estimate or not self._is_due(step):
+            return 0.0
+        rows = args.train_batch_size * args.gradient_accumulation_steps
+        return self._wanted(rows) / rows
+
+    def _wanted(self, rows: int) -> int:
+        """The number of examples for the estimate, of the `rows` of a step."""
+        return math.ceil(self._flags.ire_probe_fraction * rows)
 
     def _update_mask(self, ire: IRE, batch_samples: list[dict[str, Any]]) -> None:
         if not ire.needs_estimate:
@@ -237,7 +256,7 @@ class FlatCoordinates(Part):
         if self._flags.ire_probe_fraction == 1:
             return batch_samples
         sizes = [find_batch_size(inputs) or 1 for inputs in batch_samples]
-        wanted = math.ceil(self._flags.ire_probe_fraction * sum(sizes))
+        wanted = self._wanted(sum(sizes))
         parts = []
         for inputs, size in zip(batch_samples, sizes, strict=True):
             rows = min(size, wanted)

@@ -108,6 +108,11 @@ class GRMixin(Host):
         """The costs of training: seconds, passes, peak memory in bytes, and tokens if they were counted."""
         return self._costs.total()
 
+    def planned_passes(self) -> list[float]:
+        """The passes of each step of the run, as `costs` will count them unless a step is skipped. Known once training
+        has begun."""
+        return self._costs.planned()
+
     # ---- Optimizer and schedule ----
 
     @OnClassOrInstance
@@ -167,7 +172,7 @@ class GRMixin(Host):
         """As in `Trainer`, including the second pass and IRE's estimate."""
         flops = super().floating_point_ops(inputs)
         flops += int(flops * self.ire.probed_fraction)
-        return flops * (self.gr_args.gr_passes if self.gr.strength().is_active else 1)
+        return flops * self.gr.passes()
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         """As in `Trainer`, with the parts' values added to the training loss, and the costs to both losses."""

@@ -78,10 +78,15 @@ class TwoPass(Part):
             self._trainer.args.get_warmup_steps(num_training_steps), num_training_steps
         )
 
-    def strength(self) -> GRStrength:
-        """(lambda_t, r_t) of the current step."""
+    def strength(self, step: int | None = None) -> GRStrength:
+        """(lambda_t, r_t) of the step that follows `step` completed ones; by default, of the current one."""
         state = self._trainer.state
-        return self._flags.gr_strength(state.global_step, self.warmup_steps(state.max_steps))
+        step = state.global_step if step is None else step
+        return self._flags.gr_strength(step, self.warmup_steps(state.max_steps))
+
+    def passes(self, step: int | None = None) -> int:
+        """Forward and backward passes of that step."""
+        return self._flags.gr_passes if self.strength(step).is_active else 1
 
     def plan(self, num_training_steps: int) -> None:
         gr, args = self._flags, self._trainer.args
