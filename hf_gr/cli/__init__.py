@@ -1,1 +1,1 @@
-"""Shared code of the training scripts, and the `hf-gr` command."""
+"""The `hf-gr` command, and what the scripts share: arguments, help, console, output folder, trainers."""

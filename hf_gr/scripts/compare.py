@@ -3,6 +3,8 @@
     python scripts/compare.py --preset gr-table2 --scale cpu --workers 2
     python scripts/compare.py --preset gr-table2 --scale cpu --dataset_name FOLDER --axis gr_r=0.02,0.05
 
+Where hf_gr is installed, `hf-gr compare` is the same command.
+
 A grid (a preset, or a file of your own) contains arms, which are compared with each other, axes, seeds and scales.
 Other flags are passed to the script; `--axis FLAG=VALUE,VALUE` makes one an axis. Rerun the same command to continue
 after an interruption: finished runs are not repeated. On another machine that shares the folder, the same command adds

@@ -3,6 +3,8 @@
     python scripts/evaluate_llama.py FOLDER --dataset_name questions.parquet --context_column question
     python scripts/evaluate_llama.py FOLDER --lm_eval_tasks hellaswag arc_easy      # needs `pip install lm_eval`
 
+Where hf_gr is installed, `hf-gr evaluate` is the same command.
+
 The first is multiple choice by log-likelihood, on any dataset with a text, a list of choices and the index of the
 correct one. Results are printed and written to FOLDER/evaluation.json.
 """

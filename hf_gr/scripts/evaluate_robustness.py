@@ -5,6 +5,8 @@
     python scripts/evaluate_robustness.py out/gr out/none --output_dir out    # side by side
     python scripts/evaluate_robustness.py LLAMA --dataset_name FILE_FOLDER_OR_HUB_NAME
 
+Where hf_gr is installed, `hf-gr robustness` is the same command.
+
 Image classifiers are compared by accuracy, error, negative log-likelihood (nll) and calibration error (ece), causal
 language models by loss per token and perplexity. (Losses of models with different tokenizers are not comparable.)
 

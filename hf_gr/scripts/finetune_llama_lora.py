@@ -3,6 +3,8 @@
     accelerate launch scripts/finetune_llama_lora.py --model_name_or_path FOLDER_OR_HUB_NAME
     accelerate launch scripts/finetune_llama_lora.py --model_name_or_path ... --gr_lambda 0 --ire_preset llama
 
+Where hf_gr is installed, `hf-gr lora` is the same command.
+
 Only the adapters are trained: GR perturbs only them, and IRE amplifies only their steps. The loss is that of the
 answers. A recipe (YAML or JSON) may come first; flags override it, along with whatever in it contradicts them. The
 default recipe is lora_alpaca.yaml.

@@ -5,9 +5,11 @@
     accelerate launch scripts/pretrain_llama.py llama_60m_wikitext103.yaml
     accelerate launch scripts/pretrain_llama.py --dataset_name FILE_FOLDER_OR_HUB_NAME --model llama-60m
 
+Where hf_gr is installed, `hf-gr llama` is the same command.
+
 A recipe (YAML or JSON) may come first; flags override it, along with whatever in it contradicts them. The default
-recipe is llama_tiny_python.yaml. With --dataset_name, or a recipe that does not set the method, only
-its method (gr_*, ire_*, optim*) is used: the data never changes the method.
+recipe is llama_tiny_python.yaml. With --dataset_name, or a recipe that does not set the method, only its method (gr_*,
+ire_*, optim*) is used: the data never changes the method.
 """
 
 import sys

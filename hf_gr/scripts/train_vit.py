@@ -5,9 +5,11 @@
     accelerate launch scripts/train_vit.py vit_ti_cifar10.yaml --seed 1
     accelerate launch scripts/train_vit.py --dataset_name PATH_OR_HUB_NAME --model vit-s --output_dir out
 
+Where hf_gr is installed, `hf-gr vit` is the same command.
+
 A recipe (YAML or JSON) may come first; flags override it, along with whatever in it contradicts them. The default
-recipe is vit_digits.yaml. With --dataset_name or --model_name_or_path, or a recipe that does not set
-the method, only its method (gr_*, ire_*, optim*) is used: the data never changes the method.
+recipe is vit_digits.yaml. With --dataset_name or --model_name_or_path, or a recipe that does not set the method, only
+its method (gr_*, ire_*, optim*) is used: the data never changes the method.
 """
 
 import math
