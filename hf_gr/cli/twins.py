@@ -11,7 +11,7 @@ from ..errors import extra
 from ..reporting.record import FILE, Record, last_evaluation, read_mapping, read_record
 from ..reporting.redaction import flag_name, redact
 
-with extra("report"):
+with extra("scripts"):
     from scipy import stats
 
 
