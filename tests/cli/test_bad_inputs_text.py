@@ -84,7 +84,7 @@ SHARED = [
     ("--max_step 3", "--max_step", "Did you mean --max_steps?"),
     ("--gr_r", "--gr_r", "Write the value after the flag"),
     ("stray", "'stray'", "Write --FLAG VALUE"),
-    ("@none.yaml", "none.yaml", "No such file", "Give a YAML or JSON file"),
+    ("@none.yaml", "none.yaml", "there is no such file", "Give the path of one"),
     ("@list.yaml", "list.yaml", "FLAG: VALUE"),
     ("@word.yaml", "word.yaml", "FLAG: VALUE"),
     ("@malformed.yaml", "malformed.yaml", "Give a YAML or JSON file"),
