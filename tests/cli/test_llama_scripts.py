@@ -296,7 +296,7 @@ def test_the_harness_is_given_the_folder(adapters, pretrained, monkeypatch, tmp_
 
 def test_comparison_of_runs(pretrained, capsys, tmp_path):
     folder = str(pretrained[0])
-    command.main(["compare", "--baseline", folder, "--candidate", folder, "--picture", str(tmp_path / "c.png")])
+    command.main(["speedup", "--baseline", folder, "--candidate", folder, "--picture", str(tmp_path / "c.png")])
     lines = capsys.readouterr().out.splitlines()
     assert {line.split("|")[1].strip() for line in lines if line.startswith("| ") and "1.00" in line} == {
         "steps",
