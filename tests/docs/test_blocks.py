@@ -7,10 +7,8 @@ a trainer. Commands are parsed by the parsers of what they call.
 import re
 import shlex
 import sys
-from dataclasses import dataclass
 from unittest import mock
 
-import optuna
 import pytest
 import torch
 import torch.nn.functional as F
@@ -18,7 +16,6 @@ import transformers
 from accelerate.state import GradientState
 from torch.utils.data import DataLoader
 
-import hf_gr
 from helpers import ROOT, pages, toys
 from helpers.scripts import load_script
 from hf_gr import GRConfig, GRTrainer
@@ -39,17 +36,6 @@ pytestmark = [
 TRAINING = ("train_vit", "pretrain_llama", "finetune_llama_lora")
 COMMANDS = {**dict(zip(("vit", "llama", "lora"), TRAINING, strict=True)), "compare": "compare"}
 LAUNCHERS = (["accelerate", "launch"], ["torchrun"], ["python"])
-#: What fragments of the README need not import.
-IMPORTED = {
-    **{name: getattr(hf_gr, name) for name in hf_gr.__all__},
-    "Seq2SeqTrainer": transformers.Seq2SeqTrainer,
-    "Seq2SeqTrainingArguments": transformers.Seq2SeqTrainingArguments,
-    "Trainer": transformers.Trainer,
-    "dataclass": dataclass,
-    "optuna": optuna,
-    "torch": torch,
-    "F": F,
-}
 
 
 def blocks(language):
@@ -125,7 +111,7 @@ def _short(tmp_path, monkeypatch):
 @pytest.mark.parametrize("page", [page for page in pages.PAGES if pages.blocks(page, "python")],
                          ids=lambda page: str(page.relative_to(ROOT)))  # fmt: skip
 def test_python(page):
-    scope = {**(IMPORTED if page.name == "README.md" else {}), **at_hand(), "__name__": "block"}
+    scope = {**at_hand(), "__name__": "block"}
     for block in (param.values[0] for param in blocks("python") if param.values[0].page == page):
         exec(compile(block.code, block.name, "exec"), scope)
 
@@ -143,8 +129,6 @@ def test_shell(block, tmp_path, monkeypatch):
 def in_checkout(folder, monkeypatch) -> None:
     """Let a command find what it finds in a checkout, and write to `folder`."""
     (folder / "scripts").symlink_to(ROOT / "scripts")
-    for recipe in (ROOT / "scripts" / "recipes").glob("*.yaml"):
-        (folder / recipe.name).symlink_to(recipe)
     monkeypatch.chdir(folder)
 
 

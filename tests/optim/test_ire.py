@@ -4,7 +4,6 @@ import copy
 import io
 import math
 import pickle
-import re
 import sys
 
 import pytest
@@ -13,12 +12,11 @@ from accelerate import Accelerator
 from torch import nn
 from torch.optim import SGD, Adam, AdamW, RMSprop
 
-from helpers import ROOT
+from helpers import pages
 from hf_gr import IRE
 from hf_gr.optim._cpu import STEP_BLOCK
 from hf_gr.optim.order_statistics import SAMPLE, kth_smallest
 
-README = ROOT / "README.md"
 BASES = {
     "adamw": lambda params: AdamW(params, lr=1e-2, weight_decay=0.1),
     "fused adamw": lambda params: AdamW(params, lr=1e-2, weight_decay=0.1, fused=True),
@@ -714,8 +712,8 @@ def test_the_blockwise_path_is_taken():
     assert not called
 
 
-def test_the_loop_of_the_readme():
-    (loop,) = re.findall(r"```python\n(from hf_gr import IRE\n.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+def test_the_loop_of_the_docs():
+    (loop,) = [b.code for b in pages.blocks(pages.DOCS / "methods" / "ire.md", "python") if "update_mask" in b.code]
     torch.manual_seed(0)
     model = nn.Linear(3, 4)
     names = {
