@@ -10,7 +10,14 @@ from mkdocs.structure.files import File
 
 ROOT = Path(__file__).parents[1]
 #: Files outside of docs/ that become part of the site.
-SHARED = ("benchmarks/results/*.*", "examples/*.py", "model_cards/*/*.*", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md")
+SHARED = (
+    "benchmarks/results/*.*",
+    "examples/*.py",
+    "model_cards/*/*.*",
+    "CHANGELOG.md",
+    "CONTRIBUTING.md",
+    "SECURITY.md",
+)
 
 
 def on_files(files, config):
