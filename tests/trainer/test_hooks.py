@@ -9,7 +9,8 @@ from transformers import Trainer, TrainingArguments
 from hf_gr import GRMixin, GRTrainer
 
 #: What the mixin adds; everything else that it defines is a hook.
-OWN = {"gr_args", "gr_first_pass_only", "gr_second_pass", "ire_optimizer", "ire_sampled_losses", "script_args", "costs"}
+OWN = {"gr_args", "gr_first_pass_only", "gr_second_pass", "ire_optimizer", "ire_sampled_losses", "script_args", "costs",
+       "planned_passes"}  # fmt: skip
 HOOKS = sorted(name for name in vars(GRMixin).keys() - OWN if not (name.startswith("__") and name != "__init__"))
 
 
