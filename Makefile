@@ -13,7 +13,7 @@ quality:  ## what CI checks
 test:
 	python -m pytest
 
-fast:  ## the maths and the flags
+fast:  ## the math and the flags
 	python -m pytest tests/optim tests/test_config.py
 
 coverage:  ## what the tests do not reach, worker processes included

@@ -6,12 +6,10 @@ and presets.
 """
 
 import dataclasses
-import importlib.util
+import importlib
 import re
-import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 from hf_gr.cli.script import ScriptConfig
 from hf_gr.config import GR_PRESETS, IRE_PRESETS, GRArguments, IREArguments, OptimizerArguments
@@ -29,19 +27,9 @@ def argument_classes() -> dict[str, type]:
     """The dataclasses that a page can show, by the names in its comments."""
     classes: dict[str, type] = {"gr": GRArguments, "ire": IREArguments, "optimizer": OptimizerArguments}
     for name, script in SCRIPTS.items():
-        module = _module(script)
+        module = importlib.import_module(f"hf_gr.scripts.{script}")
         classes |= {f"{name} model": module.ModelArguments, f"{name} data": module.DataArguments}
     return classes | {"script": ScriptConfig}
-
-
-def _module(script: str) -> Any:
-    if script not in sys.modules:
-        spec = importlib.util.spec_from_file_location(script, DOCS.parent / "scripts" / f"{script}.py")
-        assert spec is not None
-        assert spec.loader is not None
-        sys.modules[script] = importlib.util.module_from_spec(spec)  # dataclasses look up their module
-        spec.loader.exec_module(sys.modules[script])
-    return sys.modules[sys.modules[script].main.__module__]
 
 
 def flags_of(name: str) -> list[dataclasses.Field]:

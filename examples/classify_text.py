@@ -9,6 +9,7 @@ that they are from. A CSV or JSON file needs the columns `text` and `label`.
 """
 
 import ast
+import sys
 import sysconfig
 from collections import Counter
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from transformers import (
     AutoTokenizer,
     BertConfig,
     BertForSequenceClassification,
+    BertTokenizer,
     DataCollatorWithPadding,
     HfArgumentParser,
     PreTrainedModel,
@@ -29,10 +31,9 @@ from transformers import (
 )
 
 from hf_gr import GRConfig, GRTrainer
-from hf_gr.data.text import train_tokenizer
-from hf_gr.errors import run
 
 PACKAGES = ("asyncio", "ctypes", "email", "http", "importlib", "json", "logging", "multiprocessing", "unittest", "xml")
+SPECIAL_WORDS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 MAX_TOKENS = 64
 
 
@@ -41,7 +42,9 @@ class Arguments:
     """What to train on what."""
 
     model_name_or_path: str | None = field(default=None, metadata={"help": "Default: a BERT of two layers."})
-    dataset_name: str | None = field(default=None, metadata={"help": "A CSV or JSON file. Default: Python's own."})
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "A CSV or JSON file. Default: functions of Python."}
+    )
 
 
 @dataclass
@@ -97,9 +100,9 @@ def load_model(name: str | None, data: DatasetDict) -> tuple[PreTrainedModel, Pr
             ignore_mismatched_sizes=True,  # the head may be for other classes
         )
         return model, AutoTokenizer.from_pretrained(name)
-    tokenizer = train_tokenizer(data["train"]["text"], vocab_size=2000, max_length=MAX_TOKENS)
+    untrained = BertTokenizer(vocab={word: i for i, word in enumerate(SPECIAL_WORDS)})
+    tokenizer = untrained.train_new_from_iterator(data["train"]["text"], vocab_size=2000, show_progress=False)
     shape = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 256}
-    tokenizer.pad_token = tokenizer.eos_token
     config = BertConfig(vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, **shape, **labels)
     return BertForSequenceClassification(config), tokenizer
 
@@ -137,4 +140,4 @@ def main(argv: list[str]) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    run(main)
+    main(sys.argv[1:])

@@ -179,4 +179,5 @@ def cost_of(trainer: GRTrainer, planned: list[float]) -> str:
     if not parts:
         return f"{steps:,} steps of one pass each"
     them = "them" if len(parts) > 1 else "it"
-    return f"{', '.join(parts)}: {total:,.10g} passes, {total / steps:.3g} times those of training without {them}"
+    compared = f"{total / steps:.3g} times those of" if total > steps else "as many as"
+    return f"{', '.join(parts)}: {total:,.10g} passes, {compared} training without {them}"

@@ -30,7 +30,10 @@ def trained(folder, model=None, **flags) -> CausalLMTrainer:
         ({}, "6 steps of one pass each"),
         ({"gr_lambda": None, "gr_warmup_steps": 2}, "GR at r = 0.1 from step 3 of 6: 10 passes, 1.67 times"),
         ({"gr_lambda": None, "gr_warmup": "r", "gr_warmup_steps": 2, "gr_interval": 2}, "from step 1 of 6: "),
-        ({"gr_lambda": None, "gr_warmup_steps": 2, "gr_ascent": "momentum"}, "from step 3 of 6: 6 passes, 1 times"),
+        (
+            {"gr_lambda": None, "gr_warmup_steps": 2, "gr_ascent": "momentum"},
+            "from step 3 of 6: 6 passes, as many as training without it",
+        ),
         ({"gr_lambda": None, "gr_warmup": "none", "gradient_accumulation_steps": 3}, "from step 1 of 6: 12 passes"),
         (IRE, "IRE at kappa = 1 from step 3 of 6: 8 passes, 1.33 times those of training without it"),
         ({**IRE, "ire_probe_fraction": 0.3, "per_device_train_batch_size": 4}, ": 7 passes"),
