@@ -23,7 +23,7 @@ docs:  ## the generated tables, and the site in build/site
 	python docs/generate.py
 	mkdocs build --strict
 
-LOWEST_PYTHON ?= python3.10
+LOWEST_PYTHON ?= python3.11
 LOWEST_TESTS ?= $(addprefix tests/,trainer/test_trainer.py optim/test_ire.py trainer/test_ire_training.py cli)
 
 test-lowest:  ## the lower bounds of pyproject.toml, all together (torch has CUDA there: about 7 GB)

@@ -1,8 +1,8 @@
 """`make test-lowest` tests what pyproject.toml says."""
 
+import tomllib
 from pathlib import Path
 
-import pytest
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parent.parent
@@ -10,7 +10,6 @@ EXTRAS = ("test", "scripts", "report", "sweep", "tensorboard")
 
 
 def test_the_lowest_versions_that_are_tested_are_the_bounds():
-    tomllib = pytest.importorskip("tomllib")  # Python 3.11
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     lines = (ROOT / "constraints-lowest.txt").read_text().splitlines()
     pins = dict(line.split("==") for line in lines if not line.startswith("#"))

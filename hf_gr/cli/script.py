@@ -388,7 +388,7 @@ def _upload(trainer: GRTrainer) -> None:
                 ignore_patterns=list(LEFT_OUT),
             )
             return
-        except Exception as error:  # noqa: PERF203  whatever the error, the files are saved
+        except Exception as error:  # whatever the error, the files are saved
             is_refused = isinstance(error, HfHubHTTPError) and error.response.status_code < 500
             if is_refused or attempt == UPLOAD_ATTEMPTS:
                 raise Failure(

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, cast
 
@@ -254,7 +254,7 @@ def publication_of(
         arguments={name: value for args in unrecorded for name, value in changed_arguments(args).items()},
         sample=None if sample is None else "".join(sample),
         command=redact([command])[0] if command else None,
-        date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        date=datetime.now(UTC).isoformat(timespec="seconds"),
     )
 
 

@@ -7,6 +7,7 @@ a trainer. Commands are parsed by the parsers of what they call.
 import re
 import shlex
 import sys
+import tomllib
 from unittest import mock
 
 import pytest
@@ -25,8 +26,6 @@ from hf_gr.models.presets import VIT_PRESETS
 from hf_gr.optim import OPTIMIZERS
 from hf_gr.optim.ascents import ASCENTS
 from hf_gr.optim.gr_warmup import GR_WARMUPS
-
-tomllib = pytest.importorskip("tomllib")  # Python 3.11
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning"),  # no GPU, and no use_cpu
