@@ -81,6 +81,7 @@ RADIUS = Limit(
     0, MAX_RADIUS, True, rule=f"the radius must be > 0 {_PUBLISHED}. To turn GR off, set gr_lambda=0 instead."
 )
 DEGREE = Limit(0, MAX_RADIUS, rule=f"the degree must be >= 0 (0 turns GR off) {_PUBLISHED}. None is gr_lambda = gr_r.")
+MOMENTUM_RADIUS = Limit(0, MAX_RADIUS, rule=f"the radius must be >= 0 (0 is none) and at most {MAX_RADIUS:g}.")
 INTERVAL = Limit(1, rule="must be a whole number of steps, at least 1.")
 
 
@@ -348,6 +349,12 @@ class GRArguments(IREArguments, OptimizerArguments):
         "times the direction that it added, times lambda / r, which is 1 in its paper, with alpha 0.7. 0 turns it off.",
         NOT_NEGATIVE,
     )
+    gr_momentum_r: float = flag(
+        0.0,
+        "r of a perturbation along the optimizer's momentum, as in MSAM, in the steps between the regularized ones of "
+        "gr_interval: still one pass. Several times gr_r. 0 leaves those steps plain.",
+        MOMENTUM_RADIUS,
+    )
     gr_on_nonfinite: str = flag(
         "stop",
         "A step with an infinite or NaN gradient is skipped with a warning. stop: three in a row end the run with an "
@@ -383,6 +390,8 @@ class GRArguments(IREArguments, OptimizerArguments):
             )
         if self.is_active and self.gr_passes == 1:
             self._check_one_pass()
+        if self.is_active and self.gr_momentum_r != 0:
+            self._check_momentum_between()
 
     def _check_one_pass(self) -> None:
         """Raise `ValueError` for what needs a g1, which an ascent of one pass does not have."""
@@ -399,6 +408,18 @@ class GRArguments(IREArguments, OptimizerArguments):
             )
         if self.gr_reuse != 0:
             raise ValueError(f"gr_reuse={self.gr_reuse}: {ascent} to project on, and no pass to save. Leave it out.")
+
+    def _check_momentum_between(self) -> None:
+        """Raise `ValueError` for what cannot go with `gr_momentum_r`."""
+        between = f"gr_momentum_r={self.gr_momentum_r}"
+        if self.gr_passes == 1:
+            raise ValueError(f"{between}: gr_ascent={self.gr_ascent!r} takes one pass already. Leave one of them out.")
+        if self.gr_reuse != 0:
+            raise ValueError(f"{between}: gr_reuse={self.gr_reuse} is for the same steps. Leave one of them out.")
+        if self.gr_half_precision_weights:
+            raise ValueError(
+                f"{between}: with gr_half_precision_weights its pass would run in half precision. Leave it out."
+            )
 
     @property
     def gr_passes(self) -> int:
@@ -422,6 +443,7 @@ class GRArguments(IREArguments, OptimizerArguments):
         if self.is_active:
             gr = f"GR with r={self.gr_r:g}, lambda={self.gr_degree:g}, gr_warmup={self.gr_warmup}"
             gr += f", gr_ascent={self.gr_ascent}" if self.gr_ascent != "gradient" else ""
+            gr += f", gr_momentum_r={self.gr_momentum_r:g}" if self.gr_momentum_r != 0 else ""
             passes += (self.gr_passes - 1) / self.gr_interval
         if self.ire_kappa != 0:
             ire = f"IRE with kappa={self.ire_kappa:g}, gamma={self.ire_gamma:g}"
@@ -442,6 +464,8 @@ class GRArguments(IREArguments, OptimizerArguments):
             warmup=self.gr_warmup,
             warmup_steps=warmup_steps,
             interval=self.gr_interval,
+            ascent=self.gr_ascent,
+            momentum_r=self.gr_momentum_r,
         )
 
     def flags_without_effect(self, prefix: str = "") -> list[str]:
@@ -461,7 +485,7 @@ NEEDS = (
         "ire_mask={0.ire_mask!r}",
     ),
     Needs({"gr_warmup_steps"}, lambda a: a.gr_warmup != "none", "gr_warmup='none'"),
-    Needs({"gr_reuse"}, lambda a: a.gr_interval > 1, "gr_interval=1"),
+    Needs({"gr_reuse", "gr_momentum_r"}, lambda a: a.gr_interval > 1, "gr_interval=1"),
     Needs({"gr_r_max"}, lambda a: RADIUS_RULES[a.gr_radius_rule].is_capped, "gr_radius_rule={0.gr_radius_rule!r}"),
     Needs({"gr_scope"}, lambda a: a.gr_passes > 1, "gr_ascent={0.gr_ascent!r}"),
     Needs({"decay_norms_and_biases"}, lambda a: getattr(a, "weight_decay", 0) != 0, "weight_decay=0"),

@@ -32,6 +32,7 @@ def test_contract_defaults():
         "gr_scope": "global",
         "gr_interval": 1,
         "gr_reuse": 0.0,
+        "gr_momentum_r": 0.0,
         "gr_on_nonfinite": "stop",
         "gr_half_precision_weights": False,
         "ire_kappa": 0.0,
@@ -91,6 +92,7 @@ def test_parses_from_command_line_json_yaml_and_dict(tmp_path):
 
 
 MOMENTUM = {"gr_ascent": "momentum"}
+BETWEEN = {"gr_momentum_r": 1.5, "gr_interval": 2}
 
 
 @pytest.mark.parametrize(
@@ -126,6 +128,10 @@ MOMENTUM = {"gr_ascent": "momentum"}
         ({**MOMENTUM, "gr_radius_rule": "loss"}, "gr_radius_rule='loss': gr_ascent='momentum' takes one pass"),
         ({**MOMENTUM, "gr_reuse": 0.5, "gr_interval": 2}, "gr_reuse=0.5: gr_ascent='momentum' takes one pass"),
         ({**MOMENTUM, "gr_half_precision_weights": True}, "gr_half_precision_weights=True: gr_ascent='momentum'"),
+        ({**BETWEEN, "gr_momentum_r": -1.0}, "gr_momentum_r=-1.0: the radius must be >= 0 (0 is none) and at most"),
+        ({**BETWEEN, **MOMENTUM}, "gr_momentum_r=1.5: gr_ascent='momentum' takes one pass already"),
+        ({**BETWEEN, "gr_reuse": 0.5}, "gr_momentum_r=1.5: gr_reuse=0.5 is for the same steps"),
+        ({**BETWEEN, "gr_half_precision_weights": True}, "gr_momentum_r=1.5: with gr_half_precision_weights its pass"),
         ({"gr_warmup_steps": -3}, "gr_warmup_steps=-3: give a whole number of steps, or a fraction"),
         ({"gr_warmup_steps": 1.5}, "gr_warmup_steps=1.5: give a whole number of steps, or a fraction"),
         ({"gr_lambda": True}, "gr_lambda=True: give a number, not a bool"),
@@ -218,6 +224,7 @@ def test_a_given_flag_wins_over_the_preset_of_gr(given, expected, tmp_path):
     ("flags", "messages"),
     [
         ({"gr_reuse": 0.7}, ["gr_reuse=0.7 has no effect with gr_interval=1."]),
+        ({"gr_momentum_r": 1.5}, ["gr_momentum_r=1.5 has no effect with gr_interval=1."]),
         ({"gr_r_max": 0.2}, ["gr_r_max=0.2 has no effect with gr_radius_rule='fixed'."]),
         ({"gr_r_max": 0.2, "gr_radius_rule": "loss"}, []),
         ({**MOMENTUM, "gr_scope": "local"}, ["gr_scope=local has no effect with gr_ascent='momentum'."]),
@@ -237,6 +244,7 @@ def test_passes_of_a_step():
     assert "; 1 pass per step" in GRArguments(**MOMENTUM).describe_method()
     assert "gr_ascent=momentum" in GRArguments(**MOMENTUM).describe_method()
     assert "; up to 1.2 passes per step" in GRArguments(gr_preset="looksam").describe_method()
+    assert "gr_momentum_r=1.5, no IRE; up to 1.5 passes per step" in GRArguments(**BETWEEN).describe_method()
 
 
 @pytest.mark.parametrize("preset", IRE_PRESETS)

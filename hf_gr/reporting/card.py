@@ -14,7 +14,7 @@ from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardDat
 from ..config import BASE_BATCH_SIZE
 from ..errors import extra
 from ..optim import IRE, OPTIMIZERS
-from ..optim.ascents import ASCENTS, Ascent
+from ..optim.ascents import ASCENTS, MSAM_CITATION, Ascent
 from ..optim.gr_warmup import GR_WARMUPS
 from ..optim.gradient_regularization import CITATION
 from ..optim.gradient_reuse import CITATION as REUSE_CITATION
@@ -63,9 +63,14 @@ SPEED_METRICS = (
 
 Entry = TypeVar("Entry")
 #: Flag -> its symbol in the equations.
-SYMBOLS = {"gr_r": "r", "gr_lambda": "lambda", "gr_warmup_steps": "T_w", "gr_reuse": "alpha", "gr_r_max": "r_max"} | {
-    f"ire_{name}": symbol for name, symbol in IRE.symbols.items()
-}
+SYMBOLS = {
+    "gr_r": "r",
+    "gr_lambda": "lambda",
+    "gr_warmup_steps": "T_w",
+    "gr_reuse": "alpha",
+    "gr_momentum_r": "r_m",
+    "gr_r_max": "r_max",
+} | {f"ire_{name}": symbol for name, symbol in IRE.symbols.items()}
 #: Settings that a segment omits because they have no effect, not because they are at their defaults.
 WITHOUT_DEFAULT = ("gr_warmup_steps", "ire_gamma")
 
@@ -224,6 +229,7 @@ def citations(record: Record) -> list[str]:
         *(entry.citation for entry in used(record, "gr_ascent", ASCENTS) if is_cited(entry, record)),
         *(rule.citation for rule in used(record, "gr_radius_rule", RADIUS_RULES) if rule.citation),
         *([REUSE_CITATION] if record.total("reused_steps") else []),
+        *([MSAM_CITATION] if record.total("momentum_steps") else []),
         *([IRE.citation] if record.segments_with("ire_kappa") else []),
         *([optimizer.citation] if optimizer is not None else []),
     ]

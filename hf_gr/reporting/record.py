@@ -40,9 +40,9 @@ class Segment:
         settings: flag -> argument in force, except those at their defaults. After a resume, the learning rate and
             weight decay are those of the loaded optimizer.
         learning_rates: of the first and the last step.
-        steps: optimizer steps; `regularized_steps` of them used a gradient at perturbed weights, `reused_steps` reused
-            an earlier one (`gr_reuse`), IRE acted in `ire_steps`, and `skipped_steps` changed nothing because the
-            gradient was not finite.
+        steps: optimizer steps; `regularized_steps` of them used a gradient at perturbed weights, those between them
+            reused an earlier one (`reused_steps`) or perturbed along the momentum (`momentum_steps`), IRE acted in
+            `ire_steps`, and `skipped_steps` changed nothing because the gradient was not finite.
         passes: forward and backward passes over the batch of a step, including `ire_passes` for IRE's estimates.
         ire_estimates: the number of IRE's estimates; `ire_choices`, how often IRE chose its coordinates.
         seconds: training time without evaluations.
@@ -59,6 +59,7 @@ class Segment:
     steps: int = 0
     regularized_steps: int = 0
     reused_steps: int = 0
+    momentum_steps: int = 0
     skipped_steps: int = 0
     passes: float = 0.0
     ire_steps: int = 0

@@ -9,7 +9,8 @@ One optimizer step, with gradient accumulation over a window of micro-batches:
    `Trainer` then clips and steps as usual.
 
 An ascent that does not need g1 (`momentum`) takes one pass: each micro-batch runs at the perturbed weights, and theta
-is restored after it. With `gr_reuse` a plain step adds what the last second gradient added.
+is restored after it; with `gr_momentum_r` so do the steps between regularized ones. With `gr_reuse` these add what the
+last second gradient added.
 """
 
 import copy
@@ -60,6 +61,7 @@ class TwoPass(Part):
         self._reuse: GradientReuse | None = None
         self._norms: list[float] = []
         self._logs: dict[str, float] = {}
+        self._name_of_norm = "gr_grad_norm"  # of the one gradient of a step of one pass
         self._gauge = Gauge(trainer)
         self._input_check = InputCheck(trainer)
 
@@ -86,7 +88,7 @@ class TwoPass(Part):
 
     def passes(self, step: int | None = None) -> int:
         """Forward and backward passes of that step."""
-        return self._flags.gr_passes if self.strength(step).is_active else 1
+        return self.strength(step).passes
 
     def plan(self, num_training_steps: int) -> None:
         gr, args = self._flags, self._trainer.args
@@ -140,19 +142,23 @@ class TwoPass(Part):
     ) -> Tensor:
         """Run `one_pass`, the trainer's own `training_step`; at the end of an accumulation window, the second pass."""
         gr = self.strength()
-        if self._flags.gr_passes == 1 and gr.is_active and not self._has_moments(model):
-            gr = GRStrength(0.0, gr.r_t)
+        if self._follows_momentum() and not self._has_moments(model) and gr.passes == 1:
+            gr = gr._replace(lambda_t=0.0)
+        self._name_of_norm = "gr_perturbed_grad_norm" if gr.is_active and gr.passes == 1 else "gr_grad_norm"
         if not gr.is_active:
             self._logs = {"gr_lambda": gr.lambda_t, "gr_r": gr.r_t} if self._flags.is_active else {}
             loss = one_pass(model, inputs, num_items_in_batch)
             self._add_reused(model)
             return loss
-        step = self._regularized_step if self._flags.gr_passes > 1 else self._perturbed_step
+        step = self._regularized_step if gr.passes > 1 else self._perturbed_step
         try:
             return step(one_pass, model, inputs, num_items_in_batch, gr)
         except BaseException:
             self.reset()
             raise
+
+    def _follows_momentum(self) -> bool:
+        return self._flags.is_active and (self._flags.gr_passes == 1 or self._flags.gr_momentum_r != 0)
 
     def _has_moments(self, model: nn.Module) -> bool:
         """Whether there is a momentum to follow. Raises `ValueError` if the optimizer, having stepped, keeps none."""
@@ -162,9 +168,11 @@ class TwoPass(Part):
         if any(first_moment(optimizer, p) is not None for p in self._parameters(model)):
             return True
         if self._recorder.segment.steps > self._recorder.segment.skipped_steps:
+            gr = self._flags
+            flag, instead = ("gr_ascent", "gradient") if gr.gr_passes == 1 else ("gr_momentum_r", "0")
             raise ValueError(
-                f"gr_ascent={self._flags.gr_ascent!r}: {type(optimizer).__name__} as it is set keeps no first moment "
-                "to follow. Use an optimizer with momentum, such as adamw_torch, or gr_ascent=gradient."
+                f"{flag}={getattr(gr, flag)!r}: {type(optimizer).__name__} as it is set keeps no first moment to "
+                f"follow. Use an optimizer with momentum, such as adamw_torch, or {flag}={instead}."
             )
         return False
 
@@ -178,7 +186,7 @@ class TwoPass(Part):
     ) -> Tensor:
         """One micro-batch at theta + r d, of which nothing but its gradient remains."""
         params, optimizer = self._parameters(model), innermost(self._trainer.optimizer)
-        perturbation = self._perturbation = Perturbation(params, self._flags.gr_ascent, optimizer)
+        perturbation = self._perturbation = Perturbation(params, gr.ascent, optimizer)
         try:
             perturbation.apply(gr.r_t)
             loss = one_pass(model, inputs, num_items_in_batch)
@@ -186,7 +194,11 @@ class TwoPass(Part):
             perturbation.restore()
         self._logs = {"gr_lambda": gr.lambda_t, "gr_r": gr.r_t}
         if self._trainer.accelerator.sync_gradients:
-            self._recorder.segment.regularized_steps += 1
+            segment = self._recorder.segment
+            if gr.ascent == self._flags.gr_ascent:
+                segment.regularized_steps += 1
+            else:
+                segment.momentum_steps += 1
         return loss
 
     def _add_reused(self, model: nn.Module) -> None:
@@ -289,7 +301,7 @@ class TwoPass(Part):
     ) -> float | None:
         """Turn the g1 in `.grad`, of this norm, into (r/lambda - 1) g1 + g2, added to `earlier_grads`. Returns ||g2||,
         times the scale of the gradients, or None if it is not known."""
-        perturbation = self._perturbation = Perturbation(params, self._flags.gr_ascent)
+        perturbation = self._perturbation = Perturbation(params, gr.ascent)
         reuse = self._reuse_for(params)
         try:
             if reuse is not None:
@@ -365,10 +377,8 @@ class TwoPass(Part):
     def logs(self, logs: dict[str, float]) -> dict[str, float]:
         if not self._logs:
             return {}
-        # A step of one pass has only one of the two gradients.
-        is_perturbed = self._flags.gr_passes == 1 and self._logs["gr_lambda"] != 0
-        only = "gr_perturbed_grad_norm" if is_perturbed else "gr_grad_norm"
-        return ({only: logs["grad_norm"]} if "grad_norm" in logs else {}) | self._logs | self._gauge.take()
+        norm = {self._name_of_norm: logs["grad_norm"]} if "grad_norm" in logs else {}
+        return norm | self._logs | self._gauge.take()
 
     # ---- Checkpoints ----
 

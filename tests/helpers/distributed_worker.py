@@ -51,6 +51,7 @@ ASCENT_CASES = {
     for name, flags in {
         "adaptive": {"gr_ascent": "adaptive", "gr_lambda": 0.05},
         "momentum": {"gr_ascent": "momentum"},
+        "between": {"gr_interval": 2, "gr_momentum_r": 0.3},
         "reuse": {"gr_interval": 2, "gr_reuse": 0.7},
         "gradient": {"gr_radius_rule": "gradient"},
         "loss": {"gr_radius_rule": "loss", "gr_r_max": 0.05},

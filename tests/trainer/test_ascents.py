@@ -93,14 +93,31 @@ class MSAM:
     def __init__(self, beta, weight, start=0):
         self.beta, self.weight, self.start, self.m = beta, weight, start, None
 
+    def offsets(self, theta, gradient, step):
+        return None if self.m is None or step <= self.start else [-R * m / norm(self.m) for m in self.m]
+
     def __call__(self, theta, gradient, step):
-        is_plain = self.m is None or step <= self.start
-        g = gradient(None if is_plain else [-R * m / norm(self.m) for m in self.m])
+        g = gradient(self.offsets(theta, gradient, step))
         if self.m is None:  # Adam begins with 0, SGD with the first gradient
             self.m = [x * self.weight for x in g]
         else:
             self.m = [self.beta * m + self.weight * x for m, x in zip(self.m, g, strict=True)]
         return g
+
+
+class SAMAndMSAM(MSAM):
+    """From step `start` on: the gradient at theta + r g1/||g1|| in every `interval`-th step, MSAM's in the others."""
+
+    def __init__(self, beta, weight, start, interval, momentum_r):
+        super().__init__(beta, weight)
+        self.begin, self.interval, self.momentum_r = start, interval, momentum_r
+
+    def offsets(self, theta, gradient, step):
+        if step <= self.begin:
+            return None
+        if (step - 1 - self.begin) % self.interval == 0:
+            return sam(theta, gradient(None), R)
+        return [-self.momentum_r * m / norm(self.m) for m in self.m]
 
 
 #: Flags -> the rule by hand.
@@ -120,6 +137,10 @@ METHODS = {
     "looksam, lambda": (
         {"gr_interval": 2, "gr_reuse": 0.7, "gr_lambda": 0.5 * R, "gr_warmup": "zero", "gr_warmup_steps": 2},
         lambda _: Rule(sam, 0.5, start=2, interval=2, alpha=0.7 * 0.5),
+    ),
+    "momentum between": (
+        {"gr_interval": 3, "gr_momentum_r": 2 * R, "gr_warmup": "zero", "gr_warmup_steps": 2},
+        lambda optim: SAMAndMSAM(*optim, start=2, interval=3, momentum_r=2 * R),
     ),
     "rule gradient": ({"gr_radius_rule": "gradient"}, lambda _: Rule(lambda p, g, r: sam(p, g, min(r * norm(g), 1)))),
     "rule gradient, lambda": (
@@ -188,11 +209,32 @@ def test_momentum_takes_one_pass(accumulation, tmp_path):
     assert not any("gr_linearity" in entry or "gr_grad_norm" in entry for entry in logs[1:])
 
 
-def test_an_optimizer_without_momentum_is_refused(tmp_path):
-    with pytest.raises(
-        ValueError, match=r"gr_ascent='momentum': SGD as it is set keeps no first moment .* adamw_torch"
-    ):
-        train(tmp_path, "momentum", {"optim": "sgd", "learning_rate": 0.1})
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        ("momentum", r"gr_ascent='momentum': SGD as .* no first moment .* adamw_torch, or gr_ascent=gradient"),
+        ("momentum between", r"gr_momentum_r=0.6: SGD as .* no first moment .* adamw_torch, or gr_momentum_r=0"),
+    ],
+)
+def test_an_optimizer_without_momentum_is_refused(method, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        train(tmp_path, method, {"optim": "sgd", "learning_rate": 0.1})
+
+
+def test_steps_along_the_momentum_are_counted_logged_and_on_the_card(tmp_path):
+    trainer, _ = train(tmp_path, "momentum between", ADAM)
+    segment = trainer.recorder.record.segments[-1]
+    assert (segment.regularized_steps, segment.momentum_steps, segment.passes) == (3, 5, STEPS + 3)
+    assert trainer.model.calls == sum(trainer.planned_passes()) == STEPS + 3
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert [entry["gr_r"] for entry in logs] == [R] * 3 + [2 * R, 2 * R, R] * 2 + [2 * R]
+    between = [entry for entry in logs if entry["gr_r"] == 2 * R]
+    assert all(entry["gr_perturbed_grad_norm"] == entry["grad_norm"] for entry in between)
+    assert not any("gr_linearity" in entry or "gr_grad_norm" in entry for entry in between)
+    trainer.create_model_card()
+    card = (tmp_path / "README.md").read_text()
+    assert "So it was in 3 of 10 steps; in 5 it was the gradient at theta - r_m m/||m||" in card
+    assert "becker2024" in card and "foret2021" in card and "| `gr_momentum_r` | r_m | 0.6 |" in card
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -203,7 +245,7 @@ def test_a_gradient_scaler_changes_nothing(method, tmp_path):
     assert relative_error_of_path(scaled, plain) <= 1e-12
 
 
-@pytest.mark.parametrize("method", ["momentum", "adaptive, lambda", "looksam", "looksam, lambda"])
+@pytest.mark.parametrize("method", ["momentum", "adaptive, lambda", "looksam", "looksam, lambda", "momentum between"])
 def test_a_resumed_run_is_bitwise_the_whole_one(method, tmp_path):
     # Step 4 is between two regularized ones, for both intervals.
     flags = {"save_strategy": "steps", "save_steps": 4, "seed": 3}
