@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from .optimizer_factory import create_optimizer, list_optimizers
     from .trainer import GRMixin, GRTrainer
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "IRE",
