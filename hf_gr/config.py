@@ -23,7 +23,7 @@ from .checks import (
 )
 from .optim import IRE, OPTIMIZERS
 from .optim.ascents import ASCENTS
-from .optim.gr_warmup import GR_WARMUPS, GRStrength, gr_strength
+from .optim.gr_warmup import GR_WARMUPS, GRStrength, gr_strength, is_between
 from .optim.ire import ESTIMATED_MASKS, SETTINGS
 from .optim.radius_rules import RADIUS_RULES
 
@@ -464,9 +464,13 @@ class GRArguments(IREArguments, OptimizerArguments):
             warmup=self.gr_warmup,
             warmup_steps=warmup_steps,
             interval=self.gr_interval,
-            ascent=self.gr_ascent,
-            momentum_r=self.gr_momentum_r,
         )
+
+    def gr_at(self, step: int, warmup_steps: int) -> tuple[GRStrength, str]:
+        """(lambda_t, r_t) and the ascent, where `gr_momentum_r` fills the steps that `gr_interval` leaves out."""
+        if self.gr_momentum_r != 0 and is_between(step, warmup_steps, self.gr_interval):
+            return GRStrength(self.gr_momentum_r, self.gr_momentum_r), "momentum"
+        return self.gr_strength(step, warmup_steps), self.gr_ascent
 
     def flags_without_effect(self, prefix: str = "") -> list[str]:
         """A message for each row of `NEEDS` with flags, of this prefix, that were set and that change nothing."""

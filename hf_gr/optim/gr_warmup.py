@@ -13,8 +13,6 @@ entry in `GR_WARMUPS`: the command line, the validation, the model card, the doc
 from collections.abc import Callable
 from typing import NamedTuple
 
-from .ascents import ASCENTS
-
 
 class Warmup(NamedTuple):
     """A GR warmup: its function, what `--help` says of it, and its equation on the model card."""
@@ -25,21 +23,15 @@ class Warmup(NamedTuple):
 
 
 class GRStrength(NamedTuple):
-    """What GR does at one step: the degree `lambda_t` and radius `r_t` of Algorithm 1, and the entry of `ASCENTS`."""
+    """What GR does at one step: the degree `lambda_t` and the radius `r_t` of Algorithm 1."""
 
     lambda_t: float
     r_t: float
-    ascent: str = "gradient"
 
     @property
     def is_active(self) -> bool:
-        """Whether the step perturbs. With lambda_t = 0 or r_t = 0 the regularized gradient is g1 itself."""
+        """Whether the step needs a second pass. With lambda_t = 0 or r_t = 0 the regularized gradient is g1 itself."""
         return self.lambda_t != 0 and self.r_t != 0
-
-    @property
-    def passes(self) -> int:
-        """Forward and backward passes over a batch."""
-        return ASCENTS[self.ascent].passes if self.is_active else 1
 
     @property
     def grad_scale(self) -> float:
@@ -53,7 +45,7 @@ class GRStrength(NamedTuple):
 
     def with_radius(self, radius: float) -> "GRStrength":
         """The radius that a radius rule makes of r_t, and the degree that goes with it: lambda_t/r_t stays."""
-        return self._replace(lambda_t=self.g2_weight * radius, r_t=radius)
+        return GRStrength(self.g2_weight * radius, radius)
 
 
 def _ramp(t: int, warmup_steps: int) -> float:
@@ -106,15 +98,7 @@ GR_WARMUPS: dict[str, Warmup] = {
 
 
 def gr_strength(
-    step: int,
-    *,
-    r: float,
-    lambda_: float,
-    warmup: str,
-    warmup_steps: int,
-    interval: int = 1,
-    ascent: str = "gradient",
-    momentum_r: float = 0.0,
+    step: int, *, r: float, lambda_: float, warmup: str, warmup_steps: int, interval: int = 1
 ) -> GRStrength:
     """(lambda_t, r_t) of the optimizer step that follows `step` completed ones.
 
@@ -126,11 +110,11 @@ def gr_strength(
         warmup_steps: T_w.
         interval: after the warmup only every `interval`-th step is regularized, beginning with the first; the others
             are plain. 1 is the paper.
-        ascent: a key of `ASCENTS`.
-        momentum_r: the radius along the momentum in those others, which are then not plain.
     """
-    is_between = step > warmup_steps and (step - warmup_steps) % interval
-    if is_between and momentum_r:
-        return GRStrength(momentum_r, momentum_r, "momentum")
     scales = GR_WARMUPS[warmup].function(step + 1, warmup_steps)
-    return GRStrength(0.0 if is_between else scales[0] * lambda_, scales[1] * r, ascent)
+    return GRStrength(0.0 if is_between(step, warmup_steps, interval) else scales[0] * lambda_, scales[1] * r)
+
+
+def is_between(step: int, warmup_steps: int, interval: int) -> bool:
+    """Whether the optimizer step that follows `step` completed ones is left out by `interval`."""
+    return step > warmup_steps and (step - warmup_steps) % interval != 0

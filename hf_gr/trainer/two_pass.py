@@ -24,7 +24,7 @@ import torch
 from accelerate.logging import get_logger
 from torch import Tensor, nn
 
-from ..optim.ascents import first_moment
+from ..optim.ascents import ASCENTS, first_moment
 from ..optim.gr_warmup import GRStrength
 from ..optim.gradient_regularization import (
     HALF_PRECISION,
@@ -82,13 +82,17 @@ class TwoPass(Part):
 
     def strength(self, step: int | None = None) -> GRStrength:
         """(lambda_t, r_t) of the step that follows `step` completed ones; by default, of the current one."""
-        state = self._trainer.state
-        step = state.global_step if step is None else step
-        return self._flags.gr_strength(step, self.warmup_steps(state.max_steps))
+        return self._at(step)[0]
 
     def passes(self, step: int | None = None) -> int:
         """Forward and backward passes of that step."""
-        return self.strength(step).passes
+        gr, ascent = self._at(step)
+        return ASCENTS[ascent].passes if gr.is_active else 1
+
+    def _at(self, step: int | None = None) -> tuple[GRStrength, str]:
+        state = self._trainer.state
+        step = state.global_step if step is None else step
+        return self._flags.gr_at(step, self.warmup_steps(state.max_steps))
 
     def plan(self, num_training_steps: int) -> None:
         gr, args = self._flags, self._trainer.args
@@ -141,18 +145,20 @@ class TwoPass(Part):
         num_items_in_batch: Tensor | int | None,
     ) -> Tensor:
         """Run `one_pass`, the trainer's own `training_step`; at the end of an accumulation window, the second pass."""
-        gr = self.strength()
-        if self._follows_momentum() and not self._has_moments(model) and gr.passes == 1:
-            gr = gr._replace(lambda_t=0.0)
-        self._name_of_norm = "gr_perturbed_grad_norm" if gr.is_active and gr.passes == 1 else "gr_grad_norm"
+        gr, ascent = self._at()
+        takes_one_pass = ASCENTS[ascent].passes == 1
+        if self._follows_momentum() and not self._has_moments(model) and takes_one_pass:
+            gr = GRStrength(0.0, gr.r_t)
+        self._name_of_norm = "gr_perturbed_grad_norm" if gr.is_active and takes_one_pass else "gr_grad_norm"
         if not gr.is_active:
             self._logs = {"gr_lambda": gr.lambda_t, "gr_r": gr.r_t} if self._flags.is_active else {}
             loss = one_pass(model, inputs, num_items_in_batch)
             self._add_reused(model)
             return loss
-        step = self._regularized_step if gr.passes > 1 else self._perturbed_step
         try:
-            return step(one_pass, model, inputs, num_items_in_batch, gr)
+            if takes_one_pass:
+                return self._perturbed_step(one_pass, model, inputs, num_items_in_batch, gr, ascent)
+            return self._regularized_step(one_pass, model, inputs, num_items_in_batch, gr)
         except BaseException:
             self.reset()
             raise
@@ -183,10 +189,11 @@ class TwoPass(Part):
         inputs: dict[str, Any],
         num_items_in_batch: Tensor | int | None,
         gr: GRStrength,
+        ascent: str,
     ) -> Tensor:
         """One micro-batch at theta + r d, of which nothing but its gradient remains."""
         params, optimizer = self._parameters(model), innermost(self._trainer.optimizer)
-        perturbation = self._perturbation = Perturbation(params, gr.ascent, optimizer)
+        perturbation = self._perturbation = Perturbation(params, ascent, optimizer)
         try:
             perturbation.apply(gr.r_t)
             loss = one_pass(model, inputs, num_items_in_batch)
@@ -195,7 +202,7 @@ class TwoPass(Part):
         self._logs = {"gr_lambda": gr.lambda_t, "gr_r": gr.r_t}
         if self._trainer.accelerator.sync_gradients:
             segment = self._recorder.segment
-            if gr.ascent == self._flags.gr_ascent:
+            if ascent == self._flags.gr_ascent:
                 segment.regularized_steps += 1
             else:
                 segment.momentum_steps += 1
@@ -301,7 +308,7 @@ class TwoPass(Part):
     ) -> float | None:
         """Turn the g1 in `.grad`, of this norm, into (r/lambda - 1) g1 + g2, added to `earlier_grads`. Returns ||g2||,
         times the scale of the gradients, or None if it is not known."""
-        perturbation = self._perturbation = Perturbation(params, gr.ascent)
+        perturbation = self._perturbation = Perturbation(params, self._flags.gr_ascent)
         reuse = self._reuse_for(params)
         try:
             if reuse is not None:
