@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 #: Files outside of docs/ that become part of the site.
 SHARED = (
     "benchmarks/results/*.*",
-    "examples/*.py",
+    "examples/*.*",
     "model_cards/*/*.*",
     "CHANGELOG.md",
     "CONTRIBUTING.md",
