@@ -20,7 +20,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image, ImageDraw, ImageOps
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil, set_seed
 
@@ -171,7 +170,17 @@ def free_port() -> int:
 
 
 @pytest.fixture
-def url(folder, tmp_path):
+def browser():
+    sync_api = pytest.importorskip("playwright.sync_api")
+    path = os.environ.get("CHROMIUM") or shutil.which("chromium")
+    if find_spec("gradio") is None or path is None:
+        pytest.skip("needs gradio and chromium")
+    with sync_api.sync_playwright() as tools:
+        yield tools.chromium.launch(executable_path=path, args=["--no-sandbox"])
+
+
+@pytest.fixture
+def url(browser, folder, tmp_path):
     port = free_port()
     settings = {"GRADIO_SERVER_PORT": str(port), "GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_OFFLINE": "1"}
     log = (tmp_path / "log").open("w+")
@@ -189,38 +198,32 @@ def url(folder, tmp_path):
 
 
 @pytest.mark.slow
-def test_in_a_browser(url):
-    playwright = pytest.importorskip("playwright.sync_api")
-    if find_spec("gradio") is None or not (browser := os.environ.get("CHROMIUM") or shutil.which("chromium")):
-        pytest.skip("needs gradio and chromium")
+def test_in_a_browser(browser, url):
     errors = []
-    with playwright.sync_playwright() as tools:
-        page = tools.chromium.launch(executable_path=browser, args=["--no-sandbox"]).new_page()
-        page.set_default_timeout(120_000)
-        page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
-        page.on("pageerror", lambda error: errors.append(str(error)))
-        page.goto(url)
-        winners = page.get_by_test_id("label-output-value")
-        curves = page.get_by_alt_text("Curves of")
-        curves.nth(1).wait_for()
-        page.wait_for_function("[...document.querySelectorAll('img[alt^=Curves]')].every(i => i.naturalWidth > 1000)")
-        page.locator("#pad button[aria-label='Brush Size']").wait_for()  # the brush is selected
-        assert winners.count() == 0
+    page = browser.new_page()
+    page.set_default_timeout(120_000)
+    page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.goto(url)
+    page.get_by_alt_text("Curves of").nth(1).wait_for()
+    page.wait_for_function("[...document.querySelectorAll('img[alt^=Curves]')].every(i => i.naturalWidth > 1000)")
+    winners = page.get_by_test_id("label-output-value")
+    assert winners.count() == 0
 
-        draw_with_mouse(page, SEVEN)
-        winners.nth(1).wait_for()
-        assert [winner.inner_text().strip() for winner in winners.all()] == ["7", "7"]
+    draw_with_mouse(page, SEVEN)
+    winners.nth(1).wait_for()
+    assert [winner.inner_text().strip() for winner in winners.all()] == ["7", "7"]
 
-        page.get_by_label("Clear canvas").click()
-        winners.first.wait_for(state="detached")
-        page.locator("#pad button[aria-label='Brush Size']").wait_for()
-        draw_with_mouse(page, [(50, 15), (50, 85)])
-        winners.nth(1).wait_for()
-        assert [winner.inner_text().strip() for winner in winners.all()] == ["1", "1"]
+    page.get_by_label("Clear canvas").click()
+    winners.first.wait_for(state="detached")
+    draw_with_mouse(page, [(50, 15), (50, 85)])
+    winners.nth(1).wait_for()
+    assert [winner.inner_text().strip() for winner in winners.all()] == ["1", "1"]
     assert errors == []
 
 
 def draw_with_mouse(page, corners) -> None:
+    page.locator("#pad button[aria-label='Brush Size']").wait_for()  # only while the brush is selected
     box = page.locator("#pad canvas").first.bounding_box()
     places = [(box["x"] + box["width"] * x / 100, box["y"] + box["height"] * y / 100) for x, y in corners]
     page.mouse.move(*places[0])

@@ -131,7 +131,9 @@ def _download(name: str) -> Path:
         return Path(snapshot_download(name, ignore_patterns=["checkpoint-*"]))
     except (OSError, ValueError) as error:
         reason = type(error).__name__
-        raise ValueError(f"{name}: neither a folder nor a model on the Hub within reach ({reason}). {REMEDY}") from error
+        raise ValueError(
+            f"{name}: neither a folder nor a model on the Hub within reach ({reason}). {REMEDY}"
+        ) from error
 
 
 def page(runs: Sequence[Run]):
@@ -157,7 +159,7 @@ def page(runs: Sequence[Run]):
         "buttons": [],
     }
     with gr.Blocks(title="Draw a digit") as blocks:
-        gr.Markdown("# Draw a digit\nModels trained on scans of 8 × 8 pixels classify it as you draw.")
+        gr.Markdown("# Draw a digit\nModels trained on scans of 8 x 8 pixels classify it as you draw.")
         with gr.Row():
             with gr.Column(min_width=300):
                 pad = gr.Sketchpad(label="Your digit", elem_id="pad", **pad_options)
