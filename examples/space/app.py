@@ -130,10 +130,8 @@ def _download(name: str) -> Path:
     try:
         return Path(snapshot_download(name, ignore_patterns=["checkpoint-*"]))
     except (OSError, ValueError) as error:
-        reason = type(error).__name__
-        raise ValueError(
-            f"{name}: neither a folder nor a model on the Hub within reach ({reason}). {REMEDY}"
-        ) from error
+        problem = f"neither a folder nor a model on the Hub within reach ({type(error).__name__})"
+        raise ValueError(f"{name}: {problem}. {REMEDY}") from error
 
 
 def page(runs: Sequence[Run]):
