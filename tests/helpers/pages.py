@@ -26,7 +26,7 @@ class Block(NamedTuple):
 
 def blocks(page: Path, language: str) -> list[Block]:
     text = page.read_text(encoding="utf-8")
-    found = re.finditer(rf"(?:^<!-- (.*) -->\n)?^```{language}\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    found = re.finditer(rf"(?:^<!-- ([^\n]*) -->\n)?^```{language}\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
     return [Block(page, text[: m.start(2)].count("\n"), language, m[2], m[1] or "") for m in found]
 
 
