@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[1]
 SHARED = (
     "benchmarks/results/*.*",
     "examples/*.*",
+    "examples/space/*.*",
     "model_cards/*/*.*",
     "CHANGELOG.md",
     "CONTRIBUTING.md",
