@@ -14,7 +14,7 @@ from helpers import ROOT, pages
 
 NOTEBOOKS = sorted((ROOT / "examples").glob("*.ipynb"))
 #: Of the root of a file system, not of a link.
-ABSOLUTE_PATH = re.compile(r"(?<![\w.:/])(/(home|root|tmp|usr|opt|work|mnt|var|Users)/|[A-Z]:\\)")
+ABSOLUTE_PATH = re.compile(r"(?<![\w.:/])(/(home|root|tmp|usr|opt|mnt|var|Users)/|[A-Z]:\\)")
 
 
 def cells(notebook, kind):
