@@ -468,7 +468,7 @@ class GRArguments(IREArguments, OptimizerArguments):
 
     def gr_at(self, step: int, warmup_steps: int) -> tuple[GRStrength, str]:
         """(lambda_t, r_t) and the ascent, where `gr_momentum_r` fills the steps that `gr_interval` leaves out."""
-        if self.gr_momentum_r != 0 and is_between(step, warmup_steps, self.gr_interval):
+        if self.is_active and self.gr_momentum_r != 0 and is_between(step, warmup_steps, self.gr_interval):
             return GRStrength(self.gr_momentum_r, self.gr_momentum_r), "momentum"
         return self.gr_strength(step, warmup_steps), self.gr_ascent
 

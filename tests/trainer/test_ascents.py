@@ -221,6 +221,13 @@ def test_an_optimizer_without_momentum_is_refused(method, message, tmp_path):
         train(tmp_path, method, {"optim": "sgd", "learning_rate": 0.1})
 
 
+def test_without_gr_no_step_follows_the_momentum(tmp_path):
+    off = train(tmp_path / "off", "momentum between", ADAM, gr_lambda=0.0)[0]
+    plain = train(tmp_path / "plain", "adaptive", ADAM, gr_lambda=0.0)[0]
+    assert torch.equal(toys.weights(off.model), toys.weights(plain.model))
+    assert off.recorder.record.segments[-1].momentum_steps == 0
+
+
 def test_steps_along_the_momentum_are_counted_logged_and_on_the_card(tmp_path):
     trainer, _ = train(tmp_path, "momentum between", ADAM)
     segment = trainer.recorder.record.segments[-1]
