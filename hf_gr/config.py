@@ -361,6 +361,12 @@ class GRArguments(IREArguments, OptimizerArguments):
         "error; skip: the run continues. Applies to runs with GR or IRE.",
         ON_NONFINITE,
     )
+    gr_diagnostics_steps: int = flag(
+        0,
+        "Every this many steps, log the spread of Adam's adaptive learning rates and how much the step changed them, "
+        "and the cosine of both gradients; every epoch, the mean of ||g1||. The run stays the same. 0 turns this off.",
+        Limit(0, rule="must be a whole number of steps, or 0 (off)."),
+    )
     gr_half_precision_weights: bool = flag(
         False,
         "Allow trainable weights in bf16 or fp16. A perturbation would be lost to their rounding: the perturbed copy "

@@ -116,9 +116,13 @@ def check_scheduler(args: TrainingArguments) -> None:
         )
 
 
+#: Flags of that prefix that have an effect with gr_lambda=0, too.
+WITHOUT_GR = ("gr_on_nonfinite", "gr_diagnostics_steps")
+
+
 def check_gr_is_on(given: Mapping[str, Any], values: Any) -> None:
     """Raise `ValueError` for a GR flag on the command line if the recipe turns GR off."""
-    flag = next((f for f in given if f.startswith("gr_") and f != "gr_on_nonfinite"), None)
+    flag = next((f for f in given if f.startswith("gr_") and f not in WITHOUT_GR), None)
     if flag and "gr_lambda" not in given and getattr(values, "gr_lambda", None) == 0:
         raise ValueError(
             f"{flag}={given[flag]} has no effect with gr_lambda=0 in the recipe. Give gr_lambda, too; for SAM, gr_r."

@@ -62,6 +62,24 @@ def _total_norm(tensors: list[Tensor]) -> float:
 
 
 @torch.no_grad()
+def gradient_cosine(params: Iterable[Tensor], first: Iterable[Tensor | None], ratio: float = 0.0) -> float | None:
+    """The cosine of g1 and g2, each taken as one vector, where `.grad` holds ratio * g1 + g2 and `first` is g1.
+
+    A gradient that is missing is 0. None if one of both vectors is 0 or not finite.
+    """
+    products = [0.0, 0.0, 0.0]
+    for p, g1 in zip(params, first, strict=True):
+        if p.grad is None:
+            continue
+        g2 = p.grad if g1 is None or ratio == 0 else p.grad - ratio * g1
+        pairs = [(g2, g2)] if g1 is None else [(g2, g2), (g1, g1), (g1, g2)]
+        for i, (a, b) in enumerate(pairs):
+            products[i] += as_float(torch.sum(a.double() * b.double()))
+    length = math.sqrt(products[0]) * math.sqrt(products[1])
+    return products[2] / length if 0 < length < math.inf else None
+
+
+@torch.no_grad()
 def are_finite(tensors: Iterable[Tensor]) -> bool:
     """Whether no element is infinite or NaN; of sharded tensors, those that this process holds. One reduction."""
     local = [part for t in tensors if (part := _local(t.detach())).numel() > 0]

@@ -16,8 +16,8 @@ BOOKKEEPING = frozenset(
     logging_steps logging_first_step eval_strategy eval_steps per_device_eval_batch_size save_strategy save_steps
     save_total_limit do_train do_eval do_predict resume_from_checkpoint push_to_hub label_names remove_unused_columns
     accelerator_config ddp_backend local_rank skip_memory_metrics trackio_space_id trackio_bucket_id
-    trackio_static_space_id layer_statistics_steps dataset_name model_name_or_path license use_cpu dataloader_pin_memory
-    overwrite_output_dir
+    trackio_static_space_id layer_statistics_steps gr_diagnostics_steps dataset_name model_name_or_path license use_cpu
+    dataloader_pin_memory overwrite_output_dir
     """.split()  # noqa: SIM905
 )
 #: Prefixes of the flags of the Hub, and of those whose values in force are recorded as a group.

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
         gr: Any
         ire: Any
         layerwise: Any
+        nonfinite_guard: Any
         gr_first_pass_only: tuple[str, ...]
         gr_second_pass: bool
 

@@ -23,7 +23,7 @@ from transformers import TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_utils import has_length
 
 from ..optim import TVLARS
-from ..reporting.arguments import changed_arguments, default_of
+from ..reporting.arguments import BOOKKEEPING, changed_arguments, default_of
 from ..reporting.record import (
     Log,
     ModelFacts,
@@ -129,7 +129,7 @@ def _ire_settings(trainer: Host) -> dict[str, Any]:
 
 def _other_flags(flags: Any, prefix: str, recorded: Iterable[str]) -> dict[str, Any]:
     """The flags of a method that are neither `recorded` yet nor at their defaults."""
-    skipped = {*recorded, "ire_gamma", "gr_warmup_steps"}  # these two have no effect unless recorded
+    skipped = {*BOOKKEEPING, *recorded, "ire_gamma", "gr_warmup_steps"}  # the two have no effect unless recorded
     fields = [f for f in dataclasses.fields(flags) if f.name.startswith(prefix) and f.name not in skipped]
     return {f.name: getattr(flags, f.name) for f in fields if getattr(flags, f.name) != f.default}
 

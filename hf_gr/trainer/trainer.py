@@ -18,6 +18,7 @@ from ..config import GRArguments
 from ..optim.ire import IRE
 from .checkpoints import explain_failed_save, load_weights, require_same_names
 from .costs import Costs
+from .diagnostics import Diagnostics
 from .flat_coordinates import FlatCoordinates, sampled_losses
 from .guards import NonFiniteGuard
 from .layerwise import Layerwise, OnClassOrInstance, get_optimizer_cls_and_kwargs
@@ -54,6 +55,7 @@ class GRMixin(Host):
       (`ire_flat_fraction_embedding`, `_attention`, `_mlp`, `_norm`, `_bias`, ...), and `ire_mask_overlap`, the Jaccard
       index of the last two masks.
     - `tvlars_phi`, beside the learning rate that it multiplies.
+    - with `gr_diagnostics_steps`, in entries of their own, what `hf_gr.trainer.diagnostics` lists.
     - `train_seconds`, excluding evaluation, and `train_passes`, the forward and backward passes over a step's batch so
       far, including those of GR and of IRE's estimates. Evaluation logs contain them too, and `evaluated_examples`.
     """
@@ -77,13 +79,14 @@ class GRMixin(Host):
         # `Trainer` sets this in `train()`; a `training_step` outside of it is a window of one.
         self.current_gradient_accumulation_steps = 1
         self.recorder = Recorder(self)
-        self.gr = TwoPass(self, self.recorder)
+        self.diagnostics = Diagnostics(self)
+        self.gr = TwoPass(self, self.recorder, self.diagnostics)
         self.ire = FlatCoordinates(self, self.recorder)
         self.layerwise = Layerwise(self)
         self.nonfinite_guard = NonFiniteGuard(self, self.recorder)
         self._costs = Costs(self, self.recorder)
         self._uploads = Uploads(self)
-        self.parts = (self.layerwise, self.gr, self._costs, self.ire, self.nonfinite_guard)
+        self.parts = (self.layerwise, self.gr, self._costs, self.ire, self.nonfinite_guard, self.diagnostics)
         super().__init__(*args, **kwargs)
         #: The dataset evaluated last, its name if it is one of several, or all of them as a dict.
         self.evaluated_dataset: Any = None

@@ -30,6 +30,7 @@ from ..optim.gradient_regularization import (
     HALF_PRECISION,
     Perturbation,
     add_gradients_,
+    gradient_cosine,
     gradient_norm,
     gradients_set_aside,
     in_float32,
@@ -38,6 +39,7 @@ from ..optim.gradient_regularization import (
 from ..optim.gradient_reuse import GradientReuse
 from ..optim.radius_rules import RADIUS_RULES
 from .compatibility import refuse_unsupported
+from .diagnostics import Diagnostics
 from .gauge import Gauge
 from .layerwise import innermost, trainable_parameters
 from .part import Host, Part
@@ -53,9 +55,10 @@ logger = get_logger(__name__)  # logs once, not once per process
 class TwoPass(Part):
     """The update rule of gradient regularization around a trainer's plain step."""
 
-    def __init__(self, trainer: Host, recorder: Recorder):
+    def __init__(self, trainer: Host, recorder: Recorder, diagnostics: Diagnostics):
         super().__init__(trainer)
         self._recorder = recorder
+        self._diagnostics = diagnostics
         self._window: list[MicroBatch] = []
         self._perturbation: Perturbation | None = None
         self._reuse: GradientReuse | None = None
@@ -200,6 +203,7 @@ class TwoPass(Part):
         finally:
             perturbation.restore()
         self._logs = {"gr_lambda": gr.lambda_t, "gr_r": gr.r_t}
+        self._diagnostics.first_norm = math.nan
         if self._trainer.accelerator.sync_gradients:
             segment = self._recorder.segment
             if ascent == self._flags.gr_ascent:
@@ -292,7 +296,7 @@ class TwoPass(Part):
                 scale_gradients_(params, gr.g2_weight)
                 self._recorder.segment.regularized_steps += 1
         if ends_window:
-            self._logs["gr_grad_norm"] = sum(self._norms) / len(self._norms)
+            self._logs["gr_grad_norm"] = self._diagnostics.first_norm = sum(self._norms) / len(self._norms)
             self._norms.clear()
             self._gauge.end_step()
 
@@ -310,6 +314,8 @@ class TwoPass(Part):
         times the scale of the gradients, or None if it is not known."""
         perturbation = self._perturbation = Perturbation(params, self._flags.gr_ascent)
         reuse = self._reuse_for(params)
+        is_diagnosed = self._flags.gr_scope == "global" and self._diagnostics.is_due
+        first = [None if p.grad is None else p.grad.clone() for p in params] if is_diagnosed else None
         try:
             if reuse is not None:
                 reuse.keep_first()
@@ -321,6 +327,8 @@ class TwoPass(Part):
             self._replay(one_pass, model)
             if reuse is not None:
                 reuse.keep_second()
+            if first is not None:
+                self._diagnostics.cosine = gradient_cosine(params, first, gr.grad_scale)
             if self._flags.gr_scope == "global":
                 return perturbation.second_gradient_norm(gr.grad_scale)
             return gradient_norm(params) if gr.grad_scale == 0 else None

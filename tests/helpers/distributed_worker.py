@@ -226,6 +226,7 @@ def fsdp(folder: str) -> dict:
     except ValueError as error:
         results["refused"] = str(error)
     reset_state()
+    results["diagnostics"] = diagnostics_of(folder, Sharded)
     settings = {"max_steps": 4, "gr_warmup": "zero", "warmup_steps": 1, "optim": "adamw_torch", "learning_rate": 1e-2,
                 "gradient_accumulation_steps": 2, "save_strategy": "steps", "save_steps": 2}  # fmt: skip
     recorder = RanksAgree()
@@ -248,6 +249,17 @@ def memorization_of(output_dir: str, **flags) -> list[dict[str, float]]:
     reset_state()
     keys = ("train_accuracy_right_labels", "train_accuracy_wrong_labels")
     return [{key: entry[key] for key in keys} for entry in trainer.state.log_history if "loss" in entry]
+
+
+def diagnostics_of(output_dir: str, cls=GRTrainer, **flags) -> list[dict[str, float]]:
+    """What `gr_diagnostics_steps` logs; one process accumulates two batches, two processes have one each."""
+    settings = {"optim": "adamw_torch", "learning_rate": 1e-2, "gr_diagnostics_steps": 1, **flags}
+    trainer = trainer_of(output_dir, cls, **settings)
+    trainer.train()
+    reset_state()
+    keys = ("adaptive_lr_spread", "adaptive_lr_change", "gr_cosine", "grad_norm_epoch_mean")
+    entries = [{key: entry[key] for key in keys if key in entry} for entry in trainer.state.log_history]
+    return [entry for entry in entries if entry]
 
 
 def ire(folder: str) -> dict:
@@ -295,6 +307,7 @@ SUITES = {
     "resume": resume,
     "fsdp": fsdp,
     "loop": loop,
+    "diagnostics": diagnostics_of,
     "memorization": lambda folder: memorization_of(folder, ddp_backend="gloo"),
 }
 
