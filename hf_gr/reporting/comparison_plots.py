@@ -1,6 +1,7 @@
 """Curves that compare runs: two groups, or the arms of a grid."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ with extra("report"):
 
 #: Below matplotlib's limit on the height in pixels, 2 ** 16.
 LARGEST_PICTURE = 65_000
+MOST_COLUMNS = 6
 
 
 def plot_comparison(
@@ -56,9 +58,9 @@ def _are_proportional(runs: Sequence[History], axes: tuple[str, str], metric: st
 
 
 def plot_arms(grid: Grid, runs: Sequence[Run], path: Path) -> None:
-    """A row of panels for each combination of the axes, with the mean of each arm over its seeds: the metric against
-    steps and against seconds, with its range; ||g1||, with and without GR; and, if there are any, the warmups and the
-    wrong labels that were memorized.
+    """Panels for each combination of the axes, with the mean of each arm over its seeds: the metric against steps and
+    against seconds, with its range; ||g1||, with and without GR; and, if there are any, the warmups, the wrong labels
+    that were memorized, and what `gr_diagnostics_steps` logged.
 
     A metric of the test set is measured only at the end; the curves show the same metric on the validation part. A
     dotted line marks the baseline's final value. Curves of a single point are drawn as dots.
@@ -66,20 +68,24 @@ def plot_arms(grid: Grid, runs: Sequence[Run], path: Path) -> None:
     groups = grouped(runs, grid.axes)
     logged = {key for run in runs for entry in run.history() for key in entry}
     further = [draw for key, draw in FURTHER_PANELS.items() if key in logged]
-    columns = 3 + len(further)
-    figure = Figure(figsize=(4.6 * columns, 4.2 * len(groups)), layout="constrained")
-    panels = figure.subplots(len(groups), columns, squeeze=False)
+    count = 3 + len(further)
+    rows = -(-count // MOST_COLUMNS)
+    columns = -(-count // rows)
+    figure = Figure(figsize=(4.6 * columns, 4.2 * rows * len(groups)), layout="constrained")
+    panels = figure.subplots(rows * len(groups), columns, squeeze=False).reshape(len(groups), rows * columns)
     for row, (on_axes, members) in zip(panels, groups, strict=True):
         arms = {arm: [run.history() for run in cell] for (arm,), cell in grouped(members, ["arm"])}
         colors = dict(zip(arms, COLORS * (1 + len(arms) // len(COLORS)), strict=False))
         _plot_metric(row[0], grid, arms, colors, "step", "optimizer step")
         _plot_metric(row[1], grid, arms, colors, "train_seconds", "seconds of training")
         _plot_norms(row[2], arms, colors)
-        for axis, draw in zip(row[3:], further, strict=True):
+        for axis, draw in zip(row[3:count], further, strict=True):
             draw(axis, arms, colors)
-        for axis in row:
+        for axis in row[:count]:
             axis.grid(alpha=0.3)
             axis.spines[["top", "right"]].set_visible(False)
+        for axis in row[count:]:
+            axis.remove()
         row[0].legend(frameon=False)
         if on_axes:
             row[0].set_title(", ".join(f"{n} = {v}" for n, v in zip(grid.axes, on_axes, strict=True)))
@@ -147,8 +153,36 @@ def _plot_memorization(axis: Axes, arms: Histories, colors: dict[str, str]) -> N
     axis.set_ylim(bottom=0)
 
 
+def _plot_logged(axis: Axes, arms: Histories, colors: dict[str, str], *, key: str, title: str, ylabel: str) -> None:
+    """The mean over the seeds of a logged value, on a logarithmic axis unless it may be negative."""
+    for arm, histories in arms.items():
+        x, y = _curves(histories, key, "step")
+        if len(x):
+            _draw(axis, x, y.mean(axis=0), color=colors[arm])
+    axis.set(title=title, xlabel="optimizer step", ylabel=ylabel)
+    if key == "gr_cosine":
+        axis.set_ylim(top=1)
+    else:
+        make_logarithmic(axis)
+
+
+def _logged(key: str, title: str, ylabel: str) -> Callable[..., None]:
+    return partial(_plot_logged, key=key, title=title, ylabel=ylabel)
+
+
 #: A logged value -> the panel of it.
-FURTHER_PANELS = {"gr_lambda": _plot_warmups, "train_accuracy_wrong_labels": _plot_memorization}
+FURTHER_PANELS: dict[str, Callable[..., None]] = {
+    "gr_lambda": _plot_warmups,
+    "train_accuracy_wrong_labels": _plot_memorization,
+    "grad_norm_epoch_mean": _logged("grad_norm_epoch_mean", "Gradient norm, means of epochs", r"$\|g_1\|$"),
+    "adaptive_lr_spread": _logged(
+        "adaptive_lr_spread", "Adaptive learning rates: spread over coordinates", r"standard deviation of $\log \psi$"
+    ),
+    "adaptive_lr_change": _logged(
+        "adaptive_lr_change", "Adaptive learning rates: change in one step", r"root mean square of $\Delta \log \psi$"
+    ),
+    "gr_cosine": _logged("gr_cosine", "Both gradients", r"cosine of $g_1$ and $g_2$"),
+}
 
 
 def _draw(axis: Axes, x: np.ndarray, y: np.ndarray, *, linewidth: float = 1.2, **style: Any) -> None:
