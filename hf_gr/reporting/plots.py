@@ -23,8 +23,8 @@ COLORS = (BLUE, ORANGE, GREEN, PURPLE, "#E69F00", "#56B4E9", "#000000")
 
 
 def plot_curves(log_history: History, path: str | Path) -> None:
-    """Loss, error, gradient norms, schedules, memorization, the gauge of r and flat coordinates against the optimizer
-    step, as one PNG.
+    """Loss, error, gradient norms, schedules, memorization, the gauge of r, diagnostics and flat coordinates against
+    the optimizer step, as one PNG.
 
     Values that the run did not log are left out, such as the error of a language model, or ||g2|| without GR.
 
@@ -33,7 +33,8 @@ def plot_curves(log_history: History, path: str | Path) -> None:
         path: where to write the picture.
     """
     panels = [plot for plot, prefix in PANELS if any(key.startswith(prefix) for entry in log_history for key in entry)]
-    rows, columns = {3: (1, 3), 4: (2, 2), 5: (2, 3), 6: (2, 3), 7: (2, 4)}[len(panels)]
+    rows = 1 if len(panels) == 3 else 2
+    columns = math.ceil(len(panels) / rows)
     figure = Figure(figsize=(3 + 4 * columns, 4 if rows == 1 else 7), layout="constrained")
     axes = figure.subplots(rows, columns).flatten().tolist()
     for unused in axes[len(panels) :]:
@@ -80,6 +81,19 @@ def _plot_gauge(axis: Axes, log_history: History) -> None:
     axis.set(title="Rise of the loss within r", ylabel="relative to a linear loss")
 
 
+def _plot_adaptive_rates(axis: Axes, log_history: History) -> None:
+    _line(axis, log_history, "adaptive_lr_spread", "spread over coordinates", BLUE)
+    _line(axis, log_history, "adaptive_lr_change", "change in one step", ORANGE)
+    axis.set(title="Adaptive learning rates", ylabel=r"standard deviation of $\log \psi$, of its change")
+    make_logarithmic(axis)
+
+
+def _plot_cosine(axis: Axes, log_history: History) -> None:
+    _line(axis, log_history, "gr_cosine", r"cosine of $g_1$ and $g_2$", GREEN)
+    axis.set(title="Both gradients", ylabel="cosine")
+    axis.set_ylim(top=1.02)
+
+
 def _plot_flat_coordinates(axis: Axes, log_history: History) -> None:
     kinds = sorted({key for entry in log_history for key in entry if key.startswith("ire_flat_fraction_")})
     for key, color in zip(kinds, COLORS * 2, strict=False):
@@ -116,6 +130,8 @@ PANELS = (
     (_plot_schedules, ""),
     (_plot_memorization, "train_accuracy_wrong_labels"),
     (_plot_gauge, "gr_linearity"),
+    (_plot_adaptive_rates, "adaptive_lr_spread"),
+    (_plot_cosine, "gr_cosine"),
     (_plot_flat_coordinates, "ire_flat_fraction_"),
 )
 
