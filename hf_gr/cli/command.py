@@ -62,6 +62,23 @@ def plots(argv: list[str]) -> None:
     plot_curves(history, picture)
 
 
+def figure(argv: list[str]) -> None:
+    """Draw a figure of the GR paper that needs no run.
+
+    hf-gr figure adaptive-lr variance.png
+    """
+    from ..reporting.plots import require_picture
+    from ..reporting.theory_figures import FIGURES
+
+    parser = _parser(figure)
+    helps = "; ".join(f"{name}: {entry.help}" for name, entry in FIGURES.items())
+    parser.add_argument("name", choices=FIGURES, help=helps)
+    parser.add_argument("picture", type=Path, help="where to draw it")
+    options = parser.parse_args(argv)
+    require_picture("picture", options.picture)
+    FIGURES[options.name].draw(options.picture)
+
+
 def speedup(argv: list[str]) -> None:
     """Compare how soon two groups of runs reach a loss.
 
@@ -131,7 +148,7 @@ def run_script(name: str, argv: list[str]) -> None:
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     **{name: partial(run_script, name) for name in FILES},
-    **{function.__name__: function for function in (speedup, card, plots, env, optimizers)},
+    **{function.__name__: function for function in (speedup, card, plots, figure, env, optimizers)},
 }
 
 
