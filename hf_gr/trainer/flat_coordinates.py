@@ -28,12 +28,12 @@ from ..optim.fisher import (
 )
 from ..optim.gradient_regularization import gradients_set_aside, scale_gradients_
 from ..optim.ire import ESTIMATED_MASKS, IRE
+from ..optim.pass_state import RNGState
 from .compatibility import PREFERENCE_TRAINERS, class_among, refuse_unsupported
 from .guards import DivergenceGuard
 from .layerwise import trainable_parameters
 from .part import Host, Part
 from .recording import Recorder
-from .replay import RNGState
 
 logger = get_logger(__name__)
 

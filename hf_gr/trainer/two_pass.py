@@ -37,6 +37,7 @@ from ..optim.gradient_regularization import (
     scale_gradients_,
 )
 from ..optim.gradient_reuse import GradientReuse
+from ..optim.pass_state import RNGState, preserve_buffers
 from ..optim.radius_rules import RADIUS_RULES
 from .compatibility import refuse_unsupported
 from .diagnostics import Diagnostics
@@ -44,7 +45,7 @@ from .gauge import Gauge
 from .layerwise import innermost, trainable_parameters
 from .part import Host, Part
 from .recording import Recorder
-from .replay import InputCheck, MicroBatch, RNGState, attributes_set_aside, preserve_buffers
+from .replay import InputCheck, MicroBatch, attributes_set_aside
 
 #: The file of a checkpoint with the state of `gr_reuse`.
 REUSE_STATE = "gr_reuse.pt"
