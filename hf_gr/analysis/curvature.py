@@ -212,11 +212,10 @@ class _Loss:
     def gradient(self, offsets: list[Tensor] | None = None, scale: float = 0.0) -> list[Tensor]:
         """The gradient of L at theta + scale * offsets."""
         with self._moved(offsets, scale):
-            for p in self.params:
-                p.grad = None
+            self._drop_gradients()
             for loss in self._losses():
                 (loss / len(self._batches)).backward()
-            return [self._reduce(torch.zeros_like(p) if p.grad is None else p.grad) for p in self.params]
+            return self._take_gradients()
 
     def product(self, v: list[Tensor], method: str) -> list[Tensor]:
         """H v."""
@@ -225,16 +224,16 @@ class _Loss:
         return self._exact_product(v) if method == "exact" else self._difference(v)
 
     def _exact_product(self, v: list[Tensor]) -> list[Tensor]:
-        total = [torch.zeros_like(p) for p in self.params]
+        self._drop_gradients()
         with sdpa_kernel(SDPBackend.MATH), _explained():
             for loss in self._losses():
                 mean = loss / len(self._batches)
                 grads = torch.autograd.grad(mean, self.params, create_graph=True, materialize_grads=True)
                 slope = sum((g * x).sum() for g, x in zip(grads, v, strict=True))
                 if slope.requires_grad:  # else the loss is linear
-                    products = torch.autograd.grad(slope, self.params, materialize_grads=True)
-                    torch._foreach_add_(total, products)
-        return [self._reduce(x) for x in total]
+                    # `autograd.grad` would not reach, and so be silent about, what is differentiable only once.
+                    slope.backward()
+        return self._take_gradients()
 
     def _difference(self, v: list[Tensor]) -> list[Tensor]:
         if length(v) == 0:
@@ -242,6 +241,15 @@ class _Loss:
         scale = difference_scale(self.params, v)
         pairs = zip(self.gradient(v, scale), self.gradient(v, -scale), strict=True)
         return [(above - below) / (2 * scale) for above, below in pairs]
+
+    def _drop_gradients(self) -> None:
+        for p in self.params:
+            p.grad = None
+
+    def _take_gradients(self) -> list[Tensor]:
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.params]
+        self._drop_gradients()
+        return [self._reduce(g) for g in grads]
 
     def _losses(self) -> Iterator[Tensor]:
         self.rng_state.restore()
@@ -257,6 +265,7 @@ class _Loss:
 
     @contextmanager
     def _moved(self, offsets: list[Tensor] | None, scale: float) -> Iterator[None]:
+        self._reshard()
         if offsets is not None:
             with torch.no_grad():
                 for p, offset in zip(self.params, offsets, strict=True):
@@ -264,7 +273,14 @@ class _Loss:
         try:
             yield
         finally:
+            self._reshard()
             self.restore_weights()
+
+    def _reshard(self) -> None:
+        """A pass without a backward leaves FSDP2's root gathered, and the next one would not see that weights moved."""
+        for module in self._model.modules():
+            if hasattr(module, "reshard"):
+                module.reshard()
 
     @torch.no_grad()
     def restore_weights(self) -> None:
@@ -303,14 +319,28 @@ def _measured(model: nn.Module, loss_fn: LossFunction, batches: Sized, reduce: R
                 module.training = mode
 
 
+class NotTwiceDifferentiable(ValueError):
+    """The model has an operation for which autograd knows no second derivative."""
+
+
+#: What PyTorch says of an operation without one, of a function that forbids it, of reentrant checkpointing, and of
+#: compiled code.
+_NO_SECOND_DERIVATIVE = (
+    "is not implemented",
+    "once_differentiable",
+    "is not compatible with .grad",
+    "support double backward",
+)
+
+
 @contextmanager
 def _explained() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if "is not implemented" not in str(error):
+        if not any(words in str(error) for words in _NO_SECOND_DERIVATIVE):
             raise
-        raise ValueError(
+        raise NotTwiceDifferentiable(
             f"method='exact': the model has an operation that cannot be differentiated twice ({error}). Use "
             "method='difference', or another attention: model.set_attn_implementation('eager')."
         ) from error

@@ -181,6 +181,9 @@ FURTHER_PANELS: dict[str, Callable[..., None]] = {
     "adaptive_lr_change": _logged(
         "adaptive_lr_change", "Adaptive learning rates: change in one step", r"root mean square of $\Delta \log \psi$"
     ),
+    "preconditioned_sharpness": _logged(
+        "preconditioned_sharpness", "Largest eigenvalue of the preconditioned Hessian", r"$\lambda_{\max}(P^{-1} H)$"
+    ),
     "gr_cosine": _logged("gr_cosine", "Both gradients", r"cosine of $g_1$ and $g_2$"),
 }
 

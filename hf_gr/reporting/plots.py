@@ -88,6 +88,13 @@ def _plot_adaptive_rates(axis: Axes, log_history: History) -> None:
     make_logarithmic(axis)
 
 
+def _plot_stability(axis: Axes, log_history: History) -> None:
+    _line(axis, log_history, "preconditioned_sharpness", r"$\lambda_{\max}(P^{-1} H)$", BLUE)
+    _line(axis, log_history, "stability_threshold", "edge of stability", ORANGE, linestyle="--")
+    axis.set(title="Sharpness as Adam sees it", ylabel="eigenvalue")
+    make_logarithmic(axis)
+
+
 def _plot_cosine(axis: Axes, log_history: History) -> None:
     _line(axis, log_history, "gr_cosine", r"cosine of $g_1$ and $g_2$", GREEN)
     axis.set(title="Both gradients", ylabel="cosine")
@@ -131,6 +138,7 @@ PANELS = (
     (_plot_memorization, "train_accuracy_wrong_labels"),
     (_plot_gauge, "gr_linearity"),
     (_plot_adaptive_rates, "adaptive_lr_spread"),
+    (_plot_stability, "preconditioned_sharpness"),
     (_plot_cosine, "gr_cosine"),
     (_plot_flat_coordinates, "ire_flat_fraction_"),
 )

@@ -120,6 +120,71 @@ def test_the_cosine_is_that_of_both_gradients(tmp_path, degree, accumulation):
         assert logged[step + 1] == pytest.approx(expected, abs=2e-5)
 
 
+class Tiny(torch.nn.Module):
+    """102 parameters, whose Hessian can be written down."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = torch.nn.Sequential(torch.nn.Linear(12, 4), torch.nn.Tanh(), torch.nn.Linear(4, 10))
+
+    def forward(self, pixel_values, labels):
+        logits = self.layers(pixel_values.flatten(1))
+        return {"loss": torch.nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+
+def top_eigenvalue(model, denominators, batches) -> float:
+    """Of P^-1 H, from the whole matrix in float64."""
+    model = copy.deepcopy(model).double()
+    names = [name for name, _ in model.named_parameters()]
+    shapes = [p.shape for p in model.parameters()]
+
+    def loss(flat):
+        parts = flat.split([shape.numel() for shape in shapes])
+        values = {name: part.view(shape) for name, part, shape in zip(names, parts, shapes, strict=True)}
+        inputs = [{**batch, "pixel_values": batch["pixel_values"].double()} for batch in batches]
+        return sum(torch.func.functional_call(model, values, (), batch)["loss"] for batch in inputs) / len(batches)
+
+    hessian = torch.autograd.functional.hessian(loss, toys.weights(model))
+    root = torch.cat([p.flatten() for p in denominators]).double().sqrt()
+    return torch.linalg.eigvalsh(hessian / root[:, None] / root[None, :])[-1].item()
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "rmsprop"])
+def test_the_preconditioned_sharpness_is_that_of_the_whole_matrix(tmp_path, optim):
+    """Every tenth time, after the step, on its batches, in evaluation mode; with the rate of the next step."""
+    seen, batches = {}, []
+
+    class Keep(Spy):
+        def training_step(self, model, inputs, *args, **kwargs):
+            batches.append(copy.copy(inputs))
+            return super().training_step(model, inputs, *args, **kwargs)
+
+        def log(self, logs, *args, **kwargs):
+            if "preconditioned_sharpness" in logs:
+                group, denominators = self.base.param_groups[0], []
+                for p in self.model.parameters():
+                    state = self.base.state[p]
+                    v = (
+                        state["square_avg"]
+                        if optim == "rmsprop"
+                        else state["exp_avg_sq"] / (1 - 0.999 ** state["step"])
+                    )
+                    denominators.append(v.sqrt() + group["eps"])
+                threshold = (2 if optim == "rmsprop" else 38) / group["lr"]
+                seen[self.state.global_step] = top_eigenvalue(self.model, denominators, batches[-2:]), threshold
+            super().log(logs, *args, **kwargs)
+
+    flags = {"optim": optim, "gr_lambda": 0, "gr_diagnostics_steps": 1, "gradient_accumulation_steps": 2}
+    trainer = toys.trainer(tmp_path, Tiny(), toys.images(80, size=2), cls=Keep, max_steps=20, **flags)
+    trainer.train()
+    sharpness, threshold = entries(trainer, "preconditioned_sharpness"), entries(trainer, "stability_threshold")
+    assert list(seen) == list(sharpness) == [10]  # at step 20 the rate is 0
+    for step, (expected, edge) in seen.items():
+        assert sharpness[step] == pytest.approx(expected, rel=0.02)
+        assert threshold[step] == pytest.approx(edge, rel=1e-6)
+
+
 @pytest.mark.parametrize("method", [{"gr_lambda": 0}, {"gr_interval": 2}, {"gr_warmup": "zero", "gr_warmup_steps": 4}])
 def test_the_mean_of_an_epoch_is_over_all_its_steps(tmp_path, method):
     """Also over those that were not logged, and with the norm of g1, not of the mixed gradient."""
@@ -161,11 +226,11 @@ def test_the_run_is_the_same_without_them(tmp_path, method):
             tmp_path / str(steps),
             toys.vit(dropout=0.1),
             callbacks=[recorder],
-            **{**flags, "gr_diagnostics_steps": steps},
+            **{**flags, "gr_diagnostics_steps": steps, "max_steps": 12},
         )
         trainer.train()
         paths.append(recorder.path)
-    assert all(torch.equal(a, b) for a, b in zip(*paths, strict=True)) and len(paths[0]) == 7
+    assert all(torch.equal(a, b) for a, b in zip(*paths, strict=True)) and len(paths[0]) == 13
 
 
 def test_a_gradient_scaler_changes_nothing(tmp_path):
