@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from .config import GRArguments, GRConfig
     from .optim import IRE, LAMB, LARS, TVLARS
     from .optimizer_factory import create_optimizer, list_optimizers
-    from .trainer import GRMixin, GRTrainer
+    from .trainer import GRMixin, GRTrainer, SharpnessCallback
 
 __version__ = "0.2.0"
 
@@ -23,6 +23,7 @@ __all__ = [
     "GRConfig",
     "GRMixin",
     "GRTrainer",
+    "SharpnessCallback",
     "create_optimizer",
     "list_optimizers",
 ]
@@ -31,7 +32,7 @@ _MODULES = {
     "config": ("GRArguments", "GRConfig"),
     "optim": ("IRE", "LAMB", "LARS", "TVLARS"),
     "optimizer_factory": ("create_optimizer", "list_optimizers"),
-    "trainer": ("GRMixin", "GRTrainer"),
+    "trainer": ("GRMixin", "GRTrainer", "SharpnessCallback"),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 

@@ -1,5 +1,6 @@
 """The methods inside `transformers.Trainer`."""
 
+from .sharpness import SharpnessCallback
 from .trainer import GRMixin, GRTrainer
 
-__all__ = ["GRMixin", "GRTrainer"]
+__all__ = ["GRMixin", "GRTrainer", "SharpnessCallback"]

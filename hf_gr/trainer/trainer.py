@@ -3,6 +3,7 @@
 Each hook of `Trainer` is overridden once, here; the work is done in the parts, one file per method.
 """
 
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
 
+from ..analysis.estimates import Estimate
 from ..config import GRArguments
 from ..optim.ire import IRE
 from .checkpoints import explain_failed_save, load_weights, require_same_names
@@ -24,6 +26,7 @@ from .layerwise import Layerwise, OnClassOrInstance, get_optimizer_cls_and_kwarg
 from .process_groups import end_cleanly
 from .recording import Recorder
 from .resuming import ResumeCheck, prepare_to_resume, same_optimizer_required
+from .sharpness import QUANTITIES, fixed_batches, measure_sharpness
 from .two_pass import TwoPass
 from .uploads import Uploads
 
@@ -107,6 +110,36 @@ class GRMixin(Host):
     def costs(self) -> dict[str, float]:
         """The costs of training: seconds, passes, peak memory in bytes, and tokens if they were counted."""
         return self._costs.total()
+
+    def sharpness(
+        self,
+        batches: int = 8,
+        quantities: Sequence[str] = tuple(QUANTITIES),
+        dataset: Any = None,
+        method: str | None = None,
+        **options: Mapping[str, Any],
+    ) -> dict[str, Estimate]:
+        """How sharp the loss is at the current weights, as values with their standard errors, by name:
+
+        - `sam`: the rise of the loss along the gradient, within r = 0.05; `average`: its mean rise under noise of 5 %
+          on each weight;
+        - `trace` and `top`: the trace and the largest eigenvalue of the Hessian of the trainable parameters.
+
+        The loss is `compute_loss` in evaluation mode and in float32, the mean over the first batches, which are the
+        same at every call. Nothing of the run changes. With several processes, all of them call it. See
+        `hf_gr.analysis.curvature`.
+
+        Args:
+            batches: over all processes, of `per_device_eval_batch_size`; rounded up to a multiple of the processes.
+            quantities: which of them, cheapest first. `sam` takes 3 passes over the batches, `average` 32 pairs without
+                gradients, `trace` 32 products of the Hessian of about two passes each, and `top` often more.
+            dataset: what to measure on, or the name of an evaluation dataset. By default the training data, of whose
+                loss the weights are a minimum; without training data, the evaluation data.
+            method: how products of the Hessian are computed, `exact` or `difference`. By default `exact`, and
+                `difference` under FSDP and for models that cannot be differentiated twice.
+            options: further arguments of one of the functions, by name: `sam={"r": 0.1}, trace={"num_samples": 100}`.
+        """
+        return measure_sharpness(self, fixed_batches(self, batches, dataset), quantities, method, options)
 
     def planned_passes(self) -> list[float]:
         """The passes of each step of the run, as `costs` will count them unless a step is skipped. Known once training

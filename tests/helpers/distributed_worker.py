@@ -18,6 +18,7 @@ from hf_gr import GRConfig, GRTrainer
 from hf_gr.cli.output_folder import claim_output_folder
 from hf_gr.cli.trainers import ImageTrainer
 from hf_gr.data.images import IS_WRONG
+from hf_gr.trainer.sharpness import SharpnessCallback, as_logs
 
 PRECISIONS = ("float32", "scaled", "bf16")
 CASES = [
@@ -226,6 +227,7 @@ def fsdp(folder: str) -> dict:
     except ValueError as error:
         results["refused"] = str(error)
     reset_state()
+    results["sharpness"] = sharpness_of(folder, Sharded)
     settings = {"max_steps": 4, "gr_warmup": "zero", "warmup_steps": 1, "optim": "adamw_torch", "learning_rate": 1e-2,
                 "gradient_accumulation_steps": 2, "save_strategy": "steps", "save_steps": 2}  # fmt: skip
     recorder = RanksAgree()
@@ -248,6 +250,23 @@ def memorization_of(output_dir: str, **flags) -> list[dict[str, float]]:
     reset_state()
     keys = ("train_accuracy_right_labels", "train_accuracy_wrong_labels")
     return [{key: entry[key] for key in keys} for entry in trainer.state.log_history if "loss" in entry]
+
+
+def sharpness_of(output_dir: str, cls=GRTrainer, **flags) -> list[dict[str, float]]:
+    """Logged in a training that does not change the weights, and measured after it; the ranks agree."""
+    settings = {"max_steps": 2, "learning_rate": 0.0, "per_device_eval_batch_size": 6, **flags}
+    trainer = trainer_of(output_dir, cls, **settings)
+    options = {"batches": 4, "average": {"num_samples": 3}, "trace": {"num_samples": 3}}
+    trainer.add_callback(SharpnessCallback(trainer, every=2, **options))
+    trainer.train()
+    found = as_logs(trainer.sharpness(**options))
+    if dist.is_initialized():
+        require_equal_ranks(torch.tensor([*found.values()]), "sharpness")
+    reset_state()
+    return [
+        *({key: entry[key] for key in found} for entry in trainer.state.log_history if "sharpness_sam" in entry),
+        found,
+    ]
 
 
 def ire(folder: str) -> dict:
@@ -295,6 +314,7 @@ SUITES = {
     "resume": resume,
     "fsdp": fsdp,
     "loop": loop,
+    "sharpness": lambda folder: sharpness_of(folder),
     "memorization": lambda folder: memorization_of(folder, ddp_backend="gloo"),
 }
 

@@ -22,6 +22,7 @@ from helpers.distributed_worker import (
     RESUME,
     STEPS,
     memorization_of,
+    sharpness_of,
     trainer_of,
 )
 from helpers.reference import flat_masks, regularized_gradient, sampled_label_gradient
@@ -78,7 +79,19 @@ def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
     return {
         "one": alone(folder / "one"),
-        **launch(folder, 2, "scopes", "ascents", "ire", "optimizers", "overflow", "resume", "loop", "memorization"),
+        **launch(
+            folder,
+            2,
+            "scopes",
+            "ascents",
+            "ire",
+            "optimizers",
+            "overflow",
+            "resume",
+            "loop",
+            "memorization",
+            "sharpness",
+        ),
         "from_two": alone(folder / "resumed", folder / "two" / "checkpoint-2"),
     }
 
@@ -215,6 +228,18 @@ def test_memorization_is_counted_on_all_processes(results, tmp_path):
     shares = memorization_of(str(tmp_path), per_device_train_batch_size=2 * RANKS)
     assert results["memorization"] == shares  # quotients of the same counts
     assert len(shares) == 2 and shares[0] != shares[1]
+
+
+@pytest.mark.parametrize(("suite", "error"), [("results", 1e-4), ("sharded", 2e-3)])
+def test_sharpness_is_that_of_one_process(suite, error, request, tmp_path):
+    """During training and after it. Sharded parameters have central differences in float32."""
+    (logged, after), expected = (
+        request.getfixturevalue(suite)["sharpness"],
+        sharpness_of(str(tmp_path), ddp_backend=None),
+    )
+    assert len(after) == 7 and expected[0] == expected[1]
+    for found in (logged, after):
+        assert found == pytest.approx(expected[1], rel=error)
 
 
 def ends(folder: Path, *runs: str) -> list[int]:

@@ -1,0 +1,186 @@
+"""How sharp a trainer's loss is at its weights: `hf_gr.analysis.curvature` on its own batches and `compute_loss`."""
+
+import copy
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import islice
+from typing import Any, cast
+
+from accelerate.logging import get_logger
+from torch import Tensor, nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
+
+from ..analysis.curvature import (
+    NotTwiceDifferentiable,
+    average_sharpness,
+    hessian_trace,
+    sam_sharpness,
+    top_hessian_eigenvalue,
+)
+from ..analysis.estimates import Estimate
+from ..optim.pass_state import RNGState
+from .part import Host
+from .replay import attributes_set_aside
+
+QUANTITIES: dict[str, Callable[..., Estimate]] = {
+    "sam": sam_sharpness,
+    "average": average_sharpness,
+    "trace": hessian_trace,
+    "top": top_hessian_eigenvalue,
+}
+#: Those with products of the Hessian.
+CURVATURES = ("trace", "top")
+
+logger = get_logger(__name__)
+
+
+def measure_sharpness(
+    trainer: Host,
+    batches: Sequence[Any],
+    quantities: Sequence[str] = tuple(QUANTITIES),
+    method: str | None = None,
+    options: Mapping[str, Mapping[str, Any]] | None = None,
+) -> dict[str, Estimate]:
+    """Each of `quantities` of the trainer's loss on `batches`, those of this process. All processes call it.
+
+    Args:
+        batches: as `fixed_batches` returns them.
+        method: of products of the Hessian; see `GRMixin.sharpness`.
+        options: further arguments of the functions in `QUANTITIES`, by its keys.
+    """
+    options = options or {}
+    _check(quantities, options)
+    model = trainer.model_wrapped if trainer.is_fsdp_enabled else trainer.model
+    method = method or ("difference" if trainer.is_fsdp_enabled else "exact")
+
+    def loss_of(model: nn.Module, batch: Any) -> Tensor:
+        return cast(Tensor, trainer.compute_loss(model, copy.copy(batch)))  # label smoothing takes the labels out
+
+    def mean(tensor: Tensor) -> Tensor:
+        return tensor if hasattr(tensor, "full_tensor") else trainer.accelerator.reduce(tensor, "mean")
+
+    found = {}
+    with trainer.recorder.clock_stopped(), in_float32(model), attributes_set_aside(trainer, trainer.gr_first_pass_only):
+        for name in quantities:
+            measure, arguments = QUANTITIES[name], {"reduce": mean, **options.get(name, {})}
+            if name not in CURVATURES:
+                found[name] = measure(model, loss_of, batches, **arguments)
+                continue
+            try:
+                found[name] = measure(model, loss_of, batches, method=method, **arguments)
+            except NotTwiceDifferentiable as error:
+                logger.warning(f"Sharpness: central differences are used. {error}")
+                method = "difference"
+                found[name] = measure(model, loss_of, batches, method=method, **arguments)
+    return found
+
+
+def _check(quantities: Sequence[str], options: Mapping[str, Any]) -> None:
+    for name in quantities:
+        if name not in QUANTITIES:
+            raise ValueError(f"quantities: {name!r} is unknown. Choose from {', '.join(QUANTITIES)}.")
+    if unused := [name for name in options if name not in quantities]:
+        raise ValueError(f"{unused[0]}={options[unused[0]]}: {unused[0]!r} is not among the quantities. Add it.")
+
+
+def fixed_batches(trainer: Host, count: int, dataset: Any = None) -> list[Any]:
+    """This process's share of the first `count` batches of `dataset`, in its own order; see `GRMixin.sharpness`.
+
+    A dataset that draws at random, such as one of augmented images, gives the same at every call, and the run's random
+    generators stay as they are.
+    """
+    if dataset is None:
+        dataset = trainer.eval_dataset if trainer.train_dataset is None else trainer.train_dataset
+    if isinstance(dataset, str):
+        dataset = cast(Any, trainer.eval_dataset)[dataset]
+    if dataset is None or isinstance(dataset, dict):
+        raise ValueError("dataset: there is none, or several. Give the one to measure on.")
+    if count < 1:
+        raise ValueError(f"batches={count}: give at least 1.")
+    share = math.ceil(count / trainer.accelerator.num_processes)
+    before = RNGState.capture(trainer.args.device)
+    try:
+        set_seed(trainer.args.seed)
+        loader = trainer.get_test_dataloader(dataset)
+        batches = [trainer._prepare_inputs(batch) for batch in islice(loader, share)]
+        if hasattr(loader, "end"):  # or accelerate would believe that it is still in use
+            loader.end()
+    finally:
+        before.restore()
+    return batches
+
+
+@contextmanager
+def in_float32(model: nn.Module) -> Iterator[None]:
+    """Within, without the autocast that accelerate puts around the forward pass: a rise of the loss by less than one
+    part in a hundred is lost in bfloat16."""
+    original, cast = vars(model).get("_original_forward"), vars(model).get("forward")
+    if original is None or cast is None:
+        yield
+        return
+    vars(model)["forward"] = original
+    try:
+        yield
+    finally:
+        vars(model)["forward"] = cast
+
+
+def as_logs(found: Mapping[str, Estimate]) -> dict[str, float]:
+    """`sharpness_NAME`, and `sharpness_NAME_error` of those that have one."""
+    logs = {}
+    for name, estimate in found.items():
+        logs[f"sharpness_{name}"] = estimate.value
+        if estimate.standard_error != 0:
+            logs[f"sharpness_{name}_error"] = estimate.standard_error
+    return logs
+
+
+class SharpnessCallback(TrainerCallback):
+    """Logs `trainer.sharpness(...)` during training, at evaluations or every so many steps, as `sharpness_sam`,
+    `sharpness_trace` and so on, with the standard error as `sharpness_trace_error`. The run is not affected.
+
+        trainer.add_callback(SharpnessCallback(trainer, every=100, quantities=("sam", "top")))
+
+    All batches stay in memory.
+
+    Args:
+        trainer: the trainer.
+        every: optimizer steps between measurements; None measures at each evaluation.
+        batches, quantities, dataset, method, options: as for `trainer.sharpness`.
+    """
+
+    def __init__(
+        self,
+        trainer: Any,
+        every: int | None = None,
+        batches: int = 8,
+        quantities: Sequence[str] = tuple(QUANTITIES),
+        dataset: Any = None,
+        method: str | None = None,
+        **options: Mapping[str, Any],
+    ):
+        if every is not None and every < 1:
+            raise ValueError(f"every={every}: give at least 1 step, or None to measure at each evaluation.")
+        _check(quantities, options)
+        self.every = every
+        self._trainer, self._count, self._dataset = trainer, batches, dataset
+        self._quantities, self._method, self._options = tuple(quantities), method, options
+        self._batches: list[Any] | None = None
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.every is not None and state.global_step % self.every == 0:
+            self._log()
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.every is None:
+            self._log()
+
+    def _log(self) -> None:
+        trainer = self._trainer
+        if self._batches is None:
+            self._batches = fixed_batches(trainer, self._count, self._dataset)
+        found = measure_sharpness(trainer, self._batches, self._quantities, self._method, self._options)
+        is_due = trainer.control.should_log
+        trainer.log(as_logs(found))
+        trainer.control.should_log = is_due  # any entry marks it as done, and the training loss would be missing
