@@ -22,14 +22,15 @@ flat minimum is not a promise: across models, sharpness and generalization are h
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.data import DataLoader
 
 from ..optim.ascents import ASCENTS, as_float, length
 from ..optim.gradient_regularization import HALF_PRECISION, gradient_norm, gradients_set_aside
@@ -38,6 +39,8 @@ from .estimates import Estimate
 
 METHODS = ("exact", "difference")
 
+#: Passed over several times; of equal weight.
+Batches = Sequence[Any] | DataLoader
 LossFunction = Callable[[nn.Module, Any], Tensor]
 #: The mean of a tensor over the processes, each of which has as many batches as the others.
 Reduce = Callable[[Tensor], Tensor]
@@ -51,7 +54,7 @@ def alone(tensor: Tensor) -> Tensor:
 def hessian_trace(
     model: nn.Module,
     loss_fn: LossFunction,
-    batches: Sized,
+    batches: Batches,
     num_samples: int = 32,
     generator: torch.Generator | None = None,
     *,
@@ -81,7 +84,7 @@ def hessian_trace(
 def top_hessian_eigenvalue(
     model: nn.Module,
     loss_fn: LossFunction,
-    batches: Sized,
+    batches: Batches,
     *,
     preconditioner: Sequence[Tensor] | None = None,
     tolerance: float = 1e-3,
@@ -123,7 +126,7 @@ def top_hessian_eigenvalue(
 def sam_sharpness(
     model: nn.Module,
     loss_fn: LossFunction,
-    batches: Sized,
+    batches: Batches,
     r: float = 0.05,
     *,
     adaptive: bool = False,
@@ -145,13 +148,13 @@ def sam_sharpness(
         ascent = ASCENTS["adaptive" if adaptive else "gradient"]
         directions, size = ascent.direction(loss.params, gradient_norm(loss.params), None)
         before = loss.value()
-        return Estimate(loss.value(list(directions), r / size) - before, 0.0)
+        return Estimate(loss.value(cast(list[Tensor], list(directions)), r / size) - before, 0.0)
 
 
 def average_sharpness(
     model: nn.Module,
     loss_fn: LossFunction,
-    batches: Sized,
+    batches: Batches,
     sigma: float = 0.05,
     num_samples: int = 32,
     generator: torch.Generator | None = None,
@@ -195,7 +198,7 @@ class _Loss:
     Every pass draws the same random numbers, should `loss_fn` draw any.
     """
 
-    def __init__(self, model: nn.Module, loss_fn: LossFunction, batches: Sized, reduce: Reduce):
+    def __init__(self, model: nn.Module, loss_fn: LossFunction, batches: Batches, reduce: Reduce):
         self.params = [p for p in model.parameters() if p.requires_grad]
         self._model, self._loss_fn, self._batches, self._reduce = model, loss_fn, batches, reduce
         _check(self.params, batches)
@@ -206,7 +209,7 @@ class _Loss:
     def value(self, offsets: list[Tensor] | None = None, scale: float = 0.0) -> float:
         """L(theta + scale * offsets)."""
         with self._moved(offsets, scale):
-            mean = sum(loss.double() for loss in self._losses()) / len(self._batches)
+            mean = torch.stack([loss.double() for loss in self._losses()]).mean()
             return as_float(self._reduce(mean))
 
     def gradient(self, offsets: list[Tensor] | None = None, scale: float = 0.0) -> list[Tensor]:
@@ -229,7 +232,7 @@ class _Loss:
             for loss in self._losses():
                 mean = loss / len(self._batches)
                 grads = torch.autograd.grad(mean, self.params, create_graph=True, materialize_grads=True)
-                slope = sum((g * x).sum() for g, x in zip(grads, v, strict=True))
+                slope = torch.stack([(g * x).sum() for g, x in zip(grads, v, strict=True)]).sum()
                 if slope.requires_grad:  # else the loss is linear
                     # `autograd.grad` would not reach, and so be silent about, what is differentiable only once.
                     slope.backward()
@@ -280,7 +283,7 @@ class _Loss:
         """A pass without a backward leaves FSDP2's root gathered, and the next one would not see that weights moved."""
         for module in self._model.modules():
             if hasattr(module, "reshard"):
-                module.reshard()
+                cast(Any, module).reshard()
 
     @torch.no_grad()
     def restore_weights(self) -> None:
@@ -304,7 +307,7 @@ def difference_scale(params: Sequence[Tensor], v: Sequence[Tensor]) -> float:
 
 
 @contextmanager
-def _measured(model: nn.Module, loss_fn: LossFunction, batches: Sized, reduce: Reduce) -> Iterator[_Loss]:
+def _measured(model: nn.Module, loss_fn: LossFunction, batches: Batches, reduce: Reduce) -> Iterator[_Loss]:
     """L in evaluation mode. Afterwards everything is as it was."""
     loss = _Loss(model, loss_fn, batches, reduce)
     modes = [(module, module.training) for module in model.modules()]
@@ -353,7 +356,7 @@ def _local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
-def _like(p: Tensor, value: Tensor) -> Tensor:
+def _like(p: Any, value: Tensor) -> Tensor:
     """`value`, whole on every process, on the device and in the type of `p`, and sharded as it is."""
     value = value.to(p.device, p.dtype)
     if not hasattr(p, "placements"):
@@ -432,7 +435,7 @@ def _top_eigenvalue(
 # ---- Checks ----
 
 
-def _check(params: list[nn.Parameter], batches: Sized) -> None:
+def _check(params: list[nn.Parameter], batches: Batches) -> None:
     if not params:
         raise ValueError("model: it has no trainable parameter. Set requires_grad on those to measure.")
     for p in params:

@@ -31,7 +31,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from ..analysis.second_moments import log_rates, preconditioner, statistics_of, sums_of
 from ..optim.ascents import as_float
 from .layerwise import innermost, trainable_parameters
-from .part import Host, Part
+from .part import Host, Part, log_entry
 from .sharpness import measure_sharpness
 
 #: Diagnosed steps per measurement of the preconditioned sharpness.
@@ -117,9 +117,9 @@ class Diagnostics(Part, TrainerCallback):
             found = statistics_of(self._trainer.accelerator.reduce(sums.to(args.device), "sum"))
             if self.cosine is not None:
                 found["gr_cosine"] = self.cosine
-            self._log(control, found)
+            log_entry(self._trainer, control, found)
             if self._batches:
-                self._log(control, self._sharpness())
+                log_entry(self._trainer, control, self._sharpness())
         self._forget_step()
 
     def _sharpness(self) -> dict[str, float]:
@@ -139,12 +139,5 @@ class Diagnostics(Part, TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if self._norms:
-            self._log(control, {"grad_norm_epoch_mean": sum(self._norms) / len(self._norms)})
+            log_entry(self._trainer, control, {"grad_norm_epoch_mean": sum(self._norms) / len(self._norms)})
         self._norms.clear()
-
-    def _log(self, control: TrainerControl, found: dict[str, float]) -> None:
-        """Log an entry of its own. To `Trainer`, any entry is the one that is due, and it would skip the loss."""
-        is_loss_due = control.should_log
-        if found:
-            self._trainer.log(found)
-        control.should_log = is_loss_due

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate.logging import get_logger
 from torch import Tensor, nn
-from transformers import Trainer
+from transformers import Trainer, TrainerControl
 
 from ..config import GRArguments
 from ..optim.ire import IRE
@@ -48,6 +48,15 @@ if TYPE_CHECKING:
 
 else:
     Host = Trainer
+
+
+def log_entry(trainer: "Host", control: TrainerControl, values: dict[str, float]) -> None:
+    """Log an entry of its own from a callback. `Trainer` takes any entry for the one that is due, and would then leave
+    out that with the loss."""
+    is_due = control.should_log
+    if values:
+        trainer.log(values)
+    control.should_log = is_due
 
 
 class Part:

@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
-from typing import Any
+from typing import Any, cast
 
 from accelerate.logging import get_logger
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from ..analysis.curvature import (
 )
 from ..analysis.estimates import Estimate
 from ..optim.pass_state import RNGState
-from .part import Host
+from .part import Host, log_entry
 from .replay import attributes_set_aside
 
 QUANTITIES: dict[str, Callable[..., Estimate]] = {
@@ -55,7 +55,7 @@ def measure_sharpness(
     method = method or ("difference" if trainer.is_fsdp_enabled else "exact")
 
     def loss_of(model: nn.Module, batch: Any) -> Tensor:
-        return trainer.compute_loss(model, copy.copy(batch))  # label smoothing takes the labels out
+        return cast(Tensor, trainer.compute_loss(model, copy.copy(batch)))  # label smoothing takes the labels out
 
     def mean(tensor: Tensor) -> Tensor:
         return tensor if hasattr(tensor, "full_tensor") else trainer.accelerator.reduce(tensor, "mean")
@@ -93,7 +93,7 @@ def fixed_batches(trainer: Host, count: int, dataset: Any = None) -> list[Any]:
     if dataset is None:
         dataset = trainer.eval_dataset if trainer.train_dataset is None else trainer.train_dataset
     if isinstance(dataset, str):
-        dataset = trainer.eval_dataset[dataset]
+        dataset = cast(Any, trainer.eval_dataset)[dataset]
     if dataset is None or isinstance(dataset, dict):
         raise ValueError("dataset: there is none, or several. Give the one to measure on.")
     if count < 1:
@@ -170,17 +170,15 @@ class SharpnessCallback(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.every is not None and state.global_step % self.every == 0:
-            self._log()
+            self._log(control)
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.every is None:
-            self._log()
+            self._log(control)
 
-    def _log(self) -> None:
+    def _log(self, control: TrainerControl) -> None:
         trainer = self._trainer
         if self._batches is None:
             self._batches = fixed_batches(trainer, self._count, self._dataset)
         found = measure_sharpness(trainer, self._batches, self._quantities, self._method, self._options)
-        is_due = trainer.control.should_log
-        trainer.log(as_logs(found))
-        trainer.control.should_log = is_due  # any entry marks it as done, and the training loss would be missing
+        log_entry(trainer, control, as_logs(found))

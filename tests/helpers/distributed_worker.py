@@ -18,6 +18,7 @@ from hf_gr import GRConfig, GRTrainer
 from hf_gr.cli.output_folder import claim_output_folder
 from hf_gr.cli.trainers import ImageTrainer
 from hf_gr.data.images import IS_WRONG
+from hf_gr.trainer.sharpness import SharpnessCallback, as_logs
 
 PRECISIONS = ("float32", "scaled", "bf16")
 CASES = [
@@ -227,6 +228,7 @@ def fsdp(folder: str) -> dict:
         results["refused"] = str(error)
     reset_state()
     results["diagnostics"] = diagnostics_of(folder, Sharded)
+    results["sharpness"] = sharpness_of(folder, Sharded)
     settings = {"max_steps": 4, "gr_warmup": "zero", "warmup_steps": 1, "optim": "adamw_torch", "learning_rate": 1e-2,
                 "gradient_accumulation_steps": 2, "save_strategy": "steps", "save_steps": 2}  # fmt: skip
     recorder = RanksAgree()
@@ -260,6 +262,23 @@ def diagnostics_of(output_dir: str, cls=GRTrainer, **flags) -> list[dict[str, fl
     keys = ("adaptive_lr_spread", "adaptive_lr_change", "gr_cosine", "grad_norm_epoch_mean")
     entries = [{key: entry[key] for key in keys if key in entry} for entry in trainer.state.log_history]
     return [entry for entry in entries if entry]
+
+
+def sharpness_of(output_dir: str, cls=GRTrainer, **flags) -> list[dict[str, float]]:
+    """Logged in a training that does not change the weights, and measured after it; the ranks agree."""
+    settings = {"max_steps": 2, "learning_rate": 0.0, "per_device_eval_batch_size": 6, **flags}
+    trainer = trainer_of(output_dir, cls, **settings)
+    options = {"batches": 4, "average": {"num_samples": 3}, "trace": {"num_samples": 3}}
+    trainer.add_callback(SharpnessCallback(trainer, every=2, **options))
+    trainer.train()
+    found = as_logs(trainer.sharpness(**options))
+    if dist.is_initialized():
+        require_equal_ranks(torch.tensor([*found.values()]), "sharpness")
+    reset_state()
+    return [
+        *({key: entry[key] for key in found} for entry in trainer.state.log_history if "sharpness_sam" in entry),
+        found,
+    ]
 
 
 def ire(folder: str) -> dict:
@@ -308,6 +327,7 @@ SUITES = {
     "fsdp": fsdp,
     "loop": loop,
     "diagnostics": diagnostics_of,
+    "sharpness": lambda folder: sharpness_of(folder),
     "memorization": lambda folder: memorization_of(folder, ddp_backend="gloo"),
 }
 

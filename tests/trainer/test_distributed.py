@@ -23,6 +23,7 @@ from helpers.distributed_worker import (
     STEPS,
     diagnostics_of,
     memorization_of,
+    sharpness_of,
     trainer_of,
 )
 from helpers.reference import flat_masks, regularized_gradient, sampled_label_gradient
@@ -32,7 +33,8 @@ from hf_gr import GRConfig, GRTrainer
 pytestmark = pytest.mark.distributed
 RANKS, BATCH, RADIUS = 2, 2, 0.1
 #: Of the worker, that two processes run.
-SUITES = ("scopes", "ascents", "ire", "optimizers", "overflow", "resume", "loop", "memorization", "diagnostics")
+SUITES = ("scopes", "ascents", "ire", "optimizers", "overflow", "resume", "loop", "memorization", "diagnostics",
+          "sharpness")  # fmt: skip
 #: float32: sums in another order; the scopes themselves differ by more than 1e-3. bf16: 8 bits, in another order.
 TOLERANCE = {"float32": 1e-5, "scaled": 1e-5, "bf16": 2e-2}
 
@@ -228,6 +230,18 @@ def test_memorization_is_counted_on_all_processes(results, tmp_path):
     shares = memorization_of(str(tmp_path), per_device_train_batch_size=2 * RANKS)
     assert results["memorization"] == shares  # quotients of the same counts
     assert len(shares) == 2 and shares[0] != shares[1]
+
+
+@pytest.mark.parametrize(("suite", "error"), [("results", 1e-4), ("sharded", 2e-3)])
+def test_sharpness_is_that_of_one_process(suite, error, request, tmp_path):
+    """During training and after it. Sharded parameters have central differences in float32."""
+    (logged, after), expected = (
+        request.getfixturevalue(suite)["sharpness"],
+        sharpness_of(str(tmp_path), ddp_backend=None),
+    )
+    assert len(after) == 7 and expected[0] == expected[1]
+    for found in (logged, after):
+        assert found == pytest.approx(expected[1], rel=error)
 
 
 def ends(folder: Path, *runs: str) -> list[int]:
