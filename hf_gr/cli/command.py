@@ -7,6 +7,7 @@ import ast
 import inspect
 import math
 import sys
+import textwrap
 from argparse import RawDescriptionHelpFormatter
 from collections.abc import Callable
 from functools import partial
@@ -40,6 +41,39 @@ def card(argv: list[str]) -> None:
     parser = _parser(card)
     parser.add_argument("folder", type=Path, help="the output folder of a run")
     write_card(parser.parse_args(argv).folder)
+
+
+def diagnose(argv: list[str]) -> None:
+    """Say in plain words whether GR is harming a run.
+
+    From its run.json and its log, or those of its last checkpoint. Each line has a verdict and the numbers that it
+    rests on.
+    """
+    from ..analysis.diagnosis import Part, Run
+    from ..analysis.diagnosis import diagnose as findings_of
+    from ..reporting.record import FILE, last_state, log_of, read_record
+
+    parser = _parser(diagnose)
+    parser.add_argument("folder", type=Path, help="the output folder of a run, or one of its checkpoints")
+    folder = parser.parse_args(argv).folder
+    record = read_record(folder) or read_record(last_state(folder))
+    if record is None:
+        raise ValueError(f"{folder}: there is no {FILE}. Give the output folder of a run of hf_gr.")
+    log = log_of(record, folder)
+    run = Run(
+        parts=[
+            Part(s.first_step, s.last_step, {**record.defaults, **s.settings} if s.is_recorded else None)
+            for s in record.segments
+        ],
+        log=log.history,
+        max_steps=log.max_steps,
+        optimizer=record.method.get("optimizer") or "the optimizer",
+        optimizer_settings=record.optimizer.settings if record.optimizer else {},
+        regularized_steps=int(record.total("regularized_steps") + record.total("momentum_steps")),
+        skipped_steps=int(record.total("skipped_steps")),
+    )
+    for verdict, sentence in findings_of(run):
+        print(textwrap.fill(sentence, 110, initial_indent=f"{verdict:13}", subsequent_indent=" " * 13))
 
 
 def plots(argv: list[str]) -> None:
@@ -148,7 +182,7 @@ def run_script(name: str, argv: list[str]) -> None:
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     **{name: partial(run_script, name) for name in FILES},
-    **{function.__name__: function for function in (speedup, card, plots, figure, env, optimizers)},
+    **{function.__name__: function for function in (speedup, diagnose, card, plots, figure, env, optimizers)},
 }
 
 
