@@ -26,7 +26,7 @@ from typing import Any
 
 from torch import Tensor
 from torch.optim import Adam, AdamW, RMSprop
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..analysis.second_moments import log_rates, preconditioner, statistics_of, sums_of
 from ..optim.ascents import as_float
@@ -49,6 +49,11 @@ def _stability(optimizer: Any) -> float | None:
         return None
     rate = float(group["lr"])
     return (2 + 2 * beta1) / ((1 - beta1) * rate) if rate > 0 else None
+
+
+def _generates(trainer: Host) -> bool:
+    """Whether preparing a batch generates text, as in trl's trainers for reinforcement learning."""
+    return type(trainer)._prepare_inputs.__module__.startswith("trl.")
 
 
 class Diagnostics(Part, TrainerCallback):
@@ -79,11 +84,10 @@ class Diagnostics(Part, TrainerCallback):
 
     @property
     def _is_sharpness_due(self) -> bool:
-        # A trainer that prepares its inputs in its own way may generate text for them.
         return (
             self.is_due
             and (self._trainer.state.global_step + 1) % (STEPS_PER_SHARPNESS * self._flags.gr_diagnostics_steps) == 0
-            and type(self._trainer)._prepare_inputs is Trainer._prepare_inputs
+            and not _generates(self._trainer)
             and self._trainer.ire_optimizer is None
             and _stability(innermost(self._trainer.optimizer)) is not None
         )

@@ -61,7 +61,7 @@ def measure_sharpness(
         return tensor if hasattr(tensor, "full_tensor") else trainer.accelerator.reduce(tensor, "mean")
 
     found = {}
-    with trainer.recorder.clock_stopped(), in_float32(model), attributes_set_aside(trainer, trainer.gr_first_pass_only):
+    with trainer.recorder.clock_stopped(), in_float32(model), _uncounted(trainer):
         for name in quantities:
             measure, arguments = QUANTITIES[name], {"reduce": mean, **options.get(name, {})}
             if name not in CURVATURES:
@@ -74,6 +74,17 @@ def measure_sharpness(
                 method = "difference"
                 found[name] = measure(model, loss_of, batches, method=method, **arguments)
     return found
+
+
+@contextmanager
+def _uncounted(trainer: Host) -> Iterator[None]:
+    """Within, `compute_loss` counts nothing of what it counts in a first pass."""
+    trainer.gr_second_pass = True
+    try:
+        with attributes_set_aside(trainer, trainer.gr_first_pass_only):
+            yield
+    finally:
+        trainer.gr_second_pass = False
 
 
 def _check(quantities: Sequence[str], options: Mapping[str, Any]) -> None:

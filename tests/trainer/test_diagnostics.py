@@ -9,6 +9,8 @@ import torch
 from helpers import toys
 from hf_gr import GRTrainer
 from hf_gr.analysis.second_moments import log_rates, statistics_of, sums_of
+from hf_gr.cli.trainers import ImageTrainer
+from hf_gr.data.images import IS_WRONG
 
 ADAM = {"optim": "adamw_torch", "gr_r": 0.1, "gr_warmup": "none", "gr_diagnostics_steps": 1}
 
@@ -248,3 +250,24 @@ def test_it_is_no_setting_of_the_run(tmp_path):
     assert "gr_diagnostics_steps" not in trainer.recorder.segment.settings
     with pytest.raises(ValueError, match="gr_diagnostics_steps=-1"):
         toys.trainer(tmp_path, gr_diagnostics_steps=-1)
+
+
+def test_what_the_loss_counts_is_counted_once(tmp_path):
+    """The shares of memorized labels are those of training steps alone, and the run's own trainer is measured, too."""
+    images = [{**image, IS_WRONG: i % 3 == 0} for i, image in enumerate(toys.images(48))]
+    flags = {
+        "optim": "adamw_torch",
+        "gr_lambda": 0,
+        "max_steps": 20,
+        "remove_unused_columns": False,
+        "logging_steps": 4,
+    }
+    logs = []
+    for steps in (0, 1):
+        trainer = toys.trainer(
+            tmp_path / str(steps), data=images, cls=ImageTrainer, gr_diagnostics_steps=steps, **flags
+        )
+        trainer.train()
+        logs.append([e["train_accuracy_wrong_labels"] for e in trainer.state.log_history if "loss" in e])
+    assert logs[0] == logs[1] and len(logs[0]) == 5
+    assert list(entries(trainer, "preconditioned_sharpness")) == [10]
