@@ -7,7 +7,15 @@ from helpers.scripts import SCRIPTS, check, error_line, load_script
 from hf_gr import errors
 from hf_gr.cli import script
 
-ALL_SCRIPTS = ["train_vit", "pretrain_llama", "finetune_llama_lora", "evaluate_llama", "evaluate_robustness", "compare"]
+ALL_SCRIPTS = [
+    "train_vit",
+    "pretrain_llama",
+    "finetune_llama_lora",
+    "evaluate_llama",
+    "evaluate_robustness",
+    "evaluate_sharpness",
+    "compare",
+]
 
 
 def raising(error):

@@ -22,7 +22,7 @@ flat minimum is not a promise: across models, sharpness and generalization are h
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -189,6 +189,61 @@ def average_sharpness(
     return _mean(draws)
 
 
+#: By the names that `measure`, `trainer.sharpness` and the command line use; cheapest first.
+QUANTITIES: dict[str, Callable[..., Estimate]] = {
+    "sam": sam_sharpness,
+    "average": average_sharpness,
+    "trace": hessian_trace,
+    "top": top_hessian_eigenvalue,
+}
+#: Those with products of the Hessian.
+CURVATURES = ("trace", "top")
+
+
+def measure(
+    model: nn.Module,
+    loss_fn: LossFunction,
+    batches: Batches,
+    quantities: Sequence[str] = tuple(QUANTITIES),
+    method: str | None = None,
+    options: Mapping[str, Mapping[str, Any]] | None = None,
+    reduce: Reduce = alone,
+) -> dict[str, Estimate]:
+    """Several of `QUANTITIES`, by name.
+
+    Args:
+        method: how products of the Hessian are computed. None is `exact`, and `difference` for a model that cannot be
+            differentiated twice, with a warning.
+        options: further arguments of the functions, by name.
+    """
+    options = options or {}
+    check_quantities(quantities, options)
+    found = {}
+    for name in quantities:
+        function, arguments = QUANTITIES[name], {"reduce": reduce, **options.get(name, {})}
+        if name not in CURVATURES:
+            found[name] = function(model, loss_fn, batches, **arguments)
+            continue
+        try:
+            found[name] = function(model, loss_fn, batches, method=method or "exact", **arguments)
+        except NotTwiceDifferentiable as error:
+            if method is not None:
+                raise
+            warnings.warn(f"Central differences are used: {error}", stacklevel=2)
+            method = "difference"
+            found[name] = function(model, loss_fn, batches, method=method, **arguments)
+    return found
+
+
+def check_quantities(quantities: Sequence[str], options: Mapping[str, Any]) -> None:
+    """Raise `ValueError` for an unknown name, or options of a quantity that is not measured."""
+    for name in quantities:
+        if name not in QUANTITIES:
+            raise ValueError(f"quantities: {name!r} is unknown. Choose from {', '.join(QUANTITIES)}.")
+    if unused := [name for name in options if name not in quantities]:
+        raise ValueError(f"{unused[0]}={options[unused[0]]}: {unused[0]!r} is not among the quantities. Add it.")
+
+
 # ---- The loss as a function of the weights ----
 
 
@@ -209,7 +264,7 @@ class _Loss:
     def value(self, offsets: list[Tensor] | None = None, scale: float = 0.0) -> float:
         """L(theta + scale * offsets)."""
         with self._moved(offsets, scale):
-            mean = torch.stack([loss.double() for loss in self._losses()]).mean()
+            mean = torch.stack(list(self._losses())).mean()
             return as_float(self._reduce(mean))
 
     def gradient(self, offsets: list[Tensor] | None = None, scale: float = 0.0) -> list[Tensor]:

@@ -28,6 +28,7 @@ FILES = {
     "compare": "compare",
     "evaluate": "evaluate_llama",
     "robustness": "evaluate_robustness",
+    "sharpness": "evaluate_sharpness",
 }
 
 

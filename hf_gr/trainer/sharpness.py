@@ -2,37 +2,19 @@
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any, cast
 
-from accelerate.logging import get_logger
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 
-from ..analysis.curvature import (
-    NotTwiceDifferentiable,
-    average_sharpness,
-    hessian_trace,
-    sam_sharpness,
-    top_hessian_eigenvalue,
-)
+from ..analysis.curvature import QUANTITIES, check_quantities, measure
 from ..analysis.estimates import Estimate
 from ..optim.pass_state import RNGState
 from .part import Host, log_entry
 from .replay import attributes_set_aside
-
-QUANTITIES: dict[str, Callable[..., Estimate]] = {
-    "sam": sam_sharpness,
-    "average": average_sharpness,
-    "trace": hessian_trace,
-    "top": top_hessian_eigenvalue,
-}
-#: Those with products of the Hessian.
-CURVATURES = ("trace", "top")
-
-logger = get_logger(__name__)
 
 
 def measure_sharpness(
@@ -49,10 +31,9 @@ def measure_sharpness(
         method: of products of the Hessian; see `GRMixin.sharpness`.
         options: further arguments of the functions in `QUANTITIES`, by its keys.
     """
-    options = options or {}
-    _check(quantities, options)
     model = trainer.model_wrapped if trainer.is_fsdp_enabled else trainer.model
-    method = method or ("difference" if trainer.is_fsdp_enabled else "exact")
+    if method is None and trainer.is_fsdp_enabled:
+        method = "difference"
 
     def loss_of(model: nn.Module, batch: Any) -> Tensor:
         return cast(Tensor, trainer.compute_loss(model, copy.copy(batch)))  # label smoothing takes the labels out
@@ -60,20 +41,8 @@ def measure_sharpness(
     def mean(tensor: Tensor) -> Tensor:
         return tensor if hasattr(tensor, "full_tensor") else trainer.accelerator.reduce(tensor, "mean")
 
-    found = {}
     with trainer.recorder.clock_stopped(), in_float32(model), _uncounted(trainer):
-        for name in quantities:
-            measure, arguments = QUANTITIES[name], {"reduce": mean, **options.get(name, {})}
-            if name not in CURVATURES:
-                found[name] = measure(model, loss_of, batches, **arguments)
-                continue
-            try:
-                found[name] = measure(model, loss_of, batches, method=method, **arguments)
-            except NotTwiceDifferentiable as error:
-                logger.warning(f"Sharpness: central differences are used. {error}")
-                method = "difference"
-                found[name] = measure(model, loss_of, batches, method=method, **arguments)
-    return found
+        return measure(model, loss_of, batches, quantities, method, options, mean)
 
 
 @contextmanager
@@ -85,14 +54,6 @@ def _uncounted(trainer: Host) -> Iterator[None]:
             yield
     finally:
         trainer.gr_second_pass = False
-
-
-def _check(quantities: Sequence[str], options: Mapping[str, Any]) -> None:
-    for name in quantities:
-        if name not in QUANTITIES:
-            raise ValueError(f"quantities: {name!r} is unknown. Choose from {', '.join(QUANTITIES)}.")
-    if unused := [name for name in options if name not in quantities]:
-        raise ValueError(f"{unused[0]}={options[unused[0]]}: {unused[0]!r} is not among the quantities. Add it.")
 
 
 def fixed_batches(trainer: Host, count: int, dataset: Any = None) -> list[Any]:
@@ -173,7 +134,7 @@ class SharpnessCallback(TrainerCallback):
     ):
         if every is not None and every < 1:
             raise ValueError(f"every={every}: give at least 1 step, or None to measure at each evaluation.")
-        _check(quantities, options)
+        check_quantities(quantities, options)
         self.every = every
         self._trainer, self._count, self._dataset = trainer, batches, dataset
         self._quantities, self._method, self._options = tuple(quantities), method, options

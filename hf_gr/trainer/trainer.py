@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
 
+from ..analysis.curvature import QUANTITIES
 from ..analysis.estimates import Estimate
 from ..config import GRArguments
 from ..optim.ire import IRE
@@ -27,7 +28,7 @@ from .layerwise import Layerwise, OnClassOrInstance, get_optimizer_cls_and_kwarg
 from .process_groups import end_cleanly
 from .recording import Recorder
 from .resuming import ResumeCheck, prepare_to_resume, same_optimizer_required
-from .sharpness import QUANTITIES, fixed_batches, measure_sharpness
+from .sharpness import fixed_batches, measure_sharpness
 from .two_pass import TwoPass
 from .uploads import Uploads
 
