@@ -19,12 +19,14 @@ from transformers import (
 
 from ..checks import COUNT, POSITIVE, check_ranges
 from ..data.images import (
+    IS_WRONG,
     find_image_column,
     find_label_column,
     keep_first,
     keep_readable,
     load_image_dataset,
     number_rows,
+    part_to_train_on,
     preprocess,
     split_train_eval,
 )
@@ -49,6 +51,11 @@ REMEDY = "Give a folder with a model (adapters: merged into theirs), or a name o
 MAX_BLOCK_SIZE = 1024
 #: Examples of a stream, unless --max_examples is given; as in pretrain_llama.py.
 MAX_STREAMED_EXAMPLES = 1000
+
+
+#: The flags of `part_to_train_on`, and all settings of a run that describe its own dataset.
+TRAINING_PART = ("label_noise", "label_noise_type", "validation_fraction")
+OF_THE_DATA = ("eval_fraction", "eval_documents", "streaming", "max_train_samples", *TRAINING_PART)
 
 
 class Checkpoint(NamedTuple):
@@ -103,11 +110,18 @@ def load_images(checkpoint: Checkpoint, options: argparse.Namespace, is_training
     skipped: Counter[str] | None = Counter() if options.skip_bad_examples else None
     held_out = checkpoint.held_out("eval_fraction")
     training, images, split = split_train_eval(number_rows(dataset), label_column, *held_out, skipped)
+    settings, seed = checkpoint.settings, checkpoint.settings.get("seed", 42)
     if is_training:
-        images, split = training, "train"
-    images = keep_first(images, options.max_examples, options.seed, "max_examples")
+        images, split = keep_first(training, settings.get("max_train_samples"), seed, "max_train_samples"), "train"
+    else:
+        images = keep_first(images, options.max_examples, options.seed, "max_examples")
     if skipped is not None:
         images = keep_readable(images, split, skipped, image_column, options.image_max_value)
+    if is_training:
+        how = {key: settings[key] for key in TRAINING_PART if key in settings}
+        images, _ = part_to_train_on(images, label_column, seed, **how)
+        images = keep_first(images, options.max_examples, options.seed, "max_examples")
+        images = images.remove_columns([name for name in (IS_WRONG,) if name in images.column_names])
     with explained(f"checkpoint={checkpoint.name!r}: its image processor could not be loaded", REMEDY):
         image_processor = AutoImageProcessor.from_pretrained(checkpoint.name)
     return preprocess(images, image_processor, image_column, label_column, split, options.image_max_value), split
@@ -187,14 +201,14 @@ def common_kind(names: list[str]) -> Kind:
 def settings_of(name: str, dataset_name: str) -> dict[str, Any]:
     """The settings of the run whose output folder is `name`; empty if it has no record.
 
-    Those that describe evaluation data are left out if the run's dataset was another one.
+    Those that describe its data are left out if the run's dataset was another one.
     """
     record = read_record(name)
     if record is None or not record.recorded:
         return {}
     path = Path(dataset_name)
     is_same = record.data.get("dataset_name") == (path.resolve().name if path.exists() else dataset_name)
-    left_out = () if is_same else ("eval_fraction", "eval_documents", "streaming")
+    left_out = () if is_same else OF_THE_DATA
     return {flag: value for flag, value in record.recorded[-1].settings.items() if flag not in left_out}
 
 

@@ -236,6 +236,22 @@ LABEL_NOISES = {
 }
 
 
+def part_to_train_on(
+    train: Dataset,
+    label_column: str,
+    seed: int,
+    label_noise: float = 0.0,
+    label_noise_type: str | None = None,
+    validation_fraction: float | None = None,
+) -> tuple[Dataset, Dataset | None]:
+    """`train` with the wrong labels that these flags ask for, less the part that they hold out; and that part."""
+    if label_noise > 0:
+        train = add_label_noise(train, label_column, label_noise, label_noise_type or "symmetric", seed)
+    if validation_fraction is None:
+        return train, None
+    return hold_out(train, label_column, validation_fraction, seed, "validation_fraction")
+
+
 def add_label_noise(train: Dataset, label_column: str, fraction: float, kind: str, seed: int) -> Dataset:
     """`train` with wrong labels on a share of its examples, and the column `IS_WRONG`, which says on which.
 

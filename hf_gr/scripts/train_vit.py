@@ -36,15 +36,14 @@ from ..data.images import (
     IS_WRONG,
     LABEL_NOISES,
     add_augmentation,
-    add_label_noise,
     check_first_example,
     find_image_column,
     find_label_column,
-    hold_out,
     keep_first,
     keep_readable,
     load_image_dataset,
     number_rows,
+    part_to_train_on,
     preprocess,
     split_train_eval,
 )
@@ -241,15 +240,9 @@ def load_data(args: DataArguments, training: ScriptConfig) -> Data:
         train = keep_readable(train, "train", skipped, *how)
         test = keep_readable(test, test_split, skipped, *how)
         metrics = {"train_skipped_examples": skipped["train"], "eval_skipped_examples": skipped[test_split]}
-    if args.label_noise > 0:
-        train = add_label_noise(
-            train, label_column, args.label_noise, args.label_noise_type or "symmetric", training.seed
-        )
-    validation = None
-    if args.validation_fraction is not None:
-        train, validation = hold_out(
-            train, label_column, args.validation_fraction, training.seed, "validation_fraction"
-        )
+    train, validation = part_to_train_on(
+        train, label_column, training.seed, args.label_noise, args.label_noise_type, args.validation_fraction
+    )
     if args.label_noise > 0:
         metrics["train_wrong_labels"] = sum(train[IS_WRONG])
         if validation is not None:

@@ -60,6 +60,42 @@ def test_classifiers_side_by_side(images, tmp_path, capsys):
     assert "| quantity | value, run-2 | value, run-12 |" in text and f"| trace: tr(H) | {cell} |" in text
 
 
+def test_the_training_data_are_those_that_the_run_had(images, tmp_path):
+    """Less what it held out, and with its wrong labels."""
+    _, data = images
+    flags = ("--label_noise", 0.4, "--label_noise_type", "pairflip", "--validation_fraction", 0.25, "--seed", 7,
+             "--max_train_samples", 60)  # fmt: skip
+    train = load_script("train_vit")
+    seen = {}
+
+    class Keep(train.ImageTrainer):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            seen["labels"] = [row["labels"] for row in self.train_dataset]
+            seen["pixels"] = self.train_dataset[3]["pixel_values"]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "ImageTrainer", Keep)
+        call(
+            "train_vit",
+            *data,
+            "--model",
+            "vit-micro",
+            "--max_steps",
+            1,
+            "--output_dir",
+            tmp_path / "run",
+            *flags,
+            *QUIET,
+        )
+    script = load_script("evaluate_sharpness")
+    options, kind = script.parse_args([str(tmp_path / "run"), *map(str, data), "--device", "cpu"])
+    rows = kind.load_data(script.load_checkpoint(str(tmp_path / "run"), kind, options), options, True)[0]
+    assert [row["labels"] for row in rows] == seen["labels"] and len(rows) == 45
+    assert set(rows[0]) == {"pixel_values", "labels"}
+    assert np.allclose(np.asarray(rows[3]["pixel_values"]), np.asarray(seen["pixels"]))
+
+
 def test_values_are_those_of_the_held_out_images(images, tmp_path):
     folder, data = images
     found = evaluate(tmp_path, folder / "run-12", *data, "--split", "eval", "--quantities", "sam", "trace",
