@@ -25,6 +25,9 @@ STANDARD_ERRORS, FEWEST_NORMS = 3, 5
 LINEAR, CURVED = (0.8, 1.2), 3.0
 #: ||g2|| / ||g1|| up to which g2 hardly differs from g1.
 SAME_NORM = 1.02
+#: The loss has stalled early if it has kept this share. In our runs with wrong labels it did so, far from linear within
+#: r, where GR from the first step was too strong.
+STALLED = 0.99
 #: Adam's rates are unsteady early if they move this many times as fast as late, relative to steady gradients.
 UNSTEADY = 2.0
 #: The share of the stability threshold from which a run is near the edge.
@@ -310,40 +313,56 @@ def is_r_in_the_band(run: Run) -> Finding | None:
     return Finding(YES, f"r is in the linear band: {seen}. Good and failed runs show this as well.")
 
 
+def did_the_rates_move_early(run: Run) -> Finding | None:
+    """Did the adaptive learning rates move faster early than late, as the paper's explanation of the harm has it?"""
+    early = _pace(run, first=2, last=run.young_steps)
+    late = _pace(run, first=max(run.young_steps, run.last_step // 2) + 1, last=run.last_step)
+    if run.beta2 is None or not (early or run.active_steps(run.young_steps)):
+        return None
+    rates = f"the adaptive learning rates of {run.optimizer}"
+    if not early or not late:
+        return Finding(
+            CANNOT_TELL,
+            f"Whether {rates} moved fast early: adaptive_lr_change is not logged both early and late. {run.rerun}",
+        )
+    factor = statistics.median(early) / statistics.median(late)
+    seen = f"relative to steady gradients, {rates} moved {factor:.2g} times as fast in the {run.beginning} as in the "
+    seen += f"last half ({len(early)} and {len(late)} log entries)"
+    if factor > UNSTEADY:
+        return Finding(YES, f"The second moments were unsteady early: {seen}. This alone does not show harm.")
+    return Finding(NO, f"The second moments were not unsteady early: {seen}.")
+
+
 def would_zero_warmup_matter(run: Run) -> Finding | None:
     """Would zero-warmup have changed anything?"""
     if not run.regularized or was_active_early(run).verdict == CANNOT_TELL:
         return None
-    active = run.active_steps(run.young_steps)
-    if not active:
+    if not run.active_steps(run.young_steps):
         return Finding(NO, f"Zero-warmup would have changed nothing: 0 of the {run.beginning} had GR.")
-    question = "Whether zero-warmup would have helped"
-    compare = f"Compare with a run with --gr_warmup zero --gr_warmup_steps {run.young_steps}"
-    if run.has_second_moment is False:
+    losses, gauge = (list(run.logged(key, last=run.young_steps).values()) for key in ("loss", "gr_linearity"))
+    compare = f"Compare with --gr_warmup zero --gr_warmup_steps {run.young_steps}, over several seeds."
+    if len(losses) < 2 or not gauge:
         return Finding(
             CANNOT_TELL,
-            f"{question}: the paper's reason for it are second moments, and {run.optimizer} keeps none. {compare}.",
+            f"Whether zero-warmup would have helped: the {run.beginning} have {len(losses)} log entries with a loss "
+            f"and {len(gauge)} with gr_linearity. {compare}",
         )
-    early = {step: pace for step, pace in _pace(run).items() if step in active}
-    late = {step: pace for step, pace in _pace(run).items() if step > max(run.young_steps, run.last_step // 2)}
-    if not early or not late:
-        return Finding(CANNOT_TELL, f"{question}: adaptive_lr_change is not logged both early and late. {run.rerun}")
-    factor = statistics.median(early.values()) / statistics.median(late.values())
-    seen = f"relative to steady gradients, the adaptive learning rates moved {factor:.2g} times as fast in the "
-    seen += f"{run.beginning} as in the last half ({len(early)} and {len(late)} log entries)"
-    if factor > UNSTEADY:
-        return Finding(CANNOT_TELL, f"{question}: {seen}, which GR may have caused, or not. {compare}.")
-    return Finding(NO, f"Zero-warmup would probably have changed little: {seen}.")
+    level = statistics.median(gauge)
+    seen = f"with GR, the loss went from {losses[0]:.4g} to {losses[-1]:.4g} in the {run.beginning}, and rose within r "
+    seen += f"{level:.2f} times as much as a linear loss would"
+    if losses[-1] > STALLED * losses[0] and level < LINEAR[0]:
+        return Finding(YES, f"Zero-warmup would probably have changed the start: {seen}. How much lasts? {compare}")
+    return Finding(CANNOT_TELL, f"Whether zero-warmup would have helped: {seen}, which is no clear sign. {compare}")
 
 
-def _pace(run: Run) -> dict[int, float]:
+def _pace(run: Run, first: int, last: int) -> list[float]:
     """How fast log psi moved at the logged steps t > 1, relative to independent gradients of constant variance: then
     the latest of them has the weight w = (1 - beta2) / (1 - beta2^t), and log psi moves by about w / sqrt(2)."""
     beta2 = run.beta2
     if beta2 is None:
-        return {}
-    changes = run.logged("adaptive_lr_change", first=2)
-    return {t: change * math.sqrt(2) * (1 - beta2**t) / (1 - beta2) for t, change in changes.items()}
+        return []
+    changes = run.logged("adaptive_lr_change", first, last)
+    return [change * math.sqrt(2) * (1 - beta2**t) / (1 - beta2) for t, change in changes.items()]
 
 
 def is_near_the_edge(run: Run) -> Finding | None:
@@ -378,6 +397,7 @@ def were_steps_skipped(run: Run) -> Finding | None:
 RULES: tuple[Callable[[Run], Finding | None], ...] = (
     was_active_early,
     did_the_norm_fall,
+    did_the_rates_move_early,
     is_r_in_the_band,
     would_zero_warmup_matter,
     is_near_the_edge,

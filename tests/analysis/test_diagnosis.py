@@ -3,14 +3,17 @@
 import math
 import re
 
+import numpy as np
 import pytest
 
 from hf_gr.analysis import adaptive_lr_variation
 from hf_gr.analysis.diagnosis import (
     Part,
     Run,
+    _pace,
     diagnose,
     did_the_norm_fall,
+    did_the_rates_move_early,
     is_near_the_edge,
     is_r_in_the_band,
     was_active_early,
@@ -173,7 +176,7 @@ def test_the_gauge_where_there_is_none():
     check(is_r_in_the_band(a_run({**GR, "gr_ascent": "momentum"})), "cannot tell", "one pass")
 
 
-# ---- Zero-warmup ----
+# ---- The second moments, and zero-warmup ----
 
 
 def pace(early, late):
@@ -181,13 +184,47 @@ def pace(early, late):
     return a_log(adaptive_lr_change=lambda t: (early if t <= 100 else late) * 0.001 / (1 - 0.999**t) / math.sqrt(2))
 
 
-def test_would_zero_warmup_matter():
+def test_did_the_rates_move_early():
+    check(did_the_rates_move_early(a_run(log=pace(1.5, 1.0))), "no", r"moved 1.5 times .*\(10 and 50 log entries\)")
+    check(did_the_rates_move_early(a_run(OFF, pace(6.0, 2.0))), "yes", "moved 3 times")
+    check(did_the_rates_move_early(a_run()), "cannot tell", "--gr_diagnostics_steps 10")
+    assert did_the_rates_move_early(a_run(ZERO)) is None
+    assert did_the_rates_move_early(a_run(log=pace(6.0, 2.0), optimizer="SGD", optimizer_settings={})) is None
+
+
+def test_steady_gradients_have_a_pace_of_one():
+    """The baseline, against the second moments of independent Gaussian gradients."""
+    draws = np.random.default_rng(0).standard_normal((60, 20_000)) ** 2
+    v, log = np.zeros(20_000), []
+    for t, square in enumerate(draws, start=1):
+        earlier, v = v / (1 - 0.99 ** max(t - 1, 1)), 0.99 * v + 0.01 * square
+        if t in (30, 60):
+            change = np.log(v / (1 - 0.99**t) / earlier) / 2
+            log.append({"step": t, "adaptive_lr_change": np.sqrt(np.mean(change**2))})
+    run = a_run(log=log, optimizer_settings={"betas": [0.9, 0.99]})
+    assert _pace(run, 2, 60) == pytest.approx([1, 1], abs=0.1)  # first order in w = 0.04 and 0.02
+
+
+@pytest.mark.parametrize(
+    ("loss", "gauge", "verdict", "pattern"),
+    [
+        (
+            lambda t: 2.3 - t * 1e-5,
+            0.1,
+            "yes",
+            "the start: .*from 2.3 to 2.299 .*0.10 times.*--gr_warmup_steps 100",
+        ),
+        (lambda t: 2.3 - t * 1e-3, 0.1, "cannot tell", "from 2.29 to 2.2 .*no clear sign"),
+        (2.3, 1.0, "cannot tell", "1.00 times .*no clear sign"),
+        (math.nan, 1.0, "cannot tell", "have 0 log entries with a loss and 10 with gr_linearity"),
+    ],
+)
+def test_would_zero_warmup_matter(loss, gauge, verdict, pattern):
+    check(would_zero_warmup_matter(a_run(log=a_log(loss=loss, gr_linearity=gauge))), verdict, pattern)
+
+
+def test_zero_warmup_where_it_changes_nothing():
     check(would_zero_warmup_matter(a_run(ZERO)), "no", "nothing: 0 of the 100")
-    check(would_zero_warmup_matter(a_run(log=pace(1.5, 1.0))), "no", r"moved 1.5 times .*\(10 and 50 log entries\)")
-    check(would_zero_warmup_matter(a_run(log=pace(6.0, 2.0))), "cannot tell", "moved 3 times", "--gr_warmup_steps 100")
-    check(would_zero_warmup_matter(a_run()), "cannot tell", "--gr_diagnostics_steps 10")
-    sgd = a_run(log=pace(6.0, 2.0), optimizer="SGD", optimizer_settings={})
-    check(would_zero_warmup_matter(sgd), "cannot tell", "SGD keeps none")
     assert would_zero_warmup_matter(a_run(OFF)) is None
 
 
@@ -202,6 +239,7 @@ def test_the_edge_of_stability():
     check(is_near_the_edge(of(1.0)), "yes", "at most 1 .*; 21 of them reach 0.8")
     check(is_near_the_edge(a_run()), "cannot tell", "--gr_diagnostics_steps 10")
     assert is_near_the_edge(a_run(optimizer="SGD", optimizer_settings={})) is None
+    assert is_near_the_edge(a_run({**OFF, "ire_kappa": 1.0})) is None  # not measured then
 
 
 def test_skipped_steps():
@@ -212,4 +250,4 @@ def test_skipped_steps():
 def test_rules_that_do_not_apply_say_nothing():
     findings = diagnose(a_run(OFF, falling(0.05), optimizer="SGD", optimizer_settings={}))
     assert [finding.verdict for finding in findings] == ["no", "yes"]
-    assert len(diagnose(a_run(skipped_steps=1))) == 6
+    assert len(diagnose(a_run(skipped_steps=1))) == 7

@@ -30,11 +30,11 @@ def test_a_run_of_the_trainer(tmp_path, capsys):
         save_steps=10,
     )
     (tmp_path / "run.json").unlink()
-    (early, active), (_, norm), (_, gauge), (zero, _), _ = diagnosed(tmp_path, capsys)
+    (early, active), (_, norm), (rates, _), (_, gauge), (_, zero), _ = diagnosed(tmp_path, capsys)
     assert early == "yes" and "in 8 of the first 10 steps, at full strength" in active
     assert "AdamW" in norm and "from 10 logged norms" in norm
     assert "gr_linearity, the median of 8 log entries" in gauge
-    assert zero == "cannot tell"
+    assert rates == "cannot tell" and "--gr_warmup zero --gr_warmup_steps 10" in zero
 
 
 def test_a_run_without_gr(tmp_path, capsys):
