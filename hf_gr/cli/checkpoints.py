@@ -82,7 +82,8 @@ class Kind(NamedTuple):
     def loss(self, model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """The loss of the trained model; of a language model, per token."""
         inputs = {name: value.to(model.device) for name, value in batch.items()}
-        inputs.setdefault("labels", inputs.get("input_ids"))
+        if "labels" not in inputs:
+            inputs["labels"] = inputs["input_ids"]
         return model(**inputs).loss
 
 
