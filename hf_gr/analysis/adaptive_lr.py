@@ -109,7 +109,8 @@ def adaptive_lr_variation(t: Numbers, gamma: Numbers, beta2: float = 1.0) -> Any
     Unlike the variance it does not depend on the scale of the gradients.
 
     Args:
-        t, gamma: as in `adaptive_lr_variance`.
+        t: as in `adaptive_lr_variance`.
+        gamma: as there.
         beta2: 1 for the plain mean of the paper.
     """
     samples = effective_samples(*_checked(t, gamma)[:2], beta2)
@@ -120,7 +121,10 @@ def adaptive_lr_variation(t: Numbers, gamma: Numbers, beta2: float = 1.0) -> Any
 def effective_samples(t: Numbers, gamma: Numbers, beta2: float = 1.0) -> Any:
     """n = S_1^2 / S_2, the number of equally weighted gradients that would estimate the second moment as well.
 
-    Args: as in `adaptive_lr_variation`.
+    Args:
+        t: as in `adaptive_lr_variance`.
+        gamma: as there.
+        beta2: as in `adaptive_lr_variation`.
     """
     steps, rate, _ = _checked(t, gamma)
     shifted = np.abs(rate + math.log(_checked_beta2(beta2)))

@@ -119,7 +119,11 @@ class SharpnessCallback(TrainerCallback):
     Args:
         trainer: the trainer.
         every: optimizer steps between measurements; None measures at each evaluation.
-        batches, quantities, dataset, method, options: as for `trainer.sharpness`.
+        batches: as for `trainer.sharpness`, like all that follow.
+        quantities: which of them.
+        dataset: what to measure on.
+        method: how products of the Hessian are computed.
+        options: further arguments of one of the quantities, by its name.
     """
 
     def __init__(
