@@ -363,9 +363,9 @@ class GRArguments(IREArguments, OptimizerArguments):
     )
     gr_diagnostics_steps: int = flag(
         0,
-        "Every this many steps, log the spread of Adam's adaptive learning rates, how much the step changed them, and the "
-        "cosine of both gradients; every tenth time the preconditioned sharpness, for some fifty passes; every epoch the "
-        "mean of ||g1||. The run stays the same. 0 turns this off.",
+        "Every this many steps, log the spread of Adam's adaptive learning rates, how much the step changed them, and "
+        "the cosine of both gradients; every tenth time the preconditioned sharpness, for some fifty passes; every "
+        "epoch the mean of ||g1||. The run stays the same. 0 turns this off.",
         Limit(0, rule="must be a whole number of steps, or 0 (off)."),
     )
     gr_half_precision_weights: bool = flag(

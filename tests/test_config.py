@@ -33,6 +33,7 @@ def test_contract_defaults():
         "gr_interval": 1,
         "gr_reuse": 0.0,
         "gr_momentum_r": 0.0,
+        "gr_diagnostics_steps": 0,
         "gr_on_nonfinite": "stop",
         "gr_half_precision_weights": False,
         "ire_kappa": 0.0,
