@@ -84,7 +84,7 @@ def _plot_gauge(axis: Axes, log_history: History) -> None:
 def _plot_adaptive_rates(axis: Axes, log_history: History) -> None:
     _line(axis, log_history, "adaptive_lr_spread", "spread over coordinates", BLUE)
     _line(axis, log_history, "adaptive_lr_change", "change in one step", ORANGE)
-    axis.set(title="Adaptive learning rates", ylabel=r"standard deviation of $\log \psi$, of its change")
+    axis.set(title="Adaptive learning rates", ylabel=r"in units of $\log \psi$")
     make_logarithmic(axis)
 
 
