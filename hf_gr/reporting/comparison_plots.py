@@ -20,6 +20,7 @@ with extra("report"):
 
 #: Below matplotlib's limit on the height in pixels, 2 ** 16.
 LARGEST_PICTURE = 65_000
+#: More panels than these are drawn in rows of three, to be legible on a page.
 MOST_COLUMNS = 6
 
 
@@ -69,8 +70,8 @@ def plot_arms(grid: Grid, runs: Sequence[Run], path: Path) -> None:
     logged = {key for run in runs for entry in run.history() for key in entry}
     further = [draw for key, draw in FURTHER_PANELS.items() if key in logged]
     count = 3 + len(further)
-    rows = -(-count // MOST_COLUMNS)
-    columns = -(-count // rows)
+    columns = count if count <= MOST_COLUMNS else 3
+    rows = -(-count // columns)
     figure = Figure(figsize=(4.6 * columns, 4.2 * rows * len(groups)), layout="constrained")
     panels = figure.subplots(rows * len(groups), columns, squeeze=False).reshape(len(groups), rows * columns)
     for row, (on_axes, members) in zip(panels, groups, strict=True):
