@@ -234,14 +234,18 @@ def test_memorization_is_counted_on_all_processes(results, tmp_path):
 
 @pytest.mark.parametrize(("suite", "error"), [("results", 1e-4), ("sharded", 2e-3)])
 def test_sharpness_is_that_of_one_process(suite, error, request, tmp_path):
-    """During training and after it. Sharded parameters have central differences in float32."""
+    """During training and after it. Sharded parameters have central differences in float32; a rise of the loss has the
+    rounding of a loss of 4, and residuals are themselves errors."""
     (logged, after), expected = (
         request.getfixturevalue(suite)["sharpness"],
         sharpness_of(str(tmp_path), ddp_backend=None),
     )
     assert len(after) == 7 and expected[0] == expected[1]
     for found in (logged, after):
-        assert found == pytest.approx(expected[1], rel=error)
+        assert found.keys() == expected[1].keys()
+        residuals = [values.pop("sharpness_top_error") for values in (found, expected[1].copy())]
+        assert found == pytest.approx({key: expected[1][key] for key in found}, rel=error, abs=1e-6)
+        assert max(residuals) <= 1e-3 * found["sharpness_top"]
 
 
 def ends(folder: Path, *runs: str) -> list[int]:
