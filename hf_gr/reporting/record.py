@@ -142,6 +142,27 @@ class Publication:
 
 
 @dataclass(frozen=True)
+class SharpnessFacts:
+    """The last measurement of the loss's sharpness; see `hf_gr.analysis.curvature`.
+
+    Attributes:
+        step: the optimizer steps that the measured weights had taken; 0 before training.
+        data: `train`, `eval`, `eval_NAME` for one of several evaluation datasets, or `other`.
+        batches: the number over all processes, of up to `batch_size` examples; None if that is unknown.
+        results: quantity -> its `value` and `standard_error`.
+        options: quantity -> the numbers and switches among the arguments of its function, and whether it had a
+            `preconditioner`.
+    """
+
+    step: int
+    data: str
+    batches: int
+    batch_size: int | None
+    results: dict[str, dict[str, float]]
+    options: dict[str, dict[str, Any]]
+
+
+@dataclass(frozen=True)
 class Log:
     """The log of a run of `max_steps` steps, and the name of its best checkpoint."""
 
@@ -163,6 +184,7 @@ class Record:
         ire_flat_fractions: kind of layer -> the fraction of its coordinates in IRE's last choice.
         ire_reduced_kappa: kappa after the divergence guard reduced it; None if it never did.
         layer_picture: the plot of the layer norms, if this run drew it.
+        sharpness: None if it was not measured.
         device: its name; `peak_memory_bytes` is its peak memory use.
         log: the one when `create_model_card` was called, which may be later than the last `trainer_state.json`.
     """
@@ -178,6 +200,7 @@ class Record:
     ire_flat_fractions: dict[str, float] = field(default_factory=dict)
     ire_reduced_kappa: float | None = None
     layer_picture: str | None = None
+    sharpness: SharpnessFacts | None = None
     device: str | None = None
     peak_memory_bytes: int | None = None
     publication: Publication = Publication()
@@ -264,7 +287,13 @@ def _commit() -> str | None:
 
 # ---- Files ----
 
-_PARTS = {"model": ModelFacts, "optimizer": OptimizerFacts, "publication": Publication, "log": Log}
+_PARTS = {
+    "model": ModelFacts,
+    "optimizer": OptimizerFacts,
+    "sharpness": SharpnessFacts,
+    "publication": Publication,
+    "log": Log,
+}
 
 
 def read_record(folder: str | Path) -> Record | None:

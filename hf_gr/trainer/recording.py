@@ -31,6 +31,7 @@ from ..reporting.record import (
     Publication,
     Record,
     Segment,
+    SharpnessFacts,
     read_record,
     versions,
     write_record,
@@ -279,12 +280,15 @@ class Recorder(TrainerCallback):
     Attributes:
         segment: the current one.
         resumed_from: the checkpoint that the next start resumes from.
+        best_step: that of the best checkpoint, once its weights are loaded.
     """
 
     def __init__(self, trainer: Host):
         self._trainer = trainer
         self._running_since: float | None = None
+        self._has_ended = False
         self.resumed_from: str | None = None
+        self.best_step: int | None = None
         self.segment = Segment()
         self._record = Record(segments=[self.segment])
 
@@ -304,6 +308,7 @@ class Recorder(TrainerCallback):
         """Begin a new segment after `done` steps."""
         trainer = self._trainer
         earlier = read_record(self.resumed_from) if self.resumed_from else None
+        sharpness = earlier.sharpness if earlier else self._sharpness_before_training(done)
         segments = [s for s in earlier.segments if s.steps or not s.is_recorded] if earlier else []
         last_step = segments[-1].last_step if segments else 0
         if last_step < done:
@@ -323,7 +328,14 @@ class Recorder(TrainerCallback):
             segments,
             defaults=defaults_of(trainer, segments),
             evaluated=earlier.evaluated if earlier else None,
+            sharpness=sharpness,
         )
+        self._has_ended, self.best_step = False, None
+
+    def _sharpness_before_training(self, done: int) -> SharpnessFacts | None:
+        """What was measured before the first run, if it starts from those weights and not from others."""
+        is_first = done == 0 and not self._record.total("steps") and self._trainer.model_init is None
+        return self._record.sharpness if is_first else None
 
     def on_optimizer_step(self, *_: Any, **__: Any) -> None:
         trainer, segment = self._trainer, self.segment
@@ -345,6 +357,7 @@ class Recorder(TrainerCallback):
         """Stop the clock, and write the record if there were any steps."""
         if self._stop_clock() and self.segment.steps:
             self.write(self._folder())
+            self._has_ended = True
 
     def _folder(self) -> str:
         return self._trainer._get_output_dir(getattr(self._trainer, "_trial", None))
@@ -361,6 +374,13 @@ class Recorder(TrainerCallback):
         record = replace(self.record, evaluated=names, **facts_of(self._trainer), **published)
         for folder in folders:
             write_record(record, folder)
+
+    def keep_sharpness(self, **facts: Any) -> None:
+        """Record a measurement at the current weights, the fields of `SharpnessFacts`. After training, also on disk."""
+        step = self._trainer.state.global_step if self.best_step is None else self.best_step
+        self.record.sharpness = SharpnessFacts(step, **facts)
+        if self._has_ended and self._trainer.args.should_save and (written := read_record(self._folder())):
+            write_record(replace(written, sharpness=self.record.sharpness), self._folder())
 
     def publish(self, *args: Any, **kwargs: Any) -> None:
         """Write the record into the output folder, with the log and the arguments of `create_model_card`."""

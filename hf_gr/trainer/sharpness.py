@@ -1,12 +1,15 @@
 """How sharp a trainer's loss is at its weights: `hf_gr.analysis.curvature` on its own batches and `compute_loss`."""
 
 import copy
+import inspect
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import Any, cast
 
+from accelerate.utils import find_batch_size
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 
@@ -27,7 +30,7 @@ def measure_sharpness(
     """Each of `quantities` of the trainer's loss on `batches`, those of this process. All processes call it.
 
     Args:
-        batches: as `fixed_batches` returns them.
+        batches: as in `FixedBatches`.
         method: of products of the Hessian; see `GRMixin.sharpness`.
         options: further arguments of the functions in `QUANTITIES`, by its keys.
     """
@@ -56,18 +59,71 @@ def _uncounted(trainer: Host) -> Iterator[None]:
         trainer.gr_second_pass = False
 
 
-def fixed_batches(trainer: Host, count: int, dataset: Any = None) -> list[Any]:
-    """This process's share of the first `count` batches of `dataset`, in its own order; see `GRMixin.sharpness`.
+def recorded_sharpness(
+    trainer: Host,
+    fixed: "FixedBatches",
+    quantities: Sequence[str],
+    method: str | None,
+    options: Mapping[str, Mapping[str, Any]],
+) -> dict[str, Estimate]:
+    """`measure_sharpness`, kept in the run's record."""
+    found = measure_sharpness(trainer, fixed.batches, quantities, method, options)
+    trainer.recorder.keep_sharpness(
+        data=fixed.data,
+        batches=len(fixed.batches) * trainer.accelerator.num_processes,
+        batch_size=find_batch_size(fixed.batches[0]),
+        results={name: asdict(estimate) for name, estimate in found.items()},
+        options={name: _recordable(name, options.get(name, {})) for name in found},
+    )
+    return found
 
-    A dataset that draws at random, such as one of augmented images, gives the same at every call, and the run's random
-    generators stay as they are.
+
+def _recordable(quantity: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Of the arguments of a quantity's function, those that `SharpnessFacts.options` has."""
+    defaults = {p.name: p.default for p in inspect.signature(QUANTITIES[quantity]).parameters.values()}
+    arguments = {**defaults, **options}
+    if "preconditioner" in arguments:
+        arguments["preconditioner"] = arguments["preconditioner"] is not None
+    scalars = {name: value.item() if hasattr(value, "item") else value for name, value in arguments.items()}
+    return {name: value for name, value in scalars.items() if isinstance(value, bool | int | float)}
+
+
+@dataclass(frozen=True)
+class FixedBatches:
+    """The first batches of a dataset, in its own order.
+
+    Attributes:
+        batches: this process's share.
+        data: where they are from, as `SharpnessFacts.data` says it.
     """
+
+    batches: list[Any]
+    data: str
+
+    @classmethod
+    def of(cls, trainer: Host, count: int, dataset: Any = None) -> "FixedBatches":
+        """The first `count` of `dataset`; see `GRMixin.sharpness`."""
+        data, dataset = _named(trainer, dataset)
+        return cls(_first_batches(trainer, count, dataset), data)
+
+
+def _named(trainer: Host, dataset: Any) -> tuple[str, Any]:
+    """(`SharpnessFacts.data`, dataset) of a dataset, the name of one, or None."""
+    train, evaluation = trainer.train_dataset, cast(Any, trainer.eval_dataset)
     if dataset is None:
-        dataset = trainer.eval_dataset if trainer.train_dataset is None else trainer.train_dataset
+        dataset = evaluation if train is None else train
     if isinstance(dataset, str):
-        dataset = cast(Any, trainer.eval_dataset)[dataset]
+        return f"eval_{dataset}", evaluation[dataset]
     if dataset is None or isinstance(dataset, dict):
         raise ValueError("dataset: there is none, or several. Give the one to measure on.")
+    several = evaluation if isinstance(evaluation, dict) else {}
+    known = {"train": train, "eval": evaluation, **{f"eval_{name}": value for name, value in several.items()}}
+    return next((name for name, value in known.items() if value is dataset), "other"), dataset
+
+
+def _first_batches(trainer: Host, count: int, dataset: Any) -> list[Any]:
+    """A dataset that draws at random, such as one of augmented images, gives the same at every call, and the run's
+    random generators stay as they are."""
     if count < 1:
         raise ValueError(f"batches={count}: give at least 1.")
     share = math.ceil(count / trainer.accelerator.num_processes)
@@ -142,7 +198,7 @@ class SharpnessCallback(TrainerCallback):
         self.every = every
         self._trainer, self._count, self._dataset = trainer, batches, dataset
         self._quantities, self._method, self._options = tuple(quantities), method, options
-        self._batches: list[Any] | None = None
+        self._batches: FixedBatches | None = None
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.every is not None and state.global_step % self.every == 0:
@@ -155,6 +211,6 @@ class SharpnessCallback(TrainerCallback):
     def _log(self, control: TrainerControl) -> None:
         trainer = self._trainer
         if self._batches is None:
-            self._batches = fixed_batches(trainer, self._count, self._dataset)
-        found = measure_sharpness(trainer, self._batches, self._quantities, self._method, self._options)
+            self._batches = FixedBatches.of(trainer, self._count, self._dataset)
+        found = recorded_sharpness(trainer, self._batches, self._quantities, self._method, self._options)
         log_entry(trainer, control, as_logs(found))

@@ -28,7 +28,7 @@ from .layerwise import Layerwise, OnClassOrInstance, get_optimizer_cls_and_kwarg
 from .process_groups import end_cleanly
 from .recording import Recorder
 from .resuming import ResumeCheck, prepare_to_resume, same_optimizer_required
-from .sharpness import fixed_batches, measure_sharpness
+from .sharpness import FixedBatches, recorded_sharpness
 from .two_pass import TwoPass
 from .uploads import Uploads
 
@@ -130,8 +130,8 @@ class GRMixin(Host):
         - `trace` and `top`: the trace and the largest eigenvalue of the Hessian of the trainable parameters.
 
         The loss is `compute_loss` in evaluation mode and in float32, the mean over the first batches, which are the
-        same at every call. Nothing of the run changes. With several processes, all of them call it. See
-        `hf_gr.analysis.curvature`.
+        same at every call. Nothing of the run changes. With several processes, all of them call it. The run's record
+        keeps the last measurement, and the card shows it. See `hf_gr.analysis.curvature`.
 
         Args:
             batches: over all processes, of `per_device_eval_batch_size`; rounded up to a multiple of the processes.
@@ -143,7 +143,7 @@ class GRMixin(Host):
                 `difference` under FSDP and for models that cannot be differentiated twice.
             options: further arguments of one of the functions, by name: `sam={"r": 0.1}, trace={"num_samples": 100}`.
         """
-        return measure_sharpness(self, fixed_batches(self, batches, dataset), quantities, method, options)
+        return recorded_sharpness(self, FixedBatches.of(self, batches, dataset), quantities, method, options)
 
     def planned_passes(self) -> list[float]:
         """The passes of each step of the run, as `costs` will count them unless a step is skipped. Known once training
@@ -317,6 +317,7 @@ class GRMixin(Host):
             logger.info(f"Loading best model from {best}.")
             if not load_weights(self.model, best):
                 super()._load_best_model()
+        self.recorder.best_step = self.state.best_global_step
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         """If `Trainer` itself loads a checkpoint, names that do not match are an error, not a warning."""

@@ -18,6 +18,7 @@ from hf_gr import GRConfig, GRTrainer
 from hf_gr.cli.output_folder import claim_output_folder
 from hf_gr.cli.trainers import ImageTrainer
 from hf_gr.data.images import IS_WRONG
+from hf_gr.reporting.record import read_record
 from hf_gr.trainer.sharpness import SharpnessCallback, as_logs
 
 PRECISIONS = ("float32", "scaled", "bf16")
@@ -274,6 +275,9 @@ def sharpness_of(output_dir: str, cls=GRTrainer, **flags) -> list[dict[str, floa
     found = as_logs(trainer.sharpness(**options))
     if dist.is_initialized():
         require_equal_ranks(torch.tensor([*found.values()]), "sharpness")
+    if trainer.is_world_process_zero():
+        kept = read_record(output_dir).sharpness
+        assert (kept.batches, kept.results["sam"]["value"]) == (4, found["sharpness_sam"])
     reset_state()
     return [
         *({key: entry[key] for key in found} for entry in trainer.state.log_history if "sharpness_sam" in entry),

@@ -1,5 +1,6 @@
 """`run.json`: what is counted as it happens, kept in the checkpoints, and summed over the starts of a run."""
 
+import dataclasses
 import json
 from dataclasses import dataclass
 from functools import partial
@@ -9,7 +10,7 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from helpers import toys
-from hf_gr import GRConfig, GRTrainer
+from hf_gr import GRConfig, GRTrainer, SharpnessCallback
 from hf_gr.reporting.record import Record, Segment, differences, read_record, write_record
 
 FLAGS = {"gr_warmup": "none", "max_steps": 4}
@@ -90,6 +91,68 @@ def test_a_resumed_run_adds_to_what_its_checkpoint_has(tmp_path):
     assert [(s.first_step, counts(s)) for s in read_record(tmp_path / "resumed").segments] == [
         (1, {"steps": 4, "regularized_steps": 4, "passes": 8})
     ]
+
+
+def sam(trainer) -> dict[str, float]:
+    return dataclasses.asdict(trainer.sharpness(batches=1, quantities=("sam",))["sam"])
+
+
+def step_and_value(folder) -> tuple[int, dict[str, float]]:
+    found = read_record(folder).sharpness
+    return found.step, found.results["sam"]
+
+
+def test_the_last_measurement_of_sharpness_is_kept(tmp_path):
+    """In the checkpoints too, from which a resumed run has it."""
+    trainer = make(tmp_path, save_strategy="steps", save_steps=2)
+    trainer.add_callback(SharpnessCallback(trainer, every=2, batches=1, quantities=("sam",)))
+    before = sam(trainer)
+    trainer.train()
+    middle, end = ((e["step"], e["sharpness_sam"]) for e in trainer.state.log_history if "sharpness_sam" in e)
+    assert (middle[0], end[0]) == (2, 4) and len({before["value"], middle[1], end[1]}) == 3
+    for folder, (step, value) in ((tmp_path / "checkpoint-2", middle), (tmp_path, end)):
+        assert step_and_value(folder) == (step, {"value": value, "standard_error": 0})
+    assert step_and_value(tmp_path) == (4, sam(trainer))  # at the same weights
+    resumed = make(tmp_path / "resumed")
+    sam(resumed)  # not of this run: the checkpoint replaces the weights
+    resumed.train(resume_from_checkpoint=f"{tmp_path}/checkpoint-2")
+    assert step_and_value(tmp_path / "resumed")[0] == 2
+    assert step_and_value(tmp_path / "resumed") == step_and_value(tmp_path / "checkpoint-2")
+    resumed.train()  # a new run
+    assert read_record(tmp_path / "resumed").sharpness is None
+
+
+@pytest.mark.parametrize("own", ["model", "model_init"])
+def test_sharpness_before_training_is_that_of_step_0(own, tmp_path):
+    args = GRConfig(**toys.arguments(tmp_path, **{**FLAGS, "max_steps": 1}))
+    models = {"model": toys.vit(), "model_init": lambda: toys.vit()}
+    trainer = GRTrainer(args=args, train_dataset=toys.images(), **{own: models[own]})
+    before = sam(trainer)
+    trainer.train()
+    if own == "model":
+        assert step_and_value(tmp_path) == (0, before)
+    else:  # which makes the model anew
+        assert read_record(tmp_path).sharpness is None
+
+
+def test_the_step_of_the_best_weights_is_that_of_their_checkpoint(tmp_path):
+    class Rising(GRTrainer):
+        def evaluate(self, *args, **kwargs):
+            return {**super().evaluate(*args, **kwargs), "eval_loss": self.state.global_step}
+
+    trainer = make(tmp_path, Rising, load_best_model_at_end=True, eval_strategy="steps", save_strategy="steps",
+                   eval_steps=2, save_steps=2)  # fmt: skip
+    trainer.train()
+    best = sam(trainer)
+    assert trainer.state.global_step == 4 and step_and_value(tmp_path) == (2, best)
+
+
+def test_other_measurements_are_not_taken_for_it(tmp_path):
+    """Diagnostics measure on the batch of a step."""
+    trainer = make(tmp_path, gr_diagnostics_steps=1, optim="adamw_torch", max_steps=11)
+    trainer.train()
+    assert any("preconditioned_sharpness" in entry for entry in trainer.state.log_history)
+    assert read_record(tmp_path).sharpness is None
 
 
 def test_a_second_training_does_not_count_the_estimates_of_the_first(tmp_path):
