@@ -29,7 +29,9 @@ from torch.optim import Adam, AdamW, RMSprop
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..analysis.second_moments import log_rates, preconditioner, statistics_of, sums_of
+from ..errors import extra
 from ..optim.ascents import as_float
+from ..optim.gradient_regularization import HALF_PRECISION
 from .layerwise import innermost, trainable_parameters
 from .part import Host, Part, log_entry
 from .sharpness import measure_sharpness
@@ -74,6 +76,8 @@ class Diagnostics(Part, TrainerCallback):
 
     def check(self) -> None:
         if self._flags.gr_diagnostics_steps:
+            with extra("analysis"):  # before training, not in the step that needs it
+                import scipy.sparse.linalg  # noqa: F401
             self._trainer.add_callback(self)
 
     @property
@@ -130,7 +134,8 @@ class Diagnostics(Part, TrainerCallback):
         trainer, optimizer = self._trainer, innermost(self._trainer.optimizer)
         trained = [p for p in trainer.model.parameters() if p.requires_grad]
         denominators, stability = preconditioner(optimizer, trained), _stability(optimizer)
-        if stability is None or any(p is None for p in denominators):
+        is_half = any(p.dtype in HALF_PRECISION for p in trained)  # in which curvature is lost to rounding
+        if stability is None or is_half or any(p is None for p in denominators):
             return {}
         batches = [trainer._prepare_inputs(batch) for batch in self._batches]
         options = {"preconditioner": denominators, "tolerance": 0.02, "max_products": 100}

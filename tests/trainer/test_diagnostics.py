@@ -1,6 +1,7 @@
 """What `gr_diagnostics_steps` logs, against the optimizer's state and gradients taken by hand."""
 
 import copy
+import sys
 
 import numpy as np
 import pytest
@@ -242,6 +243,19 @@ def test_a_gradient_scaler_changes_nothing(tmp_path):
         trainer.train()
     for key in ("adaptive_lr_spread", "adaptive_lr_change", "gr_cosine"):
         assert entries(scaled, key) == pytest.approx(entries(plain, key), rel=1e-4)
+
+
+def test_weights_in_half_precision_are_not_measured(tmp_path):
+    flags = {**ADAM, "gr_half_precision_weights": True, "max_steps": 11}
+    trainer = toys.trainer(tmp_path, toys.vit().bfloat16(), **flags)
+    trainer.train()
+    assert len(entries(trainer, "adaptive_lr_spread")) == 11 and not entries(trainer, "preconditioned_sharpness")
+
+
+def test_what_is_not_installed_is_known_before_training(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "scipy.sparse.linalg", None)
+    with pytest.raises(ImportError, match="analysis"):
+        toys.trainer(tmp_path, gr_diagnostics_steps=1)
 
 
 def test_it_is_no_setting_of_the_run(tmp_path):
