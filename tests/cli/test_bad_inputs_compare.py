@@ -57,7 +57,7 @@ GRID = ["--preset", "{}/grid.yaml", "--output_dir", "{}/out"]
     ("argv", "words"),
     [
         ([], ["--preset"]),
-        (["--preset", "none"], ["preset=none", "or one of these: cost-frontier.yaml, gr-harmful.yaml"]),
+        (["--preset", "none"], ["preset=none", "or one of these: cost-frontier.yaml, gr-figures.yaml, gr-harmful.yaml"]),
         (["--preset", "{}/none.yaml"], ["preset=", "none.yaml", "Give the path of one"]),
         (["--preset", "{}/empty"], ["preset=", "Give the path of one"]),
         (["--preset", "gr-table2", "--scale", "huge"], ["scale='huge'", "choose one of smoke, cpu, paper"]),
@@ -283,8 +283,8 @@ def test_plots(argv, words, place):
         (["card", "{}/unreadable"], ["run.json", "cannot be read", "Delete it"]),
         (["card", "{}/run", "{}/nan"], ["nan", "belongs to no flag"]),
         (["card", "{}/run", "--license", "mit"], ["--license", "there is no such flag"]),
-        (["cards", "{}/run"], ["'cards'", "no such command", "vit, llama", "speedup, card, plots"]),
-        (["--picture", "{}/x.png"], ["'--picture'", "no such command", "vit, llama", "speedup, card, plots"]),
+        (["cards", "{}/run"], ["'cards'", "no such command", "vit, llama", "speedup, diagnose, card, plots"]),
+        (["--picture", "{}/x.png"], ["'--picture'", "no such command", "vit, llama", "speedup, diagnose, card, plots"]),
     ],
 )
 def test_cards_and_commands(argv, words, place):
