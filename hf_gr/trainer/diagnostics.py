@@ -24,6 +24,7 @@ import math
 import warnings
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Adam, AdamW, RMSprop
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -133,9 +134,11 @@ class Diagnostics(Part, TrainerCallback):
     def _sharpness(self) -> dict[str, float]:
         trainer, optimizer = self._trainer, innermost(self._trainer.optimizer)
         trained = [p for p in trainer.model.parameters() if p.requires_grad]
-        denominators, stability = preconditioner(optimizer, trained), _stability(optimizer)
+        # A parameter that the loss does not use has no state, and nothing in H.
+        known = zip(trained, preconditioner(optimizer, trained), strict=True)
+        denominators, stability = [torch.ones_like(p) if v is None else v for p, v in known], _stability(optimizer)
         is_half = any(p.dtype in HALF_PRECISION for p in trained)  # in which curvature is lost to rounding
-        if stability is None or is_half or any(p is None for p in denominators):
+        if stability is None or is_half:
             return {}
         batches = [trainer._prepare_inputs(batch) for batch in self._batches]
         options = {"preconditioner": denominators, "tolerance": 0.02, "max_products": 100}

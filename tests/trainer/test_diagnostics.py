@@ -245,6 +245,19 @@ def test_a_gradient_scaler_changes_nothing(tmp_path):
         assert entries(scaled, key) == pytest.approx(entries(plain, key), rel=1e-4)
 
 
+def test_a_layer_that_the_loss_does_not_use_is_no_obstacle(tmp_path):
+    found = []
+    for is_there in (False, True):
+        model = Tiny()
+        if is_there:
+            model.unused = torch.nn.Linear(2, 2)
+        flags = {**ADAM, "max_steps": 11, "learning_rate": 1e-3}
+        trainer = toys.trainer(tmp_path / str(is_there), model, toys.images(24, size=2), **flags)
+        trainer.train()
+        found.append(entries(trainer, "preconditioned_sharpness"))
+    assert list(found[0]) == [10] and found[1] == pytest.approx(found[0], rel=0.04)
+
+
 def test_weights_in_half_precision_are_not_measured(tmp_path):
     flags = {**ADAM, "gr_half_precision_weights": True, "max_steps": 11}
     trainer = toys.trainer(tmp_path, toys.vit().bfloat16(), **flags)
