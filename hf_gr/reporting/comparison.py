@@ -146,7 +146,9 @@ def require_metric(grid: Grid, run: Run) -> None:
     """Raise `ValueError` if the results of a finished run lack the grid's metric, or another that is to be shown. Those
     of training (`train_*`) depend on the arm: without wrong labels none is memorized."""
     results = run.results()
-    for flag, key in [("metric", grid.metric), *(("also", key) for key in grid.also if not key.startswith("train_"))]:
+    tuned = [("tuned.by", grid.tuned["by"])] if grid.tuned else []
+    also = [("also", key) for key in grid.also if not key.startswith("train_")]
+    for flag, key in [("metric", grid.metric), *tuned, *also]:
         if key not in results:
             found = ", ".join(sorted(key for key in results if key.startswith(("eval_", "test_"))))
             raise ValueError(
@@ -215,6 +217,41 @@ def table_like_the_papers(grid: Grid, runs: Sequence[Run], published: Path | Non
             row.append(f"{cell}<br>published: {number}" if number else cell)
         lines.append(_row([value, arm, *row]))
     return "\n".join(lines) + "\n"
+
+
+def tuned_table(grid: Grid, runs: Sequence[Run]) -> str:
+    """The metric of each arm at its best values of the tuned axes: those with the lowest mean of `tuned.by`, among all
+    that have every seed. An arm with more settings had more chances, so their number is in the table."""
+    assert grid.tuned is not None
+    axes, by = grid.tuned["axes"], grid.tuned["by"]
+    others = [axis for axis in grid.axes if axis not in axes]
+    head = [*others, "", f"best {', '.join(axes)}", "of", _with_unit(grid, by), f"{label_of(grid)}, mean ± std"]
+    lines = [_row(head), "|---" * len(head) + "|"]
+    for place, members in grouped(runs, [*others, "arm"]):
+        if choice := _choice(grid, place[-1], members):
+            best, count, value, chosen = choice
+            values = [metric_of(grid, run) for run in chosen]
+            lines.append(_row([*place, best, count, f"{value:.4g}", _mean_and_std(values, len(grid.seeds))]))
+    return "\n".join(lines) + "\n"
+
+
+def _choice(grid: Grid, arm: str, members: Sequence[Run]) -> tuple[str, int, float, list[Run]] | None:
+    """(the best values of the tuned axes, the number of settings, the mean there of what is chosen by, the runs)."""
+    assert grid.tuned is not None
+    scale = 100 if grid.percent else 1
+    free = [axis for axis in grid.tuned["axes"] if axis not in grid.fixed_by(arm)]
+    runs = {run.folder: run for run in members}.values()  # `at_every_point` repeats those that an axis does not change
+    settings = [
+        (mean(scale * _as_float(measures(run)[grid.tuned["by"]]) for run in group), values, group)
+        for values, group in grouped(runs, free)
+        if len(group) == len(grid.seeds)
+    ]
+    settings = [setting for setting in settings if math.isfinite(setting[0])]
+    if not settings:
+        return None
+    value, values, group = min(settings, key=lambda setting: setting[0])
+    at = dict(zip(free, values, strict=True))
+    return ", ".join(str(at.get(axis, "any")) for axis in grid.tuned["axes"]), len(settings), value, group
 
 
 def _cells(grid: Grid, members: Sequence[Run], baseline: Sequence[Run], limits: dict[str, float]) -> list[str]:
@@ -384,7 +421,11 @@ def measures(run: Run) -> dict[str, float]:
 
 def label_of(grid: Grid) -> str:
     """The grid's metric and its unit in tables and pictures."""
-    return name_of(grid, grid.metric) + (" (%)" if grid.percent else "")
+    return _with_unit(grid, grid.metric)
+
+
+def _with_unit(grid: Grid, key: str) -> str:
+    return name_of(grid, key) + (" (%)" if grid.percent else "")
 
 
 def name_of(grid: Grid, key: str) -> str:

@@ -35,6 +35,11 @@ class Published(TypedDict):
     names: dict[str, str]
 
 
+class Tuned(TypedDict):
+    axes: list[str]
+    by: str
+
+
 @dataclass
 class Grid:
     """Arms to compare at every combination of axes and seeds.
@@ -50,6 +55,8 @@ class Grid:
         flags: those of all runs.
         axes: flag -> values.
         ignores: arm -> flags that have no effect on it; see `fixed_by`.
+        tuned: `axes` along which each arm has its best value chosen, and the metric to choose `by`, for which less is
+            better.
         picture: a key of `PICTURES`. Default: the one for this number of axes, if there is one.
         published: `file` (columns table, model, dataset, optimizer, method, mean, std; label_noise if there is any),
             `arms` (name -> method) and `names` (value of a flag -> name in the file).
@@ -70,6 +77,7 @@ class Grid:
     axes: dict[str, list[Scalar]] = field(default_factory=dict)
     ignores: dict[str, list[str]] = field(default_factory=dict)
     seeds: list[int] = field(default_factory=lambda: [0])
+    tuned: Tuned | None = None
     picture: str | None = None
     published: Published | None = None
     published_like: dict[str, str] | None = None
@@ -92,6 +100,7 @@ class Grid:
         if unknown := sorted(set(self.ignores) - set(self.arms)):
             raise ValueError(f"ignores: {', '.join(unknown)} is none of the arms, {', '.join(self.arms)}.")
         self._check_flags()
+        self._check_tuned()
         self._check_published()
 
     def _check_flags(self) -> None:
@@ -108,6 +117,10 @@ class Grid:
                 )
             if [str(value) for value in values] != redact(map(str, values)):
                 raise ValueError(f"{flag}: a value of this axis is a token, and values become folder names.")
+
+    def _check_tuned(self) -> None:
+        if self.tuned is not None and (unknown := [axis for axis in self.tuned["axes"] if axis not in self.axes]):
+            raise ValueError(f"tuned.axes: {', '.join(unknown)} is none of the axes, {', '.join(self.axes) or 'none'}.")
 
     def fixed_by(self, arm: str) -> set[str]:
         """The flags that an arm sets or ignores: it is run once for all values of such an axis."""

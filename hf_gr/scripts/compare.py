@@ -37,6 +37,7 @@ from ..reporting.comparison import (
     markdown_table,
     require_metric,
     table_like_the_papers,
+    tuned_table,
     write_results,
 )
 from ..reporting.comparison_plots import plot_arms
@@ -198,6 +199,8 @@ def report(grid: Grid, runs: list[Run], folder: Path, published: Path | None, co
     table = markdown_table(grid, runs, published)
     if len(grid.axes) > 1:
         table = f"{table_like_the_papers(grid, runs, published)}\n{table}"
+    if grid.tuned:
+        table = f"{tuned_table(grid, runs)}\n{table}"
     (folder / "table.md").write_text(f"`{command}`\n\n{table}\n{explanation(grid)}", encoding="utf-8")
     picture = picture_of(grid)
     if picture is None or PICTURES[picture].with_curves:

@@ -30,6 +30,7 @@ from hf_gr.reporting.comparison import (
     markdown_table,
     require_metric,
     table_like_the_papers,
+    tuned_table,
     write_results,
 )
 from hf_gr.reporting.comparison_plots import _plot_metric, plot_arms
@@ -123,6 +124,7 @@ def test_an_arm_that_ignores_an_axis_is_run_once(training, tmp_path):
         ({"seeds": [0, 0]}, r"seeds=\[0, 0\]: list each value once"),
         ({"axes": {"gr_r": []}}, r"gr_r=\[\]: list each value once, and at least one"),
         ({"arm": {}}, "grid.yaml: unknown key arm"),
+        ({"tuned": {"axes": ["gr_r"], "by": "eval_loss"}}, "tuned.axes: gr_r is none of the axes, none"),
     ],
 )
 def test_mistakes_in_a_grid_are_named(changes, message, tmp_path):
@@ -501,6 +503,31 @@ def test_published_numbers_are_beside_ours_and_marked(finished, tmp_path):
     grid.published_like = {"model": "vit", "dataset_name": "c", "optim": "adam"}
     lines = markdown_table(grid, runs, tmp_path / "p.csv").splitlines()
     assert lines[2].endswith("|  |") and lines[3].endswith("| 13.61 ± 0.2 (ViT, cifar, Adam) |")
+
+
+def test_settings_are_chosen_by_the_metric_that_the_grid_names(training, tmp_path):
+    """Each arm at the value with the lowest mean of `tuned.by` over the seeds, whatever its metric there. One without
+    all seeds is not chosen, and what an arm ignores is no choice."""
+    axes = {"a": [1, 2], "gr_r": [3, 4, 5]}
+    tuned = {"axes": ["gr_r"], "by": "eval_loss"}
+    grid = Grid(training.name, ARMS, "off", metric="test_loss", axes=axes, ignores={"off": ["gr_r"]}, seeds=[0, 1],
+                tuned=tuned)  # fmt: skip
+    runs = expand(grid, tmp_path, tmp_path)
+    run_grid(training, runs, 2)
+    chosen_by = {("on", 1): [3, 1, 2], ("on", 2): [2, 3, 1], ("off", 1): [7] * 3, ("off", 2): [8] * 3}
+    for run in runs:
+        index = axes["gr_r"].index(run.point["gr_r"] or 3)
+        value = chosen_by[run.point["arm"], run.point["a"]][index]
+        results = {"eval_loss": value + run.point["seed"], "test_loss": 10 * value + 2 * run.point["seed"]}
+        (run.folder / "all_results.json").write_text(json.dumps(results))
+    lines = tuned_table(grid, at_every_point(grid, runs)).splitlines()
+    assert lines[0] == "| a |  | best gr_r | of | validation loss | test loss, mean ± std |"
+    assert lines[2:] == [
+        "| 1 | off | any | 1 | 7.5 | 71 ± 1.4 |", "| 1 | on | 4 | 3 | 1.5 | 11 ± 1.4 |",
+        "| 2 | off | any | 1 | 8.5 | 81 ± 1.4 |", "| 2 | on | 5 | 3 | 1.5 | 11 ± 1.4 |",
+    ]  # fmt: skip
+    runs = [run for run in runs if run.name != "2_5_on_1"]
+    assert tuned_table(grid, at_every_point(grid, runs)).splitlines()[-1] == "| 2 | on | 3 | 2 | 2.5 | 21 ± 1.4 |"
 
 
 def test_a_table_in_the_shape_of_the_papers(training, tmp_path):
