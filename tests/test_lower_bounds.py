@@ -6,7 +6,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parent.parent
-EXTRAS = ("test", "scripts", "report", "sweep", "tensorboard")
+EXTRAS = ("test", "scripts", "report", "mnist", "sweep", "tensorboard")
 
 
 def test_the_lowest_versions_that_are_tested_are_the_bounds():

