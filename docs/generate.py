@@ -13,7 +13,15 @@ from pathlib import Path
 
 from hf_gr.cli.script import ScriptConfig
 from hf_gr.config import GR_PRESETS, IRE_PRESETS, GRArguments, IREArguments, OptimizerArguments
-from hf_gr.models.presets import CAIT_PRESETS, LLAMA_PRESETS, RESNET_PRESETS, SWIN_PRESETS, VIT_PRESETS
+from hf_gr.models.presets import (
+    CAIT_PRESETS,
+    EFFICIENTNET_PRESETS,
+    LLAMA_PRESETS,
+    RESNET_PRESETS,
+    SWIN_PRESETS,
+    VIT_PRESETS,
+    WIDE_RESNET_PRESETS,
+)
 from hf_gr.optim import OPTIMIZERS
 from hf_gr.reporting.methods import methods_tables, table
 
@@ -72,7 +80,7 @@ def entries_table(name: str) -> str:
     if name == "Optimizers":  # their equations are too wide for a table
         return "\n\n".join(f"`{key}`: {cls.help}\n\n$$\n{cls.latex}\n$$" for key, cls in OPTIMIZERS.items())
     models = {"ViT": VIT_PRESETS, "Swin": SWIN_PRESETS, "CaiT": CAIT_PRESETS, "ResNet": RESNET_PRESETS}
-    models |= {"Llama": LLAMA_PRESETS}
+    models |= {"Wide ResNet": WIDE_RESNET_PRESETS, "EfficientNet": EFFICIENTNET_PRESETS, "Llama": LLAMA_PRESETS}
     return table(models[name]) if name in models else methods_tables()[name]
 
 

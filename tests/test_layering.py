@@ -24,7 +24,7 @@ FORBIDDEN = {
 for forbidden in FORBIDDEN.values():
     forbidden |= {"hf_gr.cli", "hf_gr.scripts"}  # only these two see all
 #: Files that are saved beside the weights and must stand alone.
-COPIED = {"hf_gr.models.cait", "hf_gr.models.cifar_resnet"}
+COPIED = {"hf_gr.models.cait", "hf_gr.models.cifar_resnet", "hf_gr.models.wide_resnet"}
 
 
 def modules() -> dict[str, ast.Module]:

@@ -1,4 +1,4 @@
-"""Train a vision transformer, or a ResNet, for image classification with gradient regularization.
+"""Train a vision transformer, or a convolutional network, for image classification with gradient regularization.
 
     accelerate launch scripts/train_vit.py                                      # a small ViT on scans of digits
     accelerate launch scripts/train_vit.py --gr_lambda 0                        # the same without GR
@@ -74,13 +74,16 @@ class ModelArguments(script.ModelArguments):
     # A checkpoint has its own values of these; they describe a model trained from scratch.
     dropout: float | None = field(
         default=None,
-        metadata={"help": "Dropout, also of attention weights (Swin: only those). Default: 0.1; 0 for CaiT."},
+        metadata={
+            "help": "Dropout, also of attention weights (Swin: only those). Default: 0.1; 0 for CaiT and wide "
+            "ResNets, 0.2 for EfficientNets."
+        },
     )
     stem: str | None = field(
         default=None,
         metadata={
             "help": "First layers of a ResNet. imagenet divides the resolution by 4, cifar keeps it. Default: cifar "
-            "for resnet-20 and resnet-32, imagenet for the others.",
+            "for resnet-20, resnet-32 and resnet-56, imagenet for the others.",
             "choices": list(RESNET_STEMS),
         },
     )
@@ -92,7 +95,7 @@ class ModelArguments(script.ModelArguments):
         },
     )
     image_size: int | None = field(
-        default=None, metadata={"help": "Pixels per side. Default: the architecture's; 32 for ResNets."}
+        default=None, metadata={"help": "Pixels per side. Default: the architecture's; 32 for ResNets, wide or not."}
     )
     image_mean: list[float] | None = field(
         default=None, metadata={"help": "Subtracted from each channel, scaled to [0, 1]. Default: 0.5 0.5 0.5."}
@@ -107,7 +110,7 @@ class ModelArguments(script.ModelArguments):
         elif self.model in RESNET_PRESETS:
             script.refuse(self, ("dropout",), f"model={self.model!r}, which has none")
         else:
-            script.refuse(self, ("stem",), f"model={self.model or 'vit-ti'!r}, which is not a ResNet")
+            script.refuse(self, ("stem",), f"model={self.model or 'vit-ti'!r}, whose first layers are fixed")
 
     def _check_ranges(self) -> None:
         check_ranges(self, {"image_size": COUNT, "dropout": SHARE})

@@ -133,7 +133,7 @@ def test_bad_examples_are_skipped_if_asked(images, tmp_path):
     assert checkpoint["examples"] == 4 and checkpoint["split"] == "test"
 
 
-@pytest.mark.parametrize("model", ["cait-micro", "resnet-18"])
+@pytest.mark.parametrize("model", ["cait-micro", "resnet-18", "wrn-10-1"])
 def test_models_of_our_own_on_the_digits(model, tmp_path):
     folder = tmp_path / model
     stem = "cifar" if model == "resnet-18" else None

@@ -316,7 +316,11 @@ def unwritable(folder):
             ["--model", "resnet-18", "--dropout", "0.2"],
             "dropout=0.2 has no effect with model='resnet-18'",
         ),
-        (["--model", "vit-s", "--stem", "cifar"], "stem=cifar has no effect with model='vit-s', which is not a ResNet"),
+        (["--model", "vit-s", "--stem", "cifar"], "stem=cifar has no effect with model='vit-s', whose first"),
+        (
+            ["--model", "wrn-10-1", "--stem", "cifar"],
+            "stem=cifar has no effect with model='wrn-10-1', whose first layers are fixed",
+        ),
         (["--model_name_or_path", "x", "--weight_init", "xavier_normal"], "weight_init=xavier_normal has no effect"),
         (["--optim", "lars", "--optim_args", "momentun=0.9"], "optim_args: momentun is unknown to optim=lars, which"),
         (lambda f: [recipe_with_a_typo(f)], "unknown flag gr_radius; see --help"),

@@ -2,7 +2,9 @@
 
 import pytest
 import torch
-from transformers import AutoModelForImageClassification
+from torch import nn
+from torch.nn import functional as F
+from transformers import AutoModel, AutoModelForImageClassification
 
 from hf_gr.models.cait import CaitBlock, ClassAttention, TalkingHeadsAttention
 from hf_gr.models.presets import (
@@ -10,13 +12,16 @@ from hf_gr.models.presets import (
     RESNET_STEMS,
     WEIGHT_INITS,
     create_cait,
+    create_efficientnet,
     create_image_model,
     create_llama,
     create_resnet,
     create_swin,
     create_vit,
+    create_wide_resnet,
     initialize_weights,
 )
+from hf_gr.models.wide_resnet import PreActivationBlock, WideResNetConfig
 
 SIZES = {
     "vit-ti": 5_362_762, "vit-s": 21_342_346, "vit-b": 85_152_010, "swin-tiny": 27_507_028, "swin-small": 48_807_652,
@@ -33,10 +38,18 @@ def test_presets_have_the_size_of_the_paper(preset, parameters):
     assert model.config.image_size == 32
 
 
-def test_swin_for_imagenet_is_the_one_everybody_has():
+#: As timm (Swin, ViT) and torchvision (ResNet, EfficientNet) count them at 1,000 classes.
+IMAGENET_SIZES = {
+    "swin-tiny-224": 28_288_354, "vit-s-224": 22_050_664, "resnet-50": 25_557_032, "efficientnet-b0": 5_288_548,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("preset", "parameters"), IMAGENET_SIZES.items())
+def test_models_for_imagenet_are_those_everybody_has(preset, parameters):
     with torch.device("meta"):
-        model = create_image_model("swin-tiny-224", [str(i) for i in range(1000)])
-    assert sum(p.numel() for p in model.parameters()) == 28_288_354 and model.config.image_size == 224
+        model = create_image_model(preset, [str(i) for i in range(1000)])
+    assert sum(p.numel() for p in model.parameters()) == parameters
+    assert getattr(model.config, "image_size", 224) == 224
 
 
 def test_dropout_is_that_of_the_released_code_unless_it_is_given():
@@ -131,9 +144,11 @@ def test_resnets_have_the_size_of_the_paper(preset, parameters):
     assert sum(p.numel() for p in small.parameters()) == parameters - 3 * 64 * (49 - 9)  # 7 x 7 became 3 x 3
 
 
-@pytest.mark.parametrize(("preset", "parameters"), [("resnet-20", 269_722), ("resnet-32", 464_154)])
+@pytest.mark.parametrize(
+    ("preset", "parameters"), [("resnet-20", 269_722), ("resnet-32", 464_154), ("resnet-56", 853_018)]
+)
 def test_resnets_for_cifar_have_the_size_of_the_paper_but_for_their_shortcuts(preset, parameters):
-    """0.27 M and 0.46 M (Table 6), with two shortcuts that are 1 x 1 convolutions and BatchNorm here, nothing there."""
+    """0.27 M, 0.46 M and 0.85 M (Table 6), with two shortcuts of 1 x 1 convolution and BatchNorm here, none there."""
     model = create_image_model(preset, [str(i) for i in range(10)]).eval()
     shortcuts = 16 * 32 + 32 * 64 + 2 * (32 + 64)
     assert sum(p.numel() for p in model.parameters()) == parameters + shortcuts
@@ -142,6 +157,105 @@ def test_resnets_for_cifar_have_the_size_of_the_paper_but_for_their_shortcuts(pr
     assert [tuple(state.shape[1:]) for state in states] == [(16, 32, 32), (16, 32, 32), (32, 16, 16), (64, 8, 8)]
     layers = sum(isinstance(module, torch.nn.Conv2d) and module.kernel_size == (3, 3) for module in model.modules()) + 1
     assert preset == f"resnet-{layers}"  # with the classifier
+
+
+def test_resnet_50_has_its_stride_where_torchvision_has_it():
+    with torch.device("meta"):
+        model = create_resnet("resnet-50", ["a", "b"])
+    first = model.resnet.encoder.stages[1].layers[0]
+    kernels = [layer.convolution for layer in first.layer]
+    assert [(c.kernel_size[0], c.stride[0]) for c in kernels] == [(1, 1), (3, 2), (1, 1)]
+    assert [c.out_channels for c in kernels] == [128, 128, 512] and first.shortcut.convolution.stride == (2, 2)
+
+
+# ---- Wide ResNet ----
+
+
+def parameters_of_a_wide_resnet(depth, k, classes):
+    """Counted by hand from Table 1 of the paper, with BatchNorm before each convolution and before the classifier."""
+    blocks, count, inputs = (depth - 4) // 6, 3 * 16 * 9, 16
+    for outputs in (16 * k, 32 * k, 64 * k):
+        for _ in range(blocks):
+            count += 2 * inputs + inputs * outputs * 9 + 2 * outputs + outputs * outputs * 9
+            count += inputs * outputs if inputs != outputs else 0
+            inputs = outputs
+    return count + 2 * inputs + inputs * classes + classes
+
+
+@pytest.mark.parametrize(
+    ("preset", "parameters"), [("wrn-28-10", 36_479_194), ("wrn-16-8", 10_961_370), ("wrn-10-1", 77_850)]
+)
+def test_wide_resnets_have_the_size_of_the_paper(preset, parameters):
+    """36.5 M and 11.0 M (Table 4)."""
+    with torch.device("meta"):
+        model = create_image_model(preset, [str(i) for i in range(10)])
+    depth, k = map(int, preset.split("-")[1:])
+    assert sum(p.numel() for p in model.parameters()) == parameters == parameters_of_a_wide_resnet(depth, k, 10)
+    convolutions = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
+    assert sum(c.kernel_size == (3, 3) for c in convolutions) + 3 == depth  # with the three shortcuts, as in the paper
+    assert all(c.bias is None for c in convolutions)
+
+
+def test_a_pre_activation_block_is_the_one_of_the_paper():
+    """BatchNorm, ReLU, convolution, twice, and a shortcut that keeps x, or convolves what the first ReLU returns."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 4, 8, 8)
+    plain, wide = PreActivationBlock(4, 4, 1, 0.0), PreActivationBlock(4, 6, 2, 0.0)
+    for block, stride in ((plain, 1), (wide, 2)):
+        for norm in (block.norm1, block.norm2):
+            nn.init.normal_(norm.weight)
+            nn.init.normal_(norm.bias)
+        active = F.relu(F.batch_norm(x, None, None, block.norm1.weight, block.norm1.bias, training=True))
+        inner = F.conv2d(active, block.conv1.weight, stride=stride, padding=1)
+        inner = F.relu(F.batch_norm(inner, None, None, block.norm2.weight, block.norm2.bias, training=True))
+        shortcut = x if stride == 1 else F.conv2d(active, block.shortcut.weight, stride=2)
+        torch.testing.assert_close(block(x), shortcut + F.conv2d(inner, block.conv2.weight, padding=1))
+    assert plain.shortcut is None
+
+
+def test_a_wide_resnet_starts_as_the_paper_has_it_and_loads_without_hf_gr(tmp_path):
+    torch.manual_seed(0)
+    model = create_wide_resnet("wrn-10-1", ["a", "b", "c"], dropout=0.3).eval()
+    weight = model.wide_resnet.stages[2][0].conv2.weight  # N(0, 2 / fan out)
+    assert weight.std().item() == pytest.approx((2 / (64 * 9)) ** 0.5, rel=0.02)
+    assert not model.classifier.bias.any() and (model.wide_resnet.norm.weight == 1).all()
+    images, labels = torch.randn(2, 3, 32, 32), torch.tensor([0, 2])
+    output = model(images, labels=labels)
+    torch.testing.assert_close(output.loss, F.cross_entropy(output.logits, labels))
+    assert model.base_model(images).last_hidden_state.shape == (2, 64, 8, 8)
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "wide_resnet.py").exists()
+    loaded = AutoModelForImageClassification.from_pretrained(tmp_path, trust_remote_code=True).eval()
+    assert torch.equal(loaded(images).logits, output.logits) and loaded.config.id2label[2] == "c"
+    features = AutoModel.from_pretrained(tmp_path, trust_remote_code=True).eval()(images).pooler_output
+    torch.testing.assert_close(model.classifier(features), output.logits)
+    model.train()
+    assert not torch.equal(model(images).logits, model(images).logits)  # dropout
+    with pytest.raises(ValueError, match="depth=12: must be 6 n"):
+        WideResNetConfig(12)
+
+
+# ---- EfficientNet ----
+
+
+def test_efficientnet_starts_as_torchvision_has_it_and_learns():
+    torch.manual_seed(0)
+    model = create_efficientnet("efficientnet-micro", ["a", "b"])
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    assert all((norm.weight == 1).all() and (norm.momentum, norm.eps) == (0.1, 1e-5) for norm in norms)
+    weight = model.efficientnet.encoder.top_conv.weight
+    assert weight.std().item() == pytest.approx((2 / weight.shape[0]) ** 0.5, rel=0.02)
+    assert model.config.dropout_rate == 0.2
+    images, labels = torch.randn(8, 3, 32, 32), torch.tensor([0, 1] * 4)
+    before = model(images, labels=labels).loss
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(15):
+        optimizer.zero_grad()
+        model(images, labels=labels).loss.backward()
+        optimizer.step()
+    assert model(images, labels=labels).loss < before / 2
+    with pytest.raises(ValueError, match="image_size=16: efficientnet-micro halves the resolution five times"):
+        create_efficientnet("efficientnet-micro", ["a", "b"], 16)
 
 
 @pytest.mark.parametrize(("stem", "side"), [("imagenet", 1), ("cifar", 4)])
