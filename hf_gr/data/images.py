@@ -12,9 +12,9 @@ import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value, load_dataset
 from PIL import Image as PILImage
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ..errors import explained, extra, one_line
+from .augmentation import random_crop, random_flip
 from .pixels import RangeError, is_deep, to_rgb
 
 logger = logging.getLogger(__name__)
@@ -411,24 +411,6 @@ def check_first_example(inputs: Dataset, image_column: str, max_value: float | N
     file = inputs.with_format(None)[0][image_column]
     if max_value is not None and not is_deep(Image().decode_example(file)):
         logger.warning(f"image_max_value={max_value:g}: no effect on images of 8 bits, such as the first one.")
-
-
-def random_crop(images: Tensor, padding: int) -> Tensor:
-    """Shift each image of (n, c, h, w) by up to `padding` pixels along both axes, filling the border by reflection."""
-    n, _, height, width = images.shape
-    padded = F.pad(images, (padding,) * 4, mode="reflect")
-    top, left = torch.randint(0, 2 * padding + 1, (2, n, 1), device=images.device)
-    rows = top + torch.arange(height, device=images.device)
-    columns = left + torch.arange(width, device=images.device)
-    image = torch.arange(n, device=images.device)
-    # Advanced indices around a slice put their own axes first: (n, h, w, c).
-    return padded[image[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
-
-
-def random_flip(images: Tensor) -> Tensor:
-    """Mirror each image of (n, c, h, w) left to right with probability 1/2."""
-    flip = torch.rand(len(images), 1, 1, 1, device=images.device) < 0.5
-    return torch.where(flip, images.flip(-1), images)
 
 
 def add_augmentation(model: nn.Module, *, flip: bool, crop_padding: int) -> None:
