@@ -1,27 +1,26 @@
 """Random augmentation of batches of images, and of their labels.
 
-Everything runs on the batch's device, and each image gets its own draw, from torch's global generators: whoever restores
+Everything runs on the batch's device. Each image gets its own draw from torch's global generators: whoever restores
 their states, as GR's second pass and a resumed run do, gets the same images again. `random_flip` and `random_crop` draw
-on the batch's device. All others draw on the CPU, so nothing waits for an accelerator, and a seed gives the same images
-on every device.
+on the batch's device, all others on the CPU: nothing waits for an accelerator, and a seed gives the same images on
+every device.
 
 The operations are those of Pillow, on values in [0, 1] that are not rounded to 8 bits in between.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..checks import NOT_NEGATIVE, Limit, check_ranges
+from ..checks import NOT_NEGATIVE, PROBABILITY, check_ranges
 
 #: The range of RandAugment's magnitude, as in torchvision; the paper leaves it open.
 MAX_MAGNITUDE = 30
 #: RandomResizedCrop: the range of width / height, and how often it draws until a crop fits into the image.
 CROP_RATIO, CROP_ATTEMPTS = (3 / 4, 4 / 3), 10
-_PROBABILITY = Limit(0, 1)
 _LUMA = (0.299, 0.587, 0.114)
 
 
@@ -32,7 +31,7 @@ class Augmentation:
     Args:
         mean: what normalization subtracted from each channel, of values in [0, 1]; one or three numbers.
         std: what it then divided by.
-        size: the side of a random resized crop. Default: the size of the input.
+        size: the side of a random resized crop, or its height and width. Default: those of the input.
         crop_scale: random resized crop (bicubic, antialiased): the range of its share of the image's area. Its ratio of
             width to height is between 3/4 and 4/3. Default: off.
         flip: probability of mirroring left to right.
@@ -53,12 +52,12 @@ class Augmentation:
 
     mean: Sequence[float]
     std: Sequence[float]
-    size: int | None = None
+    size: int | tuple[int, int] | None = None
     crop_scale: tuple[float, float] | None = None
     flip: float = 0.0
     crop_padding: int = 0
-    rand_augment: tuple[int, float] | None = None
-    color_jitter: tuple[float, float, float, float] | None = None
+    rand_augment: Sequence[float] | None = None
+    color_jitter: Sequence[float] | None = None
     color_jitter_probability: float = 1.0
     grayscale: float = 0.0
     blur: float = 0.0
@@ -67,37 +66,46 @@ class Augmentation:
 
     def __post_init__(self):
         probabilities = ("flip", "color_jitter_probability", "grayscale", "blur", "solarize")
-        check_ranges(self, dict.fromkeys(probabilities, _PROBABILITY) | {"crop_padding": NOT_NEGATIVE})
+        check_ranges(self, dict.fromkeys(probabilities, PROBABILITY) | {"crop_padding": NOT_NEGATIVE})
         if self.size is not None and self.crop_scale is None:
             raise ValueError(f"size={self.size}: no effect without crop_scale. Give that, too, or leave it out.")
         if self.crop_scale is not None and not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
             raise ValueError(f"crop_scale={self.crop_scale}: give a range of shares between 0 and 1.")
         if not 0 < self.blur_sigma[0] <= self.blur_sigma[1]:
             raise ValueError(f"blur_sigma={self.blur_sigma}: give a range above 0.")
-        if self.color_jitter is not None and not (min(self.color_jitter) >= 0 and self.color_jitter[3] <= 0.5):
-            raise ValueError(f"color_jitter={self.color_jitter}: must be at least 0, and the hue at most 0.5.")
-        if self.rand_augment is not None:
-            count, magnitude = self.rand_augment
-            if count < 1 or not 0 <= magnitude <= MAX_MAGNITUDE:
-                raise ValueError(
-                    f"rand_augment={self.rand_augment}: give at least 1 operation, and a magnitude from 0 to "
-                    f"{MAX_MAGNITUDE}."
-                )
+        if self.rand_augment is not None and not _is_rand_augment(self.rand_augment):
+            raise ValueError(
+                f"rand_augment={self.rand_augment}: give the number of operations, at least 1, and their magnitude, "
+                f"from 0 to {MAX_MAGNITUDE}; or leave it out."
+            )
+        if self.color_jitter is not None and not _is_color_jitter(self.color_jitter):
+            raise ValueError(
+                f"color_jitter={self.color_jitter}: give four numbers of at least 0, for brightness, contrast, "
+                "saturation and hue, the last one at most 0.5; or leave it out."
+            )
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
-        with torch.autocast(images.device.type, enabled=False):
-            if self.changes_values:
-                mean, std = (
-                    torch.tensor(values, device=images.device).view(-1, 1, 1) for values in (self.mean, self.std)
-                )
-                if len(mean) != images.shape[1]:
-                    raise ValueError(
-                        f"The images have {images.shape[1]} channels, but mean={self.mean} has {len(mean)}."
-                    )
-                augmented = self._changed(self._moved(images * std + mean))
-                return ((augmented - mean) / std).to(images.dtype)
+        if not self.changes_values:
             return self._moved(images)
+        if len(self.mean) != images.shape[1]:
+            raise ValueError(f"The images have {images.shape[1]} channels, but mean={self.mean} has {len(self.mean)}.")
+        mean, std = (torch.tensor(values, device=images.device).view(-1, 1, 1) for values in (self.mean, self.std))
+        with torch.autocast(images.device.type, enabled=False):
+            augmented = self._changed(self._moved(images * std + mean))
+        return ((augmented - mean) / std).to(images.dtype)
+
+    def resized(self, images: Tensor) -> Tensor:
+        """Whole images at the size that crops have: what a model sees of training images that are not augmented."""
+        size = self._size_of(images)
+        if images.shape[-2:] == size:
+            return images
+        return F.interpolate(images, size, mode="bicubic", antialias=True)
+
+    def _size_of(self, images: Tensor) -> tuple[int, int]:
+        if self.size is None:
+            return images.shape[-2], images.shape[-1]
+        return (self.size, self.size) if isinstance(self.size, int) else self.size
 
     @property
     def changes_values(self) -> bool:
@@ -107,8 +115,8 @@ class Augmentation:
 
     def _moved(self, images: Tensor) -> Tensor:
         if self.crop_scale is not None:
-            size = images.shape[-2:] if self.size is None else (self.size, self.size)
-            images = resized_crop(images, crop_boxes(len(images), *images.shape[-2:], self.crop_scale), size)
+            boxes = crop_boxes(len(images), images.shape[-2:], self.crop_scale)
+            images = resized_crop(images, boxes, self._size_of(images))
         if self.flip > 0:
             images = random_flip(images, self.flip)
         return random_crop(images, self.crop_padding) if self.crop_padding > 0 else images
@@ -116,7 +124,8 @@ class Augmentation:
     def _changed(self, images: Tensor) -> Tensor:
         n = len(images)
         if self.rand_augment is not None:
-            images = rand_augment(images, *self.rand_augment)
+            count, magnitude = self.rand_augment
+            images = rand_augment(images, int(count), magnitude)
         if self.color_jitter is not None:
             images = _at_random(images, self.color_jitter_probability, color_jitter, *_jitter(n, self.color_jitter))
         if self.grayscale > 0:
@@ -129,12 +138,29 @@ class Augmentation:
 
 
 def barlow_twins_views(
-    size: int | None, mean: Sequence[float], std: Sequence[float]
+    size: int | tuple[int, int] | None, mean: Sequence[float], std: Sequence[float]
 ) -> tuple[Augmentation, Augmentation]:
     """The two augmentations of Barlow Twins (arXiv 2103.03230, appendix A), which are those of BYOL."""
-    jitter = {"color_jitter": (0.4, 0.4, 0.2, 0.1), "color_jitter_probability": 0.8, "grayscale": 0.2}
-    common = {"mean": mean, "std": std, "size": size, "crop_scale": (0.08, 1.0), "flip": 0.5, **jitter}
-    return Augmentation(**common, blur=1.0), Augmentation(**common, blur=0.1, solarize=0.2)
+    first = Augmentation(
+        mean,
+        std,
+        size,
+        crop_scale=(0.08, 1.0),
+        flip=0.5,
+        color_jitter=(0.4, 0.4, 0.2, 0.1),
+        color_jitter_probability=0.8,
+        grayscale=0.2,
+        blur=1.0,
+    )
+    return first, replace(first, blur=0.1, solarize=0.2)
+
+
+def _is_rand_augment(values: Sequence[float]) -> bool:
+    return len(values) == 2 and values[0] >= 1 and 0 <= values[1] <= MAX_MAGNITUDE
+
+
+def _is_color_jitter(values: Sequence[float]) -> bool:
+    return len(values) == 4 and all(map(NOT_NEGATIVE.allows, values)) and values[3] <= 0.5
 
 
 # ---- Draws ----
@@ -187,13 +213,13 @@ def random_crop(images: Tensor, padding: int) -> Tensor:
     return padded[image[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
-def crop_boxes(n: int, height: int, width: int, scale: tuple[float, float]) -> Tensor:
-    """The boxes of `n` random resized crops, as rows of top, left, height and width.
+def crop_boxes(n: int, size: Sequence[int], scale: tuple[float, float]) -> Tensor:
+    """The boxes of `n` random resized crops of images of `size`, as rows of top, left, height and width.
 
     The share of the area is uniform in `scale`, and the logarithm of width / height is uniform in that of `CROP_RATIO`.
     The first of `CROP_ATTEMPTS` boxes that fits is taken; if none does, the largest central one of an allowed ratio.
     """
-    low, high = CROP_RATIO
+    (height, width), (low, high) = size, CROP_RATIO
     area = height * width * _uniform(CROP_ATTEMPTS * n, *scale)
     ratio = _uniform(CROP_ATTEMPTS * n, *torch.tensor(CROP_RATIO).log().tolist()).exp()
     sides = torch.stack([(area / ratio).sqrt(), (area * ratio).sqrt()]).round().long().view(2, CROP_ATTEMPTS, n)
@@ -280,7 +306,7 @@ def _gray(images: Tensor) -> Tensor:
 
 def grayscale(images: Tensor) -> Tensor:
     """All channels equal to the luma."""
-    return _gray(images).expand_as(images)
+    return _gray(images).expand_as(images).contiguous()
 
 
 def adjust_brightness(images: Tensor, factor: Tensor) -> Tensor:
@@ -290,12 +316,12 @@ def adjust_brightness(images: Tensor, factor: Tensor) -> Tensor:
 
 def adjust_contrast(images: Tensor, factor: Tensor) -> Tensor:
     """Mix with the mean of the luma."""
-    return _blend(_gray(images).mean((2, 3), keepdim=True).expand_as(images), images, factor)
+    return _blend(_gray(images).mean((2, 3), keepdim=True), images, factor)
 
 
 def adjust_saturation(images: Tensor, factor: Tensor) -> Tensor:
     """Mix with the gray image."""
-    return _blend(grayscale(images), images, factor)
+    return _blend(_gray(images), images, factor)
 
 
 def adjust_sharpness(images: Tensor, factor: Tensor) -> Tensor:
@@ -379,7 +405,7 @@ def autocontrast(images: Tensor) -> Tensor:
 
 
 def equalize(images: Tensor) -> Tensor:
-    """Make all of 256 levels equally frequent in each channel, as far as a map of levels can; as `ImageOps.equalize`."""
+    """Map the 256 levels of each channel so that all are about equally frequent, as `ImageOps.equalize` does."""
     levels = _levels(images).long().flatten(2).flatten(0, 1)  # (n c, h w)
     rows = torch.arange(len(levels), device=images.device).unsqueeze(-1)
     counts = torch.bincount((levels + 256 * rows).flatten(), minlength=256 * len(levels)).view(-1, 256)
@@ -391,8 +417,8 @@ def equalize(images: Tensor) -> Tensor:
 
 # ---- RandAugment ----
 
-#: The operations of RandAugment (arXiv 1909.13719) with the ranges of AutoAugment (arXiv 1805.09501), as in torchvision:
-#: functions of the images and of the magnitude, one number per image, from -1 to 1. Its sign is random.
+#: The operations of RandAugment (arXiv 1909.13719) with the ranges of AutoAugment (arXiv 1805.09501), as in
+#: torchvision: functions of the images and of the magnitude, one number per image, from -1 to 1. Its sign is random.
 RAND_AUGMENT: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "identity": lambda images, m: images,
     "shear_x": lambda images, m: shear(images, x=0.3 * m),

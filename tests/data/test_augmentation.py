@@ -33,7 +33,7 @@ def levels_apart(ours, pillows):
 
 
 FACTORS = torch.tensor([0.0, 0.3, 0.9, 1.0, 1.4, 1.9])
-# Pillow rounds to 8 bits, at times twice (the gray image, then the mix): two levels. Smoothing and gray are rounded too.
+# Pillow rounds to 8 bits, at times twice (the gray image, then the mix): two levels.
 ENHANCED = [
     ("brightness", ImageEnhance.Brightness, augmentation.adjust_brightness),
     ("contrast", ImageEnhance.Contrast, augmentation.adjust_contrast),

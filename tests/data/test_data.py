@@ -7,13 +7,11 @@ import numpy as np
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
-from torch import nn
 from transformers import ViTImageProcessorPil
 
 from hf_gr.data.images import (
     IS_WRONG,
     LABEL_NOISES,
-    add_augmentation,
     add_label_noise,
     find_image_column,
     find_label_column,
@@ -207,17 +205,6 @@ def test_a_data_set_that_is_not_there():
         load_image_dataset("/no/such/place")
     with pytest.raises(ValueError, match="'digits' has no configurations"):
         load_image_dataset("digits", "small")
-
-
-def test_augmentation_acts_in_training_only():
-    class Echo(nn.Module):
-        def forward(self, pixel_values):
-            return pixel_values
-
-    model, images = Echo(), torch.randn(8, 3, 6, 6)
-    add_augmentation(model, flip=True, crop_padding=2)
-    assert not torch.equal(model(pixel_values=images), images)
-    assert torch.equal(model.eval()(pixel_values=images), images)
 
 
 # ---- Label noise ----
