@@ -12,6 +12,7 @@ recipe is vit_digits.yaml. With --dataset_name or --model_name_or_path, or a rec
 its method (gr_*, ire_*, optim*) is used: the data never changes the method.
 """
 
+import logging
 import math
 import sys
 from collections import Counter
@@ -63,6 +64,8 @@ from ..models.presets import (
 
 with extra("scripts"):
     from datasets import Dataset
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_RECIPE = RECIPES / "vit_digits.yaml"
 
@@ -354,6 +357,9 @@ def create_trainer(
     if (count := data_args.reestimate_batch_norm) is not None:
         some = data.train.select(range(min(count, len(data.train))))
         callbacks.append(BatchNormReestimation(inputs(some, "train")))
+    mixing = data_args.mixing()
+    if mixing is not None and data_args.label_noise > 0:
+        logger.warning(f"label_noise={data_args.label_noise}: memorization is not logged with mixup or cutmix.")
     trainer = ImageTrainer(
         model=model,
         args=args,
@@ -364,7 +370,7 @@ def create_trainer(
         preprocess_logits_for_metrics=rank_classes,
         callbacks=callbacks,
         augmentation=augmentation,
-        mixing=data_args.mixing(),
+        mixing=mixing,
     )
     return trainer, None if validation is None else test
 
