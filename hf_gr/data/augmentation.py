@@ -328,26 +328,28 @@ def adjust_sharpness(images: Tensor, factor: Tensor) -> Tensor:
     """Mix with a smoothed image: the mean of 3 x 3 pixels with weight 5 on the center. The border stays."""
     if min(images.shape[-2:]) < 3:
         return images
-    smooth, inside = images.clone(), images[..., 1:-1, 1:-1]
-    smooth[..., 1:-1, 1:-1] = (9 * F.avg_pool2d(images, 3, stride=1) + 4 * inside) / 13
+    rows = images[..., :-2, :] + images[..., 1:-1, :] + images[..., 2:, :]
+    smooth = images.clone()
+    smooth[..., 1:-1, 1:-1] *= 4
+    smooth[..., 1:-1, 1:-1] += rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:]
+    smooth[..., 1:-1, 1:-1] /= 13
     return _blend(smooth, images, factor)
 
 
 def adjust_hue(images: Tensor, shift: Tensor) -> Tensor:
-    """Turn the hue by a share `shift` of the circle; lightness and saturation (of HSV) stay. Gray has no hue.
-
-    With V the largest channel, C its distance to the smallest, and H the hue in sixths of the circle, each channel is
-    V - C clip(min(k, 4 - k), 0, 1) with k = (o + H) mod 6, where o is 5, 3 and 1 for red, green and blue.
-    """
+    """Turn the hue by a share `shift` of the circle; lightness and saturation (of HSV) stay. Gray has no hue."""
     if images.shape[1] == 1:
         return images
-    value, channel = images.max(1, keepdim=True)
-    chroma = value - images.amin(1, keepdim=True)
-    # The channel after the largest one, less the channel after that: green less blue, if red is largest.
-    difference = images.roll(-1, 1) - images.roll(-2, 1)
-    hue = difference.gather(1, channel) / chroma.clamp_min(1e-12) + 2 * channel
-    k = (images.new_tensor([5, 3, 1]).view(-1, 1, 1) + hue + 6 * _column(shift)) % 6
-    return value - chroma * torch.minimum(k, 4 - k).clamp_(0, 1)
+    red, green, blue = images.unbind(1)
+    value, low = images.amax(1), images.amin(1)
+    chroma = value - low
+    is_red, is_green = red == value, green == value
+    # In sixths of the circle, from red.
+    hue = torch.where(is_red, green - blue, torch.where(is_green, blue - red, red - green)) / chroma.clamp_min(1e-12)
+    hue += torch.where(is_red, 0.0, torch.where(is_green, 2.0, 4.0))
+    hue = (hue + 6 * shift.view(-1, 1, 1)) % 6
+    shares = torch.stack([(hue - 3).abs() - 1, 2 - (hue - 2).abs(), 2 - (hue - 4).abs()], 1).clamp_(0, 1)
+    return shares.mul_(chroma.unsqueeze(1)).add_(low.unsqueeze(1))
 
 
 def _jitter(n: int, strengths: Sequence[float]) -> tuple[Tensor, Tensor]:
