@@ -48,6 +48,7 @@ class Limit(NamedTuple):
 
 
 COUNT, NOT_NEGATIVE, POSITIVE, SHARE = Limit(1), Limit(0), Limit(0, above=True), Limit(0, 1, below=True)
+PROBABILITY, POSITIVE_SHARE = Limit(0, 1), Limit(0, 1, above=True)
 #: A number of optimizer steps, or a share of all of them.
 STEPS = Limit(0, whole_from=1, rule="give a whole number of steps, or a fraction of all steps below 1.")
 

@@ -1,17 +1,19 @@
-"""The scripts' trainers, which evaluate on every example and log perplexity or memorization; token budgets; BatchNorm
-statistics."""
+"""The scripts' trainers, which evaluate on every example, augment images, and log perplexity or memorization; token
+budgets; BatchNorm statistics."""
 
 import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import update_bn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import has_length
 
+from ..data.augmentation import Augmentation, Mixing
 from ..data.images import IS_WRONG
 from ..errors import extra
 from ..trainer import GRTrainer
@@ -54,18 +56,38 @@ class FullEvaluation(GRTrainer):
 
 
 class ImageTrainer(FullEvaluation):
-    """`GRTrainer` that shows memorization, if the training data has the column `IS_WRONG` of `add_label_noise` and
-    `remove_unused_columns=False` keeps it.
+    """`GRTrainer` that augments the images it trains on and shows memorization.
 
-    `train_accuracy_wrong_labels` and `train_accuracy_right_labels` are the shares of the two parts for which the model
-    predicts the label it is given: since the last log, in training mode, in the first pass of each step.
+    Augmentation and mixing are part of `compute_loss`, in training mode: both passes of GR see the same images, and a
+    resumed run those that it would have seen. In the data loader neither would hold. Elsewhere, as in IRE's estimate
+    and in `sharpness`, the images are only resized to the size of the crops.
+
+    Memorization is shown if the training data has the column `IS_WRONG` of `add_label_noise` and
+    `remove_unused_columns=False` keeps it: `train_accuracy_wrong_labels` and `train_accuracy_right_labels` are the
+    shares of the two parts for which the model predicts the label it is given: since the last log, in training mode, in
+    the first pass of each step. Not with `mixing`, as a mixed image has no single label.
+
+    Args:
+        augmentation: of `pixel_values`.
+        mixing: of the augmented images and their labels. The loss is then the cross-entropy with the mixed labels,
+            which `label_smoothing_factor` smooths like others.
     """
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args, augmentation: Augmentation | None = None, mixing: Mixing | None = None, **kwargs):
+        self._augmentation, self._mixing = augmentation, mixing
         self._is_wrong: Tensor | None = None
         # Rows: right labels, wrong labels. Columns: predicted as labeled, all.
         self._counts: Tensor | None = None
         super().__init__(*args, **kwargs)
+        if mixing is not None:
+            if self.compute_loss_func is not None:
+                raise ValueError(f"mixing={mixing} has a loss of its own. Leave mixing or compute_loss_func out.")
+            if self.args.train_batch_size == 1:
+                raise ValueError(
+                    f"mixup={mixing.mixup}, cutmix={mixing.cutmix}: no effect with per_device_train_batch_size=1. "
+                    "Raise it, or leave them out."
+                )
+            self.compute_loss_func = self._cross_entropy
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         inputs = super()._prepare_inputs(inputs)
@@ -79,12 +101,32 @@ class ImageTrainer(FullEvaluation):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """As in `Trainer`; counts what was predicted as labeled."""
+        """As in `Trainer`, of the augmented images; counts what was predicted as labeled."""
         labels = inputs.get("labels")  # label smoothing takes them out
-        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        if self._is_wrong is not None and not self.gr_second_pass:
+        loss, outputs = super().compute_loss(model, self._seen(model, inputs), True, num_items_in_batch)
+        if self._is_wrong is not None and self._mixing is None and not self.gr_second_pass:
             self._count(outputs["logits"].detach(), labels, self._is_wrong)
         return (loss, outputs) if return_outputs else loss
+
+    def ire_sampled_losses(self, model: nn.Module, inputs: dict[str, Any], generator: torch.Generator) -> Tensor:
+        return super().ire_sampled_losses(model, self._seen(model, inputs), generator)
+
+    def _seen(self, model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
+        """What `model` sees of `inputs` in its mode, training or evaluation."""
+        seen = dict(inputs)
+        if self._augmentation is not None:
+            augment = self._augmentation if model.training else self._augmentation.resized
+            seen["pixel_values"] = augment(inputs["pixel_values"])
+        if self._mixing is not None and model.training:
+            targets = F.one_hot(inputs["labels"], self.model.config.num_labels).float()
+            seen["pixel_values"], seen["labels"] = self._mixing(seen["pixel_values"], targets)
+        return seen
+
+    def _cross_entropy(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+        """For mixed labels and, in evaluation, classes."""
+        smoothing, count = self.args.label_smoothing_factor, num_items_in_batch
+        total = F.cross_entropy(outputs["logits"], labels, reduction="sum", label_smoothing=smoothing)
+        return total / (len(labels) if count is None else count)
 
     def _count(self, logits: Tensor, labels: Any, is_wrong: Tensor) -> None:
         agrees = logits.argmax(-1) == labels
@@ -125,7 +167,7 @@ class BatchNormReestimation(TrainerCallback):
     After few steps they still reflect earlier weights, and so does an accuracy measured with them.
 
     Args:
-        images: rows with `pixel_values`. They are not augmented: augmentation is a hook of the whole model.
+        images: rows with `pixel_values`, which are not augmented.
         batch_size: images per batch.
     """
 

@@ -1,9 +1,8 @@
-"""Image data: loading, finding the columns and splits, preprocessing, augmentation."""
+"""Image data: loading, finding the columns and splits, preprocessing."""
 
-import functools
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -11,8 +10,7 @@ import numpy as np
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value, load_dataset
 from PIL import Image as PILImage
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
 from ..errors import explained, one_line
 from .embedded import EMBEDDED, load_embedded
@@ -383,52 +381,25 @@ class _ToModelInputs:
         return {"pixel_values": images, "labels": batch[self._label_column], **kept}
 
 
-def check_first_example(inputs: Dataset, image_column: str, max_value: float | None, crop_padding: int) -> None:
-    """Check the arguments against the first example of `preprocess`, before training starts."""
-    height, width = inputs[0]["pixel_values"].shape[-2:]
-    if crop_padding >= min(height, width):
-        raise ValueError(
-            f"crop_padding={crop_padding}: too much to pad an image of {height} x {width} pixels by reflection. Give "
-            f"at most {min(height, width) - 1}, or 0 (off)."
-        )
+def normalization_of(image_processor: Any) -> tuple[Sequence[float], Sequence[float]]:
+    """The mean and the standard deviation of each color that `image_processor` normalizes by, of values in [0, 1]."""
+    if not image_processor.do_normalize:
+        return (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+    return image_processor.image_mean, image_processor.image_std
+
+
+def with_size(image_processor: Any, side: int) -> Any:
+    """`image_processor`, but for square images with `side` pixels per side, such as random crops are taken from."""
+    square, settings = {"height": side, "width": side}, image_processor.to_dict()
+    settings["size"] = {"shortest_edge": side} if "shortest_edge" in settings["size"] else square
+    if settings.get("do_center_crop"):
+        settings["crop_size"] = square
+    return type(image_processor).from_dict(settings)
+
+
+def check_first_example(inputs: Dataset, image_column: str, max_value: float | None) -> None:
+    """Check the first example of `preprocess`, before training starts."""
+    inputs[0]
     file = inputs.with_format(None)[0][image_column]
     if max_value is not None and not is_deep(Image().decode_example(file)):
         logger.warning(f"image_max_value={max_value:g}: no effect on images of 8 bits, such as the first one.")
-
-
-def random_crop(images: Tensor, padding: int) -> Tensor:
-    """Shift each image of (n, c, h, w) by up to `padding` pixels along both axes, filling the border by reflection."""
-    n, _, height, width = images.shape
-    padded = F.pad(images, (padding,) * 4, mode="reflect")
-    top, left = torch.randint(0, 2 * padding + 1, (2, n, 1), device=images.device)
-    rows = top + torch.arange(height, device=images.device)
-    columns = left + torch.arange(width, device=images.device)
-    image = torch.arange(n, device=images.device)
-    # Advanced indices around a slice put their own axes first: (n, h, w, c).
-    return padded[image[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
-
-
-def random_flip(images: Tensor) -> Tensor:
-    """Mirror each image of (n, c, h, w) left to right with probability 1/2."""
-    flip = torch.rand(len(images), 1, 1, 1, device=images.device) < 0.5
-    return torch.where(flip, images.flip(-1), images)
-
-
-def add_augmentation(model: nn.Module, *, flip: bool, crop_padding: int) -> None:
-    """Let `model` augment its own `pixel_values` in training mode: flip, then crop, as the released code of GR does.
-
-    Done in the forward pass, on the model's device and from the training's random stream, so that both passes of GR
-    see the same images and a resumed run the ones it would have seen. In the data loader neither would hold.
-    """
-    if flip or crop_padding:
-        model.register_forward_pre_hook(
-            functools.partial(_augment, flip=flip, crop_padding=crop_padding), with_kwargs=True
-        )
-
-
-def _augment(module: nn.Module, args: tuple, kwargs: dict, *, flip: bool, crop_padding: int) -> tuple[tuple, dict]:
-    if module.training:
-        images = kwargs["pixel_values"]
-        images = random_flip(images) if flip else images
-        kwargs["pixel_values"] = random_crop(images, crop_padding) if crop_padding else images
-    return args, kwargs

@@ -12,9 +12,11 @@ recipe is vit_digits.yaml. With --dataset_name or --model_name_or_path, or a rec
 its method (gr_*, ire_*, optim*) is used: the data never changes the method.
 """
 
+import logging
 import math
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -27,26 +29,28 @@ from transformers import (
 from transformers.image_processing_utils import BaseImageProcessor
 
 from .. import GRTrainer
-from ..checks import COUNT, NOT_NEGATIVE, POSITIVE, SHARE, Limit, check_ranges, flag
+from ..checks import COUNT, NOT_NEGATIVE, POSITIVE, POSITIVE_SHARE, PROBABILITY, SHARE, Limit, check_ranges, flag
 from ..cli import script
 from ..cli.script import ScriptConfig
 from ..cli.shipped import RECIPES
 from ..cli.trainers import BatchNormReestimation, ImageTrainer
+from ..data.augmentation import Augmentation, Mixing
 from ..data.embedded import EMBEDDED
 from ..data.images import (
     IS_WRONG,
     LABEL_NOISES,
-    add_augmentation,
     check_first_example,
     find_image_column,
     find_label_column,
     keep_first,
     keep_readable,
     load_image_dataset,
+    normalization_of,
     number_rows,
     part_to_train_on,
     preprocess,
     split_train_eval,
+    with_size,
 )
 from ..errors import explained, extra
 from ..evaluation import classification_metrics, rank_classes
@@ -61,6 +65,8 @@ from ..models.presets import (
 
 with extra("scripts"):
     from datasets import Dataset
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_RECIPE = RECIPES / "vit_digits.yaml"
 
@@ -101,11 +107,16 @@ class ModelArguments(script.ModelArguments):
         default=None, metadata={"help": "Subtracted from each channel, scaled to [0, 1]. Default: 0.5 0.5 0.5."}
     )
     image_std: list[float] | None = field(default=None, metadata={"help": "Then divided by. Default: 0.5 0.5 0.5."})
+    crop_pct: float | None = flag(
+        None,
+        "Resize the shortest side to image_size / crop_pct, which keeps the aspect ratio, and crop the center. 0.875 "
+        "is common for ImageNet. Default: resize both sides to image_size.",
+    )
 
     def __post_init__(self):
         self._check_ranges()
         if self.model_name_or_path is not None:
-            names = ("model", "dropout", "stem", "weight_init", "image_size", "image_mean", "image_std")
+            names = ("model", "dropout", "stem", "weight_init", "image_size", "image_mean", "image_std", "crop_pct")
             script.refuse(self, names, f"model_name_or_path={self.model_name_or_path!r}, which brings its own")
         elif self.model in RESNET_PRESETS:
             script.refuse(self, ("dropout",), f"model={self.model!r}, which has none")
@@ -113,7 +124,7 @@ class ModelArguments(script.ModelArguments):
             script.refuse(self, ("stem",), f"model={self.model or 'vit-ti'!r}, whose first layers are fixed")
 
     def _check_ranges(self) -> None:
-        check_ranges(self, {"image_size": COUNT, "dropout": SHARE})
+        check_ranges(self, {"image_size": COUNT, "dropout": SHARE, "crop_pct": POSITIVE_SHARE})
         for name, limit, more in (("image_mean", Limit(-math.inf), ""), ("image_std", POSITIVE, " above 0")):
             values = getattr(self, name)
             if values is not None and not (len(values) == 3 and all(map(limit.allows, values))):
@@ -158,9 +169,44 @@ class DataArguments(script.DataArguments):
         },
     )
     random_flip: bool = field(default=True, metadata={"help": "Mirror training images at random."})
-    crop_padding: int = field(
-        default=4, metadata={"help": "Shift training images by up to this many pixels, reflecting the border; 0: off."}
+    crop_padding: int | None = flag(
+        None,
+        "Shift training images by up to this many pixels, reflecting the border; 0: off. Default: 4; 0 with "
+        "random_resized_crop.",
     )
+    random_resized_crop: float | None = flag(
+        None,
+        "Crop a random part of at least this share of the area of each training image, and resize it. 0.08 is common "
+        "for ImageNet. Default: off.",
+    )
+    crop_source_size: int | None = flag(
+        None,
+        "Size of the images that random_resized_crop crops; they are made like those for evaluation. Default: "
+        "image_size.",
+    )
+    rand_augment: list[int] | None = field(
+        default=None,
+        metadata={
+            "help": "RandAugment: number of operations on each training image, and their magnitude, up to 30. 2 15, "
+            "for example. Default: off."
+        },
+    )
+    color_jitter: list[float] | None = field(
+        default=None,
+        metadata={
+            "help": "Change brightness, contrast, saturation and hue of training images by random shares of up to "
+            "these four numbers. 0.4 0.4 0.4 0.1, for example. Default: off."
+        },
+    )
+    grayscale: float = flag(0.0, "Share of the training images that lose their color.")
+    blur: float = flag(0.0, "Share of the training images that are blurred, with sigma from 0.1 to 2.")
+    solarize: float = flag(0.0, "Share of the training images whose bright half is inverted.")
+    mixup: float = flag(
+        0.0,
+        "MixUp: alpha of the weight's distribution, Beta(alpha, alpha); 0: off. Beside cutmix, each batch gets one of "
+        "them. Memorization of wrong labels is not logged then: a mixed image has no single label.",
+    )
+    cutmix: float = flag(0.0, "CutMix: the same.")
     reestimate_batch_norm: int | None = field(
         default=None,
         metadata={
@@ -170,17 +216,51 @@ class DataArguments(script.DataArguments):
     )
 
     def __post_init__(self):
-        counts = dict.fromkeys(("max_train_samples", "max_eval_samples", "reestimate_batch_norm"), COUNT)
+        counts = ("max_train_samples", "max_eval_samples", "reestimate_batch_norm", "crop_source_size")
         limits = {
             "label_noise": SHARE,
             "image_max_value": POSITIVE,
             "crop_padding": NOT_NEGATIVE,
+            "random_resized_crop": POSITIVE_SHARE,
             "eval_fraction": Limit(0, 1, True, True),
             "validation_fraction": Limit(0, 1, True, True),
         }
-        check_ranges(self, counts | limits)
+        limits |= dict.fromkeys(counts, COUNT) | dict.fromkeys(("grayscale", "blur", "solarize"), PROBABILITY)
+        check_ranges(self, limits | dict.fromkeys(("mixup", "cutmix"), NOT_NEGATIVE))
         if self.label_noise == 0:
             script.refuse(self, ("label_noise_type",), "label_noise=0")
+        if self.random_resized_crop is None:
+            script.refuse(self, ("crop_source_size",), "random_resized_crop=None")
+        self.augmentation()
+
+    def augmentation(
+        self, mean: Sequence[float] = (0.5,), std: Sequence[float] = (0.5,), size: tuple[int, int] | None = None
+    ) -> Augmentation:
+        """What the flags turn on, for images of `size`. Raises `ValueError` if one of them is out of range."""
+        crop_scale = None if self.random_resized_crop is None else (self.random_resized_crop, 1.0)
+        padding = (4 if crop_scale is None else 0) if self.crop_padding is None else self.crop_padding
+        if size is not None and padding >= min(size):
+            raise ValueError(
+                f"crop_padding={padding}: too much to pad an image of {size[0]} x {size[1]} pixels by reflection. Give "
+                f"at most {min(size) - 1}, or 0 (off)."
+            )
+        return Augmentation(
+            mean,
+            std,
+            None if crop_scale is None else size,
+            crop_scale,
+            flip=0.5 if self.random_flip else 0.0,
+            crop_padding=padding,
+            rand_augment=self.rand_augment,
+            color_jitter=self.color_jitter,
+            grayscale=self.grayscale,
+            blur=self.blur,
+            solarize=self.solarize,
+        )
+
+    def mixing(self) -> Mixing | None:
+        """MixUp and CutMix, if one of them is on."""
+        return Mixing(self.mixup, self.cutmix) if self.mixup or self.cutmix else None
 
 
 def parse_args(argv: list[str]) -> tuple[ModelArguments, DataArguments, ScriptConfig]:
@@ -208,8 +288,12 @@ def create_model(args: ModelArguments, label_names: list[str]) -> tuple[PreTrain
     image_size = getattr(model.config, "image_size", 32) if args.image_size is None else args.image_size
     if args.weight_init is not None:
         initialize_weights(model, args.weight_init)
+    square = {"height": image_size, "width": image_size}
+    is_cropped = args.crop_pct is not None
     image_processor = ViTImageProcessorPil(
-        size={"height": image_size, "width": image_size},
+        size=square if args.crop_pct is None else {"shortest_edge": int(image_size / args.crop_pct)},
+        do_center_crop=is_cropped or None,
+        crop_size=square if is_cropped else None,
         image_mean=[0.5] * 3 if args.image_mean is None else args.image_mean,
         image_std=[0.5] * 3 if args.image_std is None else args.image_std,
     )
@@ -259,31 +343,40 @@ def create_trainer(
 ) -> tuple[GRTrainer, Dataset | None]:
     """The trainer, and the test set if it evaluates on a validation part instead."""
     model, image_processor = create_model(model_args, data.label_names)
-    splits = {"train": data.train, data.test_split: data.test}
-    if data.validation is not None:
-        splits["validation part of train"] = data.validation
-    train, test, *validation = (
-        preprocess(split, image_processor, data.image_column, data.label_column, name, data_args.image_max_value)
-        for name, split in splits.items()
-    )
-    check_first_example(train, data.image_column, data_args.image_max_value, data_args.crop_padding)
-    add_augmentation(model, flip=data_args.random_flip, crop_padding=data_args.crop_padding)
+    column, max_value = data.image_column, data_args.image_max_value
+
+    def inputs(images: Dataset, split: str, processor: BaseImageProcessor = image_processor) -> Dataset:
+        return preprocess(images, processor, column, data.label_column, split, max_value)
+
+    source_size = data_args.crop_source_size
+    source = image_processor if source_size is None else with_size(image_processor, source_size)
+    train, test = inputs(data.train, "train", source), inputs(data.test, data.test_split)
+    validation = None if data.validation is None else inputs(data.validation, "validation part of train")
+    check_first_example(train, column, max_value)
+    height, width = test[0]["pixel_values"].shape[-2:]
+    augmentation = data_args.augmentation(*normalization_of(image_processor), (height, width))
     args.remove_unused_columns = False  # preprocessing reads the image column
     args.label_names = ["labels"]
     callbacks = []
     if (count := data_args.reestimate_batch_norm) is not None:
-        callbacks.append(BatchNormReestimation(train.select(range(min(count, len(train))))))
+        some = data.train.select(range(min(count, len(data.train))))
+        callbacks.append(BatchNormReestimation(inputs(some, "train")))
+    mixing = data_args.mixing()
+    if mixing is not None and data_args.label_noise > 0:
+        logger.warning(f"label_noise={data_args.label_noise}: memorization is not logged with mixup or cutmix.")
     trainer = ImageTrainer(
         model=model,
         args=args,
         train_dataset=train,
-        eval_dataset=validation[0] if validation else test,
+        eval_dataset=test if validation is None else validation,
         processing_class=image_processor,
         compute_metrics=classification_metrics,
         preprocess_logits_for_metrics=rank_classes,
         callbacks=callbacks,
+        augmentation=augmentation,
+        mixing=mixing,
     )
-    return trainer, test if validation else None
+    return trainer, None if validation is None else test
 
 
 def in_words(name: str, data: Data) -> str:

@@ -16,7 +16,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
 from PIL import Image as PILImage
-from transformers import AutoModelForImageClassification, pipeline
+from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
 
 from helpers import SCRIPTS
 from helpers.scripts import launch, load_script
@@ -267,6 +267,43 @@ def test_what_cannot_be_used_is_counted_and_nothing_else_is_lost(main, tmp_path,
     assert results["epoch"] == 1.0  # two batches of 8 from 18
     assert round(results["eval_accuracy"] * 5, 6) == round(results["eval_accuracy"] * 5)
     assert "on 5 images" in capsys.readouterr().out
+
+
+def test_every_augmentation_on_images_of_another_kind(tmp_path):
+    """200 classes, images that are not square and some of them gray, a size of their own, and label noise."""
+    generator = np.random.default_rng(0)
+    shapes = [(30, 41), (41, 30, 3)]
+    images = [generator.integers(0, 255, shapes[i % 2], dtype=np.uint8) for i in range(400)]
+    features = Features({"image": Image(), "label": ClassLabel(names=[f"class {i}" for i in range(200)])})
+    data = Dataset.from_dict({"image": images, "label": [i // 2 for i in range(400)]}, features=features)
+    (tmp_path / "data").mkdir()
+    data.to_parquet(tmp_path / "data" / "train.parquet")
+    data.select(range(0, 400, 9)).to_parquet(tmp_path / "data" / "test.parquet")
+    out = tmp_path / "out"
+    printed = launch(
+        "--dataset_name", tmp_path / "data", "--output_dir", out, "--model", "resnet-18", "--image_size", 16,
+        "--crop_pct", 0.8, "--random_resized_crop", 0.08, "--crop_source_size", 28, "--crop_padding", 2,
+        "--rand_augment", 2, 15, "--color_jitter", 0.4, 0.4, 0.2, 0.1, "--grayscale", 0.2, "--blur", 0.5,
+        "--solarize", 0.2, "--mixup", 0.2, "--cutmix", 1, "--label_smoothing_factor", 0.1, "--label_noise", 0.2,
+        "--max_steps", 6, "--logging_steps", 1, "--gr_warmup", "none", "--warmup_steps", 0, "--report_to", "none",
+        "--reestimate_batch_norm", 20,
+    )  # fmt: skip
+    assert "on 45 images" in printed
+    log = json.loads((out / "trainer_state.json").read_text())["log_history"]
+    assert all(0 < entry["loss"] < 20 for entry in log if "loss" in entry)
+    assert not any(key.startswith("train_accuracy") for entry in log for key in entry)
+    card = (out / "README.md").read_text()
+    for row in ("`random_resized_crop` | 0.08", "`rand_augment` | [2, 15]", "`color_jitter` | [0.4, 0.4, 0.2, 0.1]",
+                "`crop_source_size` | 28", "`mixup` | 0.2", "`cutmix` | 1.0", "`crop_pct` | 0.8"):  # fmt: skip
+        assert f"| {row} |" in card
+    # Evaluation and inference: the shortest side to 20 pixels, then 16 from the center.
+    processor = AutoImageProcessor.from_pretrained(out)
+    picture = PILImage.fromarray(images[1])
+    resized = np.asarray(picture.resize((20, int(20 * 41 / 30)), PILImage.Resampling.BILINEAR))
+    center = torch.from_numpy(resized[5:21, 2:18] / 127.5 - 1).permute(2, 0, 1).float()
+    pixels = processor([picture], return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close(pixels, center[None], atol=1e-5, rtol=0)
+    assert len(pipeline("image-classification", str(out))(picture, top_k=200)) == 200
 
 
 def parquet(folder, features, columns):

@@ -7,14 +7,11 @@ import numpy as np
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
-from torch import nn
-from torch.nn import functional as F
 from transformers import ViTImageProcessorPil
 
 from hf_gr.data.images import (
     IS_WRONG,
     LABEL_NOISES,
-    add_augmentation,
     add_label_noise,
     find_image_column,
     find_label_column,
@@ -24,8 +21,6 @@ from hf_gr.data.images import (
     load_image_dataset,
     number_rows,
     preprocess,
-    random_crop,
-    random_flip,
     split_train_eval,
 )
 
@@ -219,38 +214,6 @@ def test_a_data_set_that_is_not_there():
         load_image_dataset("/no/such/place")
     with pytest.raises(ValueError, match="'digits' has no configurations"):
         load_image_dataset("digits", "small")
-
-
-def test_random_crop_takes_a_window_of_the_reflected_image():
-    torch.manual_seed(0)
-    images = torch.randn(200, 2, 5, 6)
-    padded = F.pad(images, (2,) * 4, mode="reflect")
-    offsets = []
-    for image, crop in zip(padded, random_crop(images, 2), strict=True):
-        matches = [(y, x) for y in range(5) for x in range(5) if torch.equal(image[:, y : y + 5, x : x + 6], crop)]
-        assert len(matches) == 1
-        offsets += matches
-    assert len(set(offsets)) == 25  # every shift occurs
-
-
-def test_random_flip_mirrors_about_half():
-    torch.manual_seed(0)
-    images = torch.randn(400, 1, 3, 3)
-    flipped = random_flip(images)
-    mirrored = [torch.equal(a, b.flip(-1)) for a, b in zip(flipped, images, strict=True)]
-    assert 160 < sum(mirrored) < 240
-    assert all(m or torch.equal(a, b) for m, a, b in zip(mirrored, flipped, images, strict=True))
-
-
-def test_augmentation_acts_in_training_only():
-    class Echo(nn.Module):
-        def forward(self, pixel_values):
-            return pixel_values
-
-    model, images = Echo(), torch.randn(8, 3, 6, 6)
-    add_augmentation(model, flip=True, crop_padding=2)
-    assert not torch.equal(model(pixel_values=images), images)
-    assert torch.equal(model.eval()(pixel_values=images), images)
 
 
 # ---- Label noise ----
