@@ -92,8 +92,8 @@ class Augmentation:
             raise ValueError(f"The images have {images.shape[1]} channels, but mean={self.mean} has {len(self.mean)}.")
         mean, std = (torch.tensor(values, device=images.device).view(-1, 1, 1) for values in (self.mean, self.std))
         with torch.autocast(images.device.type, enabled=False):
-            augmented = self._changed(self._moved(images * std + mean))
-        return ((augmented - mean) / std).to(images.dtype)
+            augmented = self._changed(self._moved(torch.addcmul(mean, images, std)))
+        return augmented.sub_(mean).div_(std).to(images.dtype)
 
     def resized(self, images: Tensor) -> Tensor:
         """Whole images at the size that crops have: what a model sees of training images that are not augmented."""
