@@ -17,12 +17,14 @@ from huggingface_hub.errors import HfHubHTTPError
 from transformers import TrainingArguments, set_seed
 from transformers.utils import logging as logging_of_transformers
 
+from ..analysis.curvature import QUANTITIES
 from ..checks import COUNT, NOT_NEGATIVE, POSITIVE, SHARE, Limit, check_fields, check_ranges
 from ..config import GRConfig
 from ..errors import ArgumentParser, Failure, extra, run
 from ..reporting.record import last_evaluation
 from ..reporting.redaction import redact, without_folders
 from ..trainer.checkpoints import LAST, checkpoints, last_complete_checkpoint
+from ..trainer.sharpness import as_logs
 from ..trainer.trainer import GRTrainer
 from ..trainer.uploads import LEFT_OUT
 from . import help, recipes
@@ -84,6 +86,18 @@ class ScriptConfig(GRConfig):
             "card. Otherwise such a folder is refused, unless resume_from_checkpoint continues the run."
         },
     )
+    final_sharpness: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "After training, measure how sharp the training loss is, as trainer.sharpness does: any of "
+            f"{', '.join(QUANTITIES)}. They are in the results as sharpness_trace and so on, and on the card."
+        },
+    )
+
+    def __post_init__(self):
+        if unknown := [name for name in self.final_sharpness or () if name not in QUANTITIES]:
+            raise ValueError(f"final_sharpness={unknown[0]!r}: choose from {', '.join(QUANTITIES)}.")
+        super().__post_init__()
 
 
 @dataclass
@@ -299,6 +313,8 @@ def train(
         tested = trainer.evaluate(test, metric_key_prefix="test")
         save_metrics(trainer, "test", tested)
         metrics = {**metrics, **tested}
+    if quantities := trainer.args.final_sharpness:
+        save_metrics(trainer, "sharpness", as_logs(trainer.sharpness(quantities=quantities)))
     trainer.save_state()
     return metrics
 

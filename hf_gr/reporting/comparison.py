@@ -32,7 +32,7 @@ AXES = {
 EQUAL_COSTS = {"passes": "train_passes", "seconds": "train_seconds"}
 #: Columns of the tidy table besides a run's coordinates: these, and whatever begins with one of `MEASURES`.
 COSTS = ("train_seconds", "train_passes", "train_tokens", "peak_memory_bytes")
-MEASURES = ("eval_", "test_", "train_wrong_labels", "train_accuracy_")
+MEASURES = ("eval_", "test_", "sharpness_", "train_wrong_labels", "train_accuracy_")
 NAME_COLUMNS = ("model", "dataset", "optimizer")
 PUBLISHED_COLUMNS = (*NAME_COLUMNS, "method", "mean", "std")
 
@@ -145,7 +145,7 @@ def _points_of(grid: Grid, run: Run) -> list[dict[str, Any]]:
 def require_metric(grid: Grid, run: Run) -> None:
     """Raise `ValueError` if the results of a finished run lack the grid's metric, or another that is to be shown. Those
     of training (`train_*`) depend on the arm: without wrong labels none is memorized."""
-    results = run.results()
+    results = measures(run)
     tuned = [("tuned.by", grid.tuned["by"])] if grid.tuned else []
     also = [("also", key) for key in grid.also if not key.startswith("train_")]
     for flag, key in [("metric", grid.metric), *tuned, *also]:
@@ -331,9 +331,14 @@ def _mean_and_std(values: Sequence[float], seeds: int) -> str:
     return f"{mean(numbers):.4g}{spread}{_share(values, seeds)}"
 
 
+def measure_of(key: str, run: Run) -> float:
+    """NaN if the run does not have it."""
+    return _as_float(measures(run).get(key))
+
+
 def _mean_and_std_of(key: str, members: Sequence[Run], seeds: int) -> str:
     """Empty if no run has it."""
-    values = [_as_float(results[key]) for run in members if key in (results := measures(run))]
+    values = [measure_of(key, run) for run in members if key in measures(run)]
     return _mean_and_std(values, seeds) if values else ""
 
 
@@ -414,9 +419,10 @@ def _published_key(grid: Grid, on_axes: dict[str, Any], arm: str) -> tuple[str, 
 
 
 def measures(run: Run) -> dict[str, float]:
-    """The results of a run, with its last training accuracies, which are only logged."""
+    """The results of a run, with its last training accuracies and training loss (`loss`), which are only logged."""
     logged = {key: value for entry in run.history() for key, value in entry.items()}
-    return {key: value for key, value in logged.items() if key.startswith("train_accuracy_")} | run.results()
+    last = {key: value for key, value in logged.items() if key.startswith("train_accuracy_") or key == "loss"}
+    return last | run.results()
 
 
 def label_of(grid: Grid) -> str:
@@ -430,6 +436,8 @@ def _with_unit(grid: Grid, key: str) -> str:
 
 def name_of(grid: Grid, key: str) -> str:
     """The words for a key of the results: `eval_error` is the error; beside `test_error`, the validation error."""
+    if key == "loss":
+        return "training loss"
     evaluation = "validation_" if grid.metric.startswith("test_") else ""
     return re.sub("^eval_", evaluation, key).replace("_", " ")
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..errors import extra
-from .comparison import finite, grouped, label_of, mean, metric_of
+from .comparison import finite, grouped, label_of, mean, measure_of, metric_of, name_of
 from .grid import Run
 from .grid_file import Grid
 from .plots import BLUE, COLORS, make_logarithmic
@@ -21,10 +21,12 @@ with extra("report"):
     from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.colors import Normalize
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure, SubFigure
     from matplotlib.text import Annotation, Text
     from matplotlib.ticker import NullLocator
     from matplotlib.transforms import Bbox, ScaledTranslation
+
+Measure = Callable[[Run], float]
 
 
 class Picture(NamedTuple):
@@ -58,7 +60,7 @@ def plot_sensitivity(grid: Grid, runs: Sequence[Run], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def _plot_over(axis: Axes, grid: Grid, name: str, runs: Iterable[Run], measure: Callable[[Run], float]) -> None:
+def _plot_over(axis: Axes, grid: Grid, name: str, runs: Iterable[Run], measure: Measure) -> None:
     """Mean and standard deviation of `measure` over the seeds against the axis `name` of the grid: a line for each arm,
     and a band for one that the axis does not change."""
     positions = dict(zip(map(str, grid.axes[name]), _positions(grid.axes[name]), strict=True))
@@ -117,16 +119,27 @@ def _std(values: Sequence[float]) -> float:
 
 
 def plot_heat_map(grid: Grid, runs: Sequence[Run], path: Path) -> None:
-    """The metric over two axes, averaged over seeds: a panel for each arm that the axes change. One that neither
-    changes, such as the baseline without the method, is a line in the color bar and named in the title."""
+    """The metric over two axes, averaged over seeds, and below it each of `also`: a panel for each arm that the axes
+    change. One that neither changes, such as the baseline without the method, is a line in the color bar and named in
+    the title."""
+    rows: dict[str, Measure] = {label_of(grid): functools.partial(metric_of, grid)}
+    rows |= {name_of(grid, key): functools.partial(measure_of, key) for key in grid.also}
+    swept = [arm for arm in grid.arms if not set(grid.axes) <= grid.fixed_by(arm)]
+    figure = Figure(figsize=(5 * max(1, len(swept)), 4 * len(rows)), layout="constrained")
+    panels = figure.subfigures(len(rows), 1, squeeze=False)[:, 0]
+    for panel, (label, measure) in zip(panels, rows.items(), strict=True):
+        _plot_heat_maps(panel, grid, runs, label, measure)
+    figure.savefig(path, dpi=120)
+
+
+def _plot_heat_maps(figure: SubFigure, grid: Grid, runs: Sequence[Run], label: str, measure: Measure) -> None:
     first, second = grid.axes
     fixed, swept = {}, {}
     for (arm,), members in grouped(runs, ["arm"]):
         if {first, second} <= grid.fixed_by(arm):
-            fixed[arm] = mean(finite(metric_of(grid, run) for run in members))
+            fixed[arm] = mean(finite(map(measure, members)))
         else:
-            swept[arm] = _means_over(grid, members)
-    figure = Figure(figsize=(5 * max(1, len(swept)), 4), layout="constrained")
+            swept[arm] = _means_over(grid, members, measure)
     colors = Normalize(*_range_of([*fixed.values(), *(v for values in swept.values() for v in values.flat)]))
     for axis, (arm, values) in zip(figure.subplots(1, len(swept), squeeze=False)[0], swept.items(), strict=True):
         image = axis.imshow(values, cmap="viridis", norm=colors)
@@ -136,22 +149,19 @@ def plot_heat_map(grid: Grid, runs: Sequence[Run], path: Path) -> None:
         axis.set(title=arm, xlabel=second, ylabel=first)
         axis.set_xticks(range(values.shape[1]), [str(value) for value in grid.axes[second]])
         axis.set_yticks(range(values.shape[0]), [str(value) for value in grid.axes[first]])
-        bar = figure.colorbar(image, ax=axis, label=label_of(grid))
+        bar = figure.colorbar(image, ax=axis, label=label)
         for level in fixed.values():
             bar.ax.axhline(level, color="red", linewidth=2)
     if fixed:
         figure.suptitle(", ".join(f"{arm}: {level:.4g}" for arm, level in fixed.items()), color="red", size="medium")
-    figure.savefig(path, dpi=120)
 
 
-def _means_over(grid: Grid, runs: Sequence[Run]) -> np.ndarray:
-    """The metric, averaged over seeds, at each point of the grid's two axes; NaN where no run has finished."""
+def _means_over(grid: Grid, runs: Sequence[Run], measure: Measure) -> np.ndarray:
+    """`measure`, averaged over seeds, at each point of the grid's two axes; NaN where no run has finished."""
     first, second = grid.axes
     values = np.full((len(grid.axes[first]), len(grid.axes[second])), np.nan)
     for (a, b), cell in grouped(runs, [first, second]):
-        values[grid.axes[first].index(a), grid.axes[second].index(b)] = mean(
-            finite(metric_of(grid, run) for run in cell)
-        )
+        values[grid.axes[first].index(a), grid.axes[second].index(b)] = mean(finite(map(measure, cell)))
     return values
 
 
@@ -262,7 +272,7 @@ def _obstacles(axis: Axes, box: Bbox, taken: Sequence[Bbox]) -> int:
 # ---- Help or harm ----
 
 
-def _mean_logged(*keys: str, since: float = 0.0) -> Callable[[Run], float]:
+def _mean_logged(*keys: str, since: float = 0.0) -> Measure:
     """The mean of a run's logged values of the first of `keys` that it logged, after the share `since` of its steps."""
 
     def measure(run: Run) -> float:
@@ -288,7 +298,7 @@ def plot_harmful(grid: Grid, runs: Sequence[Run], path: Path) -> None:
     for a linear loss, and ||g1||. A column of panels for each combination of the other axes."""
     name, *others = grid.axes
     groups = grouped(runs, others)
-    rows: dict[str, Callable[[Run], float]] = {label_of(grid): functools.partial(metric_of, grid)}
+    rows: dict[str, Measure] = {label_of(grid): functools.partial(metric_of, grid)}
     rows |= {label: measure for label, measure in LANDSCAPE.items() if finite(map(measure, runs))}
     figure = Figure(figsize=(7 * len(groups), 4 + 2 * (len(rows) - 1)), layout="constrained")
     heights = [2.2, *[1.0] * (len(rows) - 1)]

@@ -126,13 +126,15 @@ def test_resume_is_bit_identical(finished, tmp_path):
 
 def test_ire_by_flags(tmp_path):
     launch("--output_dir", tmp_path, "--num_train_epochs", 2, "--gr_lambda", 0, "--ire_preset", "cnn",
-           "--ire_interval", 5, "--warmup_steps", 10, "--ire_exclude", "norm", "bias")  # fmt: skip
+           "--ire_interval", 5, "--warmup_steps", 10, "--ire_exclude", "norm", "bias",
+           "--final_sharpness", "sam")  # fmt: skip
     logs = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]
     last = [entry for entry in logs if "loss" in entry][-1]
     assert last["ire_kappa"] == 1.0
     assert last["ire_flat_fraction"] == pytest.approx(0.9, abs=1e-3)
     card = (tmp_path / "README.md").read_text()
     assert "| `ire_preset` |  | cnn |" in card and "`SGD`" not in card and "In 36 of 46 steps" in card
+    assert json.loads((tmp_path / "all_results.json").read_text())["sharpness_sam"] > 0 and "Flatness" in card
 
 
 def test_resnet_with_tvlars_by_flags(tmp_path):
@@ -359,6 +361,7 @@ def unwritable(folder):
             "stem=cifar has no effect with model='wrn-10-1', whose first layers are fixed",
         ),
         (["--model_name_or_path", "x", "--weight_init", "xavier_normal"], "weight_init=xavier_normal has no effect"),
+        (["--final_sharpness", "flat"], "final_sharpness='flat': choose from sam, average, trace, top"),
         (["--optim", "lars", "--optim_args", "momentun=0.9"], "optim_args: momentun is unknown to optim=lars, which"),
         (lambda f: [recipe_with_a_typo(f)], "unknown flag gr_radius; see --help"),
     ],

@@ -102,19 +102,27 @@ def test_the_only_axis_and_an_arm_that_it_does_not_change(swept, drawn, tmp_path
 
 
 def test_a_heat_map_with_the_arm_that_no_axis_changes(drawn, tmp_path):
-    """It has no panel: its value is in the title and, as a line, in the color bar, which all panels share."""
+    """It has no panel: its value is in the title and, as a line, in the color bar, which all panels share. Below the
+    metric is what the grid also shows, with colors of its own."""
     axes = {"ire_kappa": [1, 2], "ire_gamma": [0.5, 0.6, 0.8]}
     arms = {"AdamW": {"ire_kappa": 0}, "AdmIRE": {}, "slow": {"learning_rate": 1}}
     grid = Grid("x", arms, "AdamW", "eval_error", axes=axes, ignores={"AdamW": ["ire_gamma"]}, seeds=[0, 1])
+    grid.also = ["loss"]
     runs = expand(grid, tmp_path, tmp_path)
     for run in runs:
         kappa, gamma = run.point["ire_kappa"] or 0, run.point["ire_gamma"] or 0
-        finish(run, 10 * kappa + gamma + run.point["seed"], [])
+        finish(
+            run, 10 * kappa + gamma + run.point["seed"], [{"step": 1, "loss": 9.0}, {"step": 2, "loss": 1.0 + kappa}]
+        )
     plot_heat_map(grid, at_every_point(grid, runs), tmp_path / "map.png")
-    panels = [axis for axis in drawn[0].axes if axis.images]
+    errors, losses = drawn[0].subfigs
+    panels = [axis for axis in errors.axes if axis.images]
     assert [axis.get_title() for axis in panels] == ["AdmIRE", "slow"]
     assert np.asarray(panels[0].images[0].get_array()) == pytest.approx(np.array([[11, 11.1, 11.3], [21, 21.1, 21.3]]))
-    assert drawn[0].get_suptitle() == "AdamW: 0.5"
+    assert [figure.get_suptitle() for figure in (errors, losses)] == ["AdamW: 0.5", "AdamW: 1"]
+    image = losses.axes[0].images[0]
+    assert np.asarray(image.get_array()) == pytest.approx(np.array([[2, 2, 2], [3, 3, 3]]))
+    assert image.colorbar.ax.get_ylabel() == "training loss" and (image.norm.vmin, image.norm.vmax) == (1, 3)
     bar = panels[0].images[0].colorbar
     assert (bar.vmin, bar.vmax) == pytest.approx((0.5, 21.3))
     assert any(set(line.get_ydata()) == {0.5} for line in bar.ax.get_lines())
