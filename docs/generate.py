@@ -23,10 +23,16 @@ from hf_gr.models.presets import (
     WIDE_RESNET_PRESETS,
 )
 from hf_gr.optim import OPTIMIZERS
+from hf_gr.reporting.arguments import default_of
 from hf_gr.reporting.methods import methods_tables, table
 
 DOCS = Path(__file__).parent
-SCRIPTS = {"vit": "train_vit", "llama": "pretrain_llama", "lora": "finetune_llama_lora"}
+SCRIPTS = {
+    "vit": "train_vit",
+    "llama": "pretrain_llama",
+    "lora": "finetune_llama_lora",
+    "barlow": "pretrain_barlow_twins",
+}
 #: Longer lists of choices are shown without their descriptions, and beyond the second number not in full.
 DESCRIBED, LISTED = 8, 20
 
@@ -53,7 +59,7 @@ def flags_table(name: str) -> str:
 
 
 def _default(f: dataclasses.Field) -> str:
-    default = str(getattr(f.default, "value", f.default))
+    default = str(default_of(f))
     return "" if default in ("None", "") else f"`{default}`"
 
 

@@ -11,9 +11,11 @@ ALL_SCRIPTS = [
     "train_vit",
     "pretrain_llama",
     "finetune_llama_lora",
+    "pretrain_barlow_twins",
     "evaluate_llama",
     "evaluate_robustness",
     "evaluate_sharpness",
+    "evaluate_features",
     "compare",
 ]
 

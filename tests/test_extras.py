@@ -37,9 +37,11 @@ for entry in (
     lambda: runpy.run_module("hf_gr.data.text"),
     lambda: runpy.run_path(sys.argv[1] + "/train_vit.py"),
     lambda: runpy.run_path(sys.argv[1] + "/finetune_llama_lora.py"),
+    lambda: runpy.run_path(sys.argv[1] + "/pretrain_barlow_twins.py"),
     lambda: runpy.run_path(sys.argv[1] + "/evaluate_llama.py"),
     lambda: runpy.run_path(sys.argv[1] + "/evaluate_robustness.py"),
     lambda: runpy.run_path(sys.argv[1] + "/evaluate_sharpness.py"),
+    lambda: runpy.run_path(sys.argv[1] + "/evaluate_features.py"),
     lambda: runpy.run_path(sys.argv[1] + "/compare.py"),
 ):
     try:
@@ -56,4 +58,4 @@ def test_training_needs_no_extra_and_what_does_names_it():
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     named = [line.rpartition("pip install ")[2] for line in done.stdout.splitlines() if line.startswith("error:")]
-    assert named == ["'hf_gr[report]'"] * 3 + ["'hf_gr[scripts]'"] * 7, done.stdout
+    assert named == ["'hf_gr[report]'"] * 3 + ["'hf_gr[scripts]'"] * 9, done.stdout

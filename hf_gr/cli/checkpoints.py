@@ -98,16 +98,24 @@ class Kind(NamedTuple):
 
 
 def load_images(checkpoint: Checkpoint, options: argparse.Namespace, is_training: bool = False) -> tuple[Dataset, str]:
-    """The model's inputs, not augmented, and the name of their split."""
-    dataset = load_image_dataset(options.dataset_name, options.dataset_config_name)
-    features = next(iter(dataset.values())).features
-    image_column = find_image_column(features, options.image_column_name)
-    label_column, label_names = find_label_column(features, options.label_column_name)
+    """The classifier's inputs, not augmented, and the name of their split."""
+    images, split, label_names = images_of(checkpoint, options, is_training)
     if (classes := checkpoint.model.config.num_labels) != len(label_names):
         raise ValueError(
             f"checkpoint={checkpoint.name!r} has {classes} classes, dataset_name={options.dataset_name!r} "
             f"{len(label_names)}. Give the dataset that the model was trained on."
         )
+    return images, split
+
+
+def images_of(
+    checkpoint: Checkpoint, options: argparse.Namespace, is_training: bool = False
+) -> tuple[Dataset, str, list[str]]:
+    """As `load_images`, for a model with any head or none; and the names of the classes."""
+    dataset = load_image_dataset(options.dataset_name, options.dataset_config_name)
+    features = next(iter(dataset.values())).features
+    image_column = find_image_column(features, options.image_column_name)
+    label_column, label_names = find_label_column(features, options.label_column_name)
     skipped: Counter[str] | None = Counter() if options.skip_bad_examples else None
     held_out = checkpoint.held_out("eval_fraction")
     training, images, split = split_train_eval(number_rows(dataset), label_column, *held_out, skipped)
@@ -125,7 +133,8 @@ def load_images(checkpoint: Checkpoint, options: argparse.Namespace, is_training
         images = images.remove_columns([name for name in (IS_WRONG,) if name in images.column_names])
     with explained(f"checkpoint={checkpoint.name!r}: its image processor could not be loaded", REMEDY):
         image_processor = AutoImageProcessor.from_pretrained(checkpoint.name)
-    return preprocess(images, image_processor, image_column, label_column, split, options.image_max_value), split
+    inputs = preprocess(images, image_processor, image_column, label_column, split, options.image_max_value)
+    return inputs, split, label_names
 
 
 # ---- Causal language models ----
@@ -186,9 +195,13 @@ def kind_of(name: str) -> Kind:
     raise ValueError(f"checkpoint={name!r} is {architectures[0]}. Give an image classifier or a causal language model.")
 
 
-def common_kind(names: list[str]) -> Kind:
+def refuse_repeated(names: list[str]) -> None:
     if repeated := [name for name, count in Counter(names).items() if count > 1]:
         raise ValueError(f"checkpoint={repeated[0]!r} is given twice. Give it once.")
+
+
+def common_kind(names: list[str]) -> Kind:
+    refuse_repeated(names)
     kinds = {name: kind_of(name) for name in names}
     first = kinds[names[0]]
     if others := [name for name, kind in kinds.items() if kind is not first]:

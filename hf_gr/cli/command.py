@@ -25,10 +25,12 @@ FILES = {
     "vit": "train_vit",
     "llama": "pretrain_llama",
     "lora": "finetune_llama_lora",
+    "barlow": "pretrain_barlow_twins",
     "compare": "compare",
     "evaluate": "evaluate_llama",
     "robustness": "evaluate_robustness",
     "sharpness": "evaluate_sharpness",
+    "features": "evaluate_features",
 }
 
 

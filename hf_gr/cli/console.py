@@ -55,7 +55,7 @@ def metrics_line(metrics: dict[str, Any]) -> str:
 
 
 def _as_text(name: str, value: float) -> str:
-    if name in SHARES:
+    if name.endswith(SHARES):
         return f"{100 * value:.2f} %"
     return f"{value:,.4g}" if isinstance(value, float) else f"{value:,}"
 

@@ -37,7 +37,17 @@ RESULTS = (
     FILE,
 )
 #: Files that describe the results, and are removed with them.
-DESCRIPTIONS = ("README.md", ".eval_results", "curves.png", "layer_statistics.*", "merged", SUPERSEDED)
+DESCRIPTIONS = (
+    "README.md",
+    ".eval_results",
+    "curves.png",
+    "layer_statistics.*",
+    "views.png",
+    "cross_correlation.png",
+    "backbone",
+    "merged",
+    SUPERSEDED,
+)
 
 
 @contextmanager

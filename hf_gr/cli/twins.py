@@ -32,7 +32,7 @@ METHODS = (Method("GR", "gr_", ("--gr_lambda", "0")), Method("IRE", "ire_", ("--
 #: What the twin does not take over: it has a folder of its own, and is not uploaded over its model.
 OWN = ("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "push_to_hub", "hub_")
 #: Metrics to compare, the first that both have; errors with an interval.
-METRICS = ("test_error", "eval_error", "eval_perplexity", "eval_loss")
+METRICS = ("test_error", "eval_error", "eval_knn_error", "eval_perplexity", "eval_loss")
 
 
 def twin_command(program: list[str], argv: list[str], args: Any) -> tuple[str, str] | None:

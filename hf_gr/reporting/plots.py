@@ -61,6 +61,12 @@ def _plot_error(axis: Axes, log_history: History) -> None:
     axis.set_ylim(bottom=0)
 
 
+def _plot_neighbors(axis: Axes, log_history: History) -> None:
+    _line(axis, log_history, "eval_knn_error", "evaluation", ORANGE, scale=100)
+    axis.set(title="Error of the nearest neighbors", ylabel="error (%)")
+    axis.set_ylim(bottom=0)
+
+
 def _plot_norms(axis: Axes, log_history: History) -> None:
     if not _line(axis, log_history, "gr_grad_norm", r"$\|g_1\|$ at $\theta$", BLUE):
         _line(axis, log_history, "grad_norm", r"$\|g\|$", BLUE)
@@ -133,6 +139,7 @@ def _plot_schedules(axis: Axes, log_history: History) -> None:
 PANELS = (
     (_plot_loss, ""),
     (_plot_error, "eval_error"),
+    (_plot_neighbors, "eval_knn_error"),
     (_plot_norms, ""),
     (_plot_schedules, ""),
     (_plot_memorization, "train_accuracy_wrong_labels"),

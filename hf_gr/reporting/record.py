@@ -184,6 +184,8 @@ class Record:
         ire_flat_fractions: kind of layer -> the fraction of its coordinates in IRE's last choice.
         ire_reduced_kappa: kappa after the divergence guard reduced it; None if it never did.
         layer_picture: the plot of the layer norms, if this run drew it.
+        further: what a subclass of the trainer adds: `pictures`, further files to show -> their captions, and
+            `barlow_twins`, the weight w of its loss and the k and T of its evaluation.
         sharpness: None if it was not measured.
         device: its name; `peak_memory_bytes` is its peak memory use.
         log: the one when `create_model_card` was called, which may be later than the last `trainer_state.json`.
@@ -200,6 +202,7 @@ class Record:
     ire_flat_fractions: dict[str, float] = field(default_factory=dict)
     ire_reduced_kappa: float | None = None
     layer_picture: str | None = None
+    further: dict[str, Any] = field(default_factory=dict)
     sharpness: SharpnessFacts | None = None
     device: str | None = None
     peak_memory_bytes: int | None = None

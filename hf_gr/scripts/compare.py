@@ -58,6 +58,7 @@ METRICS = {
         "test_nll",
         "test_ece",
     ),
+    "pretrain_barlow_twins.py": ["eval_knn_error"],
     "pretrain_llama.py": ["eval_loss", "eval_perplexity"],
     "finetune_llama_lora.py": ["eval_loss", "eval_perplexity"],
 }

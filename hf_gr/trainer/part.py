@@ -1,5 +1,6 @@
 """The base class of a trainer's parts: each is one method, with its own state, called from the trainer's hooks."""
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
         push_in_progress: Any
 
         script_args: tuple[Any, ...]
+        further_facts: Mapping[str, Any]
         evaluated_dataset: Any
         recorder: Any
         parts: Any

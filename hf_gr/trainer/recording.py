@@ -148,6 +148,7 @@ def facts_of(trainer: Host) -> dict[str, Any]:
         "ire_reduced_kappa": ire.kappa * ire.kappa_scale if ire is not None and ire.kappa_scale != 1 else None,
         # A picture in the folder may be from an earlier run.
         "layer_picture": next((c.picture for c in callbacks if getattr(c, "has_drawn", False)), None),
+        "further": dict(trainer.further_facts),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper(),
         "peak_memory_bytes": trainer.costs()["peak_memory_bytes"],
     }

@@ -6,6 +6,7 @@ Each hook of `Trainer` is overridden once, here; the work is done in the parts, 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -77,6 +78,8 @@ class GRMixin(Host):
     #: Dataclasses with further arguments of the run, recorded like those of the trainer. A `dataset_name` among them
     #: names the training data.
     script_args: tuple[Any, ...] = ()
+    #: What a subclass adds to the record of the run; see `Record.further`.
+    further_facts: Mapping[str, Any] = MappingProxyType({})
 
     def __init__(self, *args, **kwargs):
         self._default_gr_args = GRArguments()

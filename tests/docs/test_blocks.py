@@ -32,8 +32,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning"),  # its pictures
 ]
 
-TRAINING = ("train_vit", "pretrain_llama", "finetune_llama_lora")
-COMMANDS = {**dict(zip(("vit", "llama", "lora"), TRAINING, strict=True)), "compare": "compare"}
+TRAINING = ("train_vit", "pretrain_llama", "finetune_llama_lora", "pretrain_barlow_twins")
+COMMANDS = {**dict(zip(("vit", "llama", "lora", "barlow"), TRAINING, strict=True)), "compare": "compare"}
 LAUNCHERS = (["accelerate", "launch"], ["torchrun"], ["python"])
 
 

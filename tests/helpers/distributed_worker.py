@@ -5,6 +5,7 @@ torchrun --nproc_per_node N distributed_worker.py FOLDER SUITE...
 
 import os
 import sys
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,6 +19,8 @@ from hf_gr import GRConfig, GRTrainer
 from hf_gr.cli.output_folder import claim_output_folder
 from hf_gr.cli.trainers import ImageTrainer
 from hf_gr.data.images import IS_WRONG
+from hf_gr.models import BarlowTwinsForPretraining
+from hf_gr.models.cifar_resnet import CifarResNetConfig, CifarResNetForImageClassification
 from hf_gr.reporting.record import read_record
 from hf_gr.trainer.sharpness import SharpnessCallback, as_logs
 
@@ -31,6 +34,17 @@ CASES = [
 ]
 FSDP_CASES = [(accumulation, degree, precision)
               for accumulation in (1, 3) for degree in (0.5, 1.0) for precision in ("float32", "bf16")]  # fmt: skip
+#: Barlow Twins has BatchNorm and a loss of the global batch: k processes with b images are one with k b images.
+BARLOW_CASES = {
+    name: {"optim": "sgd", "optim_args": "momentum=0.9", "gr_warmup": "none", **flags}
+    for name, flags in {
+        "plain": {"gr_lambda": 0},
+        "gr": {"gr_lambda": 0.05, "gr_r": 0.1},
+        "lars": {"gr_lambda": 0, "optim": "lars", "optim_args": ""},
+        "sam_tvlars": {"optim": "tvlars", "optim_args": "", "gr_r": 0.1},
+    }.items()
+}
+BARLOW_BATCH = 8  # over all processes
 STEPS = 3
 LEARNING_RATE = 0.1
 EXAMPLES = 72
@@ -254,6 +268,28 @@ def memorization_of(output_dir: str, **flags) -> list[dict[str, float]]:
     return [{key: entry[key] for key in keys} for entry in trainer.state.log_history if "loss" in entry]
 
 
+def barlow_of(output_dir: str, **flags) -> dict[str, Any]:
+    """The logs, and the weights and running statistics after training in float64."""
+    torch.manual_seed(0)
+    config = CifarResNetConfig(embedding_size=4, hidden_sizes=[4, 8], depths=[1, 1], layer_type="basic", num_labels=2)
+    model = BarlowTwinsForPretraining.of(CifarResNetForImageClassification(config), projector_sizes=[8, 6]).double()
+    names, views = ("pixel_values", "second_pixel_values"), torch.randn(32, 2, 3, 8, 8, dtype=torch.float64)
+    settings = {"max_steps": STEPS, "learning_rate": LEARNING_RATE, "lr_scheduler_type": "constant", **flags}
+    args = GRConfig(**toys.arguments(output_dir, **settings))
+    data = [dict(zip(names, pair, strict=True)) for pair in views]
+    trainer = GRTrainer(model, args, train_dataset=data)
+    trainer.train()
+    reset_state()
+    keys = ("loss", "grad_norm", "gr_grad_norm", "gr_perturbed_grad_norm")
+    logs = [{key: entry[key] for key in keys if key in entry} for entry in trainer.state.log_history if "loss" in entry]
+    return {"logs": logs, "state": model.state_dict()}
+
+
+def barlow(folder: str) -> dict[str, dict[str, Any]]:
+    shared = {"ddp_backend": "gloo", "per_device_train_batch_size": BARLOW_BATCH // int(os.environ["WORLD_SIZE"])}
+    return {name: barlow_of(f"{folder}/barlow", **shared, **flags) for name, flags in BARLOW_CASES.items()}
+
+
 def diagnostics_of(output_dir: str, cls=GRTrainer, **flags) -> list[dict[str, float]]:
     """What `gr_diagnostics_steps` logs; one process accumulates two batches, two processes have one each."""
     settings = {"optim": "adamw_torch", "learning_rate": 1e-2, "gr_diagnostics_steps": 1, **flags}
@@ -326,6 +362,7 @@ SUITES = {
         case: run(f"{folder}/optimizers", **flags) for case, flags in OPTIMIZER_CASES.items()
     },
     "ascents": lambda folder: {case: run(folder, **flags) for case, flags in ASCENT_CASES.items()},
+    "barlow": barlow,
     "overflow": overflow_on_one_rank,
     "resume": resume,
     "fsdp": fsdp,

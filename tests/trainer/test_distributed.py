@@ -13,6 +13,8 @@ from transformers import LlamaForCausalLM
 from helpers import TESTS, own_loop, toys
 from helpers.distributed_worker import (
     ASCENT_CASES,
+    BARLOW_BATCH,
+    BARLOW_CASES,
     CASES,
     EXAMPLES,
     FSDP_CASES,
@@ -21,6 +23,7 @@ from helpers.distributed_worker import (
     OPTIMIZER_CASES,
     RESUME,
     STEPS,
+    barlow_of,
     diagnostics_of,
     memorization_of,
     sharpness_of,
@@ -33,8 +36,8 @@ from hf_gr import GRConfig, GRTrainer
 pytestmark = pytest.mark.distributed
 RANKS, BATCH, RADIUS = 2, 2, 0.1
 #: Of the worker, that two processes run.
-SUITES = ("scopes", "ascents", "ire", "optimizers", "overflow", "resume", "loop", "memorization", "diagnostics",
-          "sharpness")  # fmt: skip
+SUITES = ("scopes", "ascents", "barlow", "ire", "optimizers", "overflow", "resume", "loop", "memorization",
+          "diagnostics", "sharpness")  # fmt: skip
 #: float32: sums in another order; the scopes themselves differ by more than 1e-3. bf16: 8 bits, in another order.
 TOLERANCE = {"float32": 1e-5, "scaled": 1e-5, "bf16": 2e-2}
 
@@ -118,8 +121,13 @@ def test_diagnostics_are_those_of_one_process(kind, results, sharded, tmp_path):
         assert mine == pytest.approx(expected, rel=1e-3)
 
 
-def test_four_processes(tmp_path):
-    for case, path in launch(tmp_path, 4, "float32")["float32"].items():
+@pytest.fixture(scope="module")
+def four(tmp_path_factory):
+    return launch(tmp_path_factory.mktemp("four"), 4, "float32", "barlow")
+
+
+def test_four_processes(four):
+    for case, path in four["float32"].items():
         assert relative_error_of_path(path, reference_path(*case, 4)) <= TOLERANCE["float32"], case
 
 
@@ -199,6 +207,19 @@ def test_optimizers_step_as_in_one_process(case, results, tmp_path):
     expected = path_of_one_process(tmp_path, **OPTIMIZER_CASES[case])
     # float32; LAMB divides by the root of second moments that are nearly 0 in places.
     assert relative_error_of_path(results["optimizers"][case], expected) <= (1e-3 if case[0] == "lamb" else 1e-5)
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_barlow_twins_trains_as_in_one_process(processes, request, tmp_path):
+    """In float64: the loss, BatchNorm and their gradients are those of the global batch."""
+    found = request.getfixturevalue("results" if processes == 2 else "four")["barlow"]
+    for case, flags in BARLOW_CASES.items():
+        expected = barlow_of(str(tmp_path), per_device_train_batch_size=BARLOW_BATCH, **flags)
+        assert len(found[case]["logs"]) == STEPS and found[case]["state"].keys() == expected["state"].keys()
+        for mine, alone in zip(found[case]["logs"], expected["logs"], strict=True):
+            assert mine == pytest.approx(alone, rel=1e-6)  # some are logged in float32
+        for name, value in expected["state"].items():
+            torch.testing.assert_close(found[case]["state"][name], value, rtol=1e-10, atol=1e-11)
 
 
 @pytest.mark.parametrize("case", ASCENT_CASES)
