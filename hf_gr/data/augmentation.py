@@ -459,8 +459,8 @@ class Mixing:
 
     - MixUp (arXiv 1710.09412): w x_i + (1 - w) x_j, with w from Beta(alpha, alpha). As j's partner is i, w and 1 - w
       give the same images in another order; the larger is taken, so that an image stays nearer to its own label.
-    - CutMix (arXiv 1905.04899): a box of x_j, the same for all images, pasted into x_i; its share of the area is 1 - w,
-      before it is clipped at the border.
+    - CutMix (arXiv 1905.04899): a box of x_j, the same for all images, pasted into x_i. Its share of the area is 1 - w
+      unless it is clipped at the border; labels are mixed by the share that it has.
 
     If both are on, each batch gets one of them, with probability 1/2.
 

@@ -109,8 +109,8 @@ class ModelArguments(script.ModelArguments):
     image_std: list[float] | None = field(default=None, metadata={"help": "Then divided by. Default: 0.5 0.5 0.5."})
     crop_pct: float | None = flag(
         None,
-        "Resize the shortest side to image_size / crop_pct, which keeps the aspect ratio, and crop the center. 0.875 "
-        "is common for ImageNet. Default: resize both sides to image_size.",
+        "Resize the shortest side to image_size / crop_pct, and crop the center. 0.875 is common for ImageNet. "
+        "Default: resize both sides to image_size.",
     )
 
     def __post_init__(self):
@@ -171,31 +171,31 @@ class DataArguments(script.DataArguments):
     random_flip: bool = field(default=True, metadata={"help": "Mirror training images at random."})
     crop_padding: int | None = flag(
         None,
-        "Shift training images by up to this many pixels, reflecting the border; 0: off. Default: 4; 0 with "
+        "Shift training images by up to this many pixels, reflecting the border. Default: 4; 0 with "
         "random_resized_crop.",
     )
     random_resized_crop: float | None = flag(
         None,
-        "Crop a random part of at least this share of the area of each training image, and resize it. 0.08 is common "
-        "for ImageNet. Default: off.",
+        "Crop a random part of training images, of at least this share of the area. It is resized to the size that "
+        "the model takes. 0.08 is common for ImageNet. Default: off.",
     )
     crop_source_size: int | None = flag(
         None,
-        "Size of the images that random_resized_crop crops; they are made like those for evaluation. Default: "
+        "Size of the images that random_resized_crop crops. They are made like those for evaluation. Default: "
         "image_size.",
     )
     rand_augment: list[int] | None = field(
         default=None,
         metadata={
-            "help": "RandAugment: number of operations on each training image, and their magnitude, up to 30. 2 15, "
-            "for example. Default: off."
+            "help": "Number and magnitude of RandAugment's operations on training images, such as 2 15. The magnitude "
+            "is at most 30. Default: off."
         },
     )
     color_jitter: list[float] | None = field(
         default=None,
         metadata={
-            "help": "Change brightness, contrast, saturation and hue of training images by random shares of up to "
-            "these four numbers. 0.4 0.4 0.4 0.1, for example. Default: off."
+            "help": "Largest changes of brightness, contrast, saturation and hue, such as 0.4 0.4 0.4 0.1. Those of "
+            "each training image are drawn. Default: off."
         },
     )
     grayscale: float = flag(0.0, "Share of the training images that lose their color.")
