@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hf_gr import __version__
-from hf_gr.data.augmentation import Augmentation, barlow_twins_views, crop_boxes, resized_crop
+from hf_gr.data.augmentation import Augmentation, barlow_twins_views, resized_crop
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SCALE, JITTER, SIGMA = (0.08, 1.0), (0.4, 0.4, 0.2, 0.1), (0.1, 2.0)
@@ -141,9 +141,7 @@ def throughput(images: Tensor, rounds: int) -> None:
         except ImportError as error:
             print(f"{name}: left out ({error}).\n")
     n, side = len(images), images.shape[-1]
-    print(
-        f"\n{n} images of {side} x {side} pixels, in images per second; in brackets the peak of memory, in batches.\n"
-    )
+    print(f"\n{n} images of {side} x {side} pixels: images per second, and the peak of memory in batches\n")
     print("| | " + " | ".join(contestants) + " |\n|---|" + "---|" * len(contestants))
     for kind in KINDS:
         runs = {name: kinds[kind] for name, kinds in contestants.items()}
@@ -157,40 +155,38 @@ def throughput(images: Tensor, rounds: int) -> None:
 
 def differences() -> None:
     """What the peers do differently, measured."""
-    images, side = pictures(64, 256), 64
-    boxes = crop_boxes(64, (256, 256), (0.5, 1.0))
-    exact = torch.stack(
-        [
-            torch.from_numpy(np.asarray(image.crop((x, y, x + w, y + h)).resize((side, side), Image.BICUBIC)).copy())
-            for image, (y, x, h, w) in zip(pillows(images), boxes.tolist(), strict=True)
-        ]
-    ).permute(0, 3, 1, 2)
-    floats = images / 255
-    top, left, height, width = (boxes / 256).unbind(-1)
-    theta = torch.zeros(64, 2, 3)
-    theta[:, 0, 0], theta[:, 1, 1] = width, height
-    theta[:, 0, 2], theta[:, 1, 2] = 2 * left + width - 1, 2 * top + height - 1
-    grid = F.affine_grid(theta, [64, 3, side, side], align_corners=False)
-    aliased = F.grid_sample(floats, grid, "bicubic", "border", align_corners=False).clamp(0, 1)
-    print("\nCrops of half of an image of 256 pixels or more, at 64 pixels: the mean difference from Pillow's, of 255")
-    for name, crops in (
-        ("interpolate, antialiased", resized_crop(floats, boxes, (side, side))),
-        ("grid_sample", aliased),
-    ):
+    images, small = pictures(64, 256), (64, 64)
+    arrays = [np.asarray(image.resize(small, Image.Resampling.BICUBIC)) for image in pillows(images)]
+    exact = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
+    grid = F.affine_grid(torch.eye(2, 3).repeat(64, 1, 1), [64, 3, *small], align_corners=False)
+    found = {
+        "hf_gr": resized_crop(images / 255, torch.tensor([[0, 0, 256, 256]]).repeat(64, 1), small),
+        "grid_sample": F.grid_sample(images / 255, grid, "bicubic", "border", align_corners=False),
+    }
+    same, drawn = pictures(1, 32).repeat(64, 1, 1, 1), {"hf_gr": ours}
+    try:
+        from kornia.augmentation import RandomResizedCrop
+
+        crop = RandomResizedCrop(small, scale=(1, 1), ratio=(1, 1), resample="bicubic")
+        found["kornia"], drawn["kornia"] = crop(images / 255), kornias
+    except ImportError:
+        pass
+    print("\nCrops of 256 pixels resized to 64: the mean difference from Pillow's, of 255\n")
+    for name, crops in found.items():
         print(f"- {name}: {(crops * 255 - exact).abs().mean():.2f}")
-    print("\nA batch of 64 times the same image: the number of different images that come out")
-    same = pictures(1, 32).repeat(64, 1, 1, 1)
-    for name, create in (("hf_gr", ours), ("kornia", kornias)):
-        try:
-            kinds = create(same)
-        except ImportError:
-            continue
+    print("\nA batch of 64 times the same image: how many different ones come out, the median of nine batches\n")
+    for name, create in drawn.items():
+        kinds = create(same)
         for kind in KINDS[1:3]:
             counts = []
             for seed in range(9):
                 torch.manual_seed(seed)
                 counts.append(len({tuple(image.flatten().mul(100).round().tolist()) for image in kinds[kind]()}))
             print(f"- {name}, {kind}: {statistics.median(counts)}")
+
+
+def load() -> str:
+    return ", ".join(f"{load:.1f}" for load in os.getloadavg())
 
 
 def main() -> None:
@@ -204,14 +200,11 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     random.seed(0)
-    loads = ", ".join(f"{load:.1f}" for load in os.getloadavg())
-    print(
-        f"{date.today()}, hf_gr {__version__}, torch {torch.__version__}, {os.cpu_count()} CPUs with a load of {loads}"
-    )
+    print(f"{date.today()}, hf_gr {__version__}, torch {torch.__version__}, {os.cpu_count()} CPUs, load {load()}")
     for side, count in zip((32, 224), options.batches, strict=True):
         throughput(pictures(count, side), options.rounds)
     differences()
-    print(f"\nLoad at the end: {', '.join(f'{load:.1f}' for load in os.getloadavg())}")
+    print(f"\nLoad at the end: {load()}")
 
 
 if __name__ == "__main__":
