@@ -163,7 +163,12 @@ def test_shipped_grids_make_command_lines_that_their_scripts_take(path, tmp_path
         load_script("compare").check_command_lines(grid, runs)
         if grid.published:
             check_published(grid, path.parent / grid.published["file"])
+        seen: set[tuple[str, str]] = set()
         for run in runs:
+            point = {(name, str(value)) for name, value in run.point.items()}
+            if point <= seen:  # each arm, value and seed once
+                continue
+            seen |= point
             *_, args = script.parse_args(run.arguments)
             assert args.output_dir == str(run.folder) and args.seed == run.point["seed"]
 
@@ -639,7 +644,7 @@ def compare(*arguments) -> str:
 @pytest.mark.parametrize("path", sorted(GRIDS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_presets_run(path, tmp_path):
     compare("--preset", path.stem, "--scale", "smoke", "--seeds", 0, "--output_dir", tmp_path)
-    assert (tmp_path / "table.md").is_file() and (tmp_path / "curves.png").is_file()
+    assert (tmp_path / "table.md").is_file() and any(tmp_path.glob("*.png"))
 
 
 def test_the_script_runs_real_trainings(tmp_path):
