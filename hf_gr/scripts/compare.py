@@ -189,6 +189,7 @@ def _parser_of(name: str) -> script.ArgumentParser:
     module = importlib.import_module(f"{shipped.SCRIPTS_PACKAGE}.{name}")
     kinds = [kind for kind in vars(module).values() if isinstance(kind, type) and is_dataclass(kind)]
     defined = [kind for kind in kinds if kind.__module__ == module.__name__]
+    defined = [kind for kind in defined if not any(issubclass(other, kind) for other in defined if other is not kind)]
     configs = [kind for kind in kinds if issubclass(kind, TrainingArguments)]
     return script.ArgumentParser([*defined, max(configs, key=lambda kind: len(kind.__mro__))])
 

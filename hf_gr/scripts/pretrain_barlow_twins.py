@@ -1,4 +1,4 @@
-"""Pretrain an image model without labels, by Barlow Twins, with LARS, LAMB, TVLARS or any other optimizer.
+"""Pretrain an image model without labels, by Barlow Twins, with any optimizer, GR and IRE.
 
     accelerate launch scripts/pretrain_barlow_twins.py                          # a small ResNet on scans of digits
     accelerate launch scripts/pretrain_barlow_twins.py --optim lars             # the same with LARS
