@@ -409,8 +409,7 @@ def autocontrast(images: Tensor) -> Tensor:
 def equalize(images: Tensor) -> Tensor:
     """Map the 256 levels of each channel so that all are about equally frequent, as `ImageOps.equalize` does."""
     levels = _levels(images).long().flatten(2).flatten(0, 1)  # (n c, h w)
-    rows = torch.arange(len(levels), device=images.device).unsqueeze(-1)
-    counts = torch.bincount((levels + 256 * rows).flatten(), minlength=256 * len(levels)).view(-1, 256)
+    counts = levels.new_zeros(len(levels), 256).scatter_add_(1, levels, torch.ones_like(levels))
     last = counts.gather(1, levels.amax(1, keepdim=True))
     step = (levels.shape[1] - last) // 255
     table = ((counts.cumsum(1) - counts + step // 2) // step.clamp_min(1)).clamp_max(255)
