@@ -19,30 +19,23 @@ only its method (gr_*, ire_*, optim*) is used: the views are then those of the p
 
 import logging
 import sys
-from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 from transformers.image_processing_utils import BaseImageProcessor
 
-from ..checks import COUNT, NOT_NEGATIVE, POSITIVE, Limit, check_fields, flag
+from ..checks import COUNT, NOT_NEGATIVE, POSITIVE, PROBABILITY, check_fields, flag
 from ..cli import script
 from ..cli.barlow_twins import BarlowTwinsTrainer, Views
+from ..cli.image_data import ImageArguments, Images, read_images
 from ..cli.script import ScriptConfig
 from ..cli.shipped import RECIPES
 from ..data.augmentation import Augmentation
 from ..data.embedded import EMBEDDED
 from ..data.images import (
     check_first_example,
-    find_image_column,
-    find_label_column,
-    keep_first,
-    keep_readable,
-    load_image_dataset,
-    number_rows,
     preprocess,
-    split_train_eval,
 )
 from ..errors import extra
 from ..models.barlow_twins import BarlowTwinsForPretraining
@@ -50,14 +43,13 @@ from ..models.presets import IMAGE_PRESETS
 from . import train_vit
 
 with extra("scripts"):
-    from datasets import Dataset
+    pass
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_RECIPE = RECIPES / "barlow_digits.yaml"
 DEFAULT_MODEL = "resnet-18"
 BACKBONE = "backbone"
-PROBABILITY = Limit(0, 1)
 
 
 @dataclass
@@ -138,39 +130,12 @@ class ViewArguments:
 
 
 @dataclass
-class DataArguments(ViewArguments, script.DataArguments):
-    dataset_name: str = field(
-        default="digits",
-        metadata={"help": "'digits' or 'mnist-5k' (embedded), a name on the Hub, a local folder, or a parquet file."},
-    )
-    image_column_name: str | None = field(default=None, metadata={"help": "Default: the column of type Image."})
-    label_column_name: str | None = field(
-        default=None, metadata={"help": "To evaluate by. Default: the column of type ClassLabel."}
-    )
-    eval_fraction: float | None = flag(
-        None,
-        "Share of train to evaluate on, if there is no test or validation split. Default: 0.1.",
-        Limit(0, 1, True, True),
-    )
-    max_train_samples: int | None = flag(None, "Train on at most this many examples.", COUNT)
-    max_eval_samples: int | None = flag(None, "Evaluate on at most this many examples.", COUNT)
-    image_max_value: float | None = flag(
-        None,
-        "Value of white in images of more than 8 bits. It scales them to 8: 65535 for 16 bits, 4095 for 12 bits, 1 for "
-        "values from 0 to 1.",
-        POSITIVE,
-    )
-    skip_bad_examples: bool = field(
-        default=False,
-        metadata={
-            "help": "Skip and count examples without a class or with an unreadable image. To find them, all images are "
-            "read before training."
-        },
-    )
+class DataArguments(ViewArguments, ImageArguments):
     knn_k: int = flag(200, "Nearest neighbors that vote on the class of an evaluation image.", COUNT)
     knn_temperature: float = flag(0.1, "T of the weights exp(cosine similarity / T) of the votes.", POSITIVE)
 
     def __post_init__(self):
+        ImageArguments.__post_init__(self)
         check_fields(self, DataArguments)
         super().__post_init__()
 
@@ -180,38 +145,8 @@ def parse_args(argv: list[str]) -> tuple[ModelArguments, DataArguments, ScriptCo
     return script.parse_args(kinds, argv, DEFAULT_RECIPE, without_it=("dataset_name", "model_name_or_path"))
 
 
-class Data(NamedTuple):
-    train: Dataset
-    test: Dataset
-    test_split: str
-    image_column: str
-    label_column: str
-    label_names: list[str]
-    counts: dict[str, int]  # of skipped examples
-
-
-def load_data(args: DataArguments, training: ScriptConfig) -> Data:
-    dataset = load_image_dataset(args.dataset_name, args.dataset_config_name)
-    features = next(iter(dataset.values())).features
-    image_column = find_image_column(features, args.image_column_name)
-    label_column, label_names = find_label_column(features, args.label_column_name)
-    skipped: Counter[str] | None = Counter() if args.skip_bad_examples else None
-    train, test, test_split = split_train_eval(
-        number_rows(dataset), label_column, args.eval_fraction, training.seed, skipped
-    )
-    train = keep_first(train, args.max_train_samples, training.seed, "max_train_samples")
-    test = keep_first(test, args.max_eval_samples, training.seed, "max_eval_samples")
-    counts = {}
-    if skipped is not None:
-        how = (image_column, args.image_max_value, training.dataloader_num_workers or None)
-        train = keep_readable(train, "train", skipped, *how)
-        test = keep_readable(test, test_split, skipped, *how)
-        counts = {"train_skipped_examples": skipped["train"], "eval_skipped_examples": skipped[test_split]}
-    return Data(train, test, test_split, image_column, label_column, label_names, counts)
-
-
 def create_trainer(
-    model_args: ModelArguments, data_args: DataArguments, args: ScriptConfig, data: Data
+    model_args: ModelArguments, data_args: DataArguments, args: ScriptConfig, data: Images
 ) -> BarlowTwinsTrainer:
     backbone, image_processor = train_vit.create_model(model_args, data.label_names)
     normalization: Any = image_processor
@@ -255,7 +190,7 @@ def main(argv: list[str] | None = None) -> None:
     model_args, data_args, args = parse_args(argv)
     with script.claim(args):
         with args.main_process_first(desc="loading the data"):
-            data = load_data(data_args, args)
+            data = read_images(data_args, args)
         trainer = create_trainer(model_args, data_args, args, data)
         in_words = (
             f"{data_args.dataset_name}, {len(data.train):,} training images without their labels; {len(data.test):,} "

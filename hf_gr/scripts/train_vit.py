@@ -15,10 +15,8 @@ its method (gr_*, ire_*, optim*) is used: the data never changes the method.
 import logging
 import math
 import sys
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 from transformers import (
     AutoImageProcessor,
@@ -31,6 +29,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from .. import GRTrainer
 from ..checks import COUNT, NOT_NEGATIVE, POSITIVE, POSITIVE_SHARE, PROBABILITY, SHARE, Limit, check_ranges, flag
 from ..cli import script
+from ..cli.image_data import ImageArguments, Images, read_images
 from ..cli.script import ScriptConfig
 from ..cli.shipped import RECIPES
 from ..cli.trainers import BatchNormReestimation, ImageTrainer
@@ -40,16 +39,9 @@ from ..data.images import (
     IS_WRONG,
     LABEL_NOISES,
     check_first_example,
-    find_image_column,
-    find_label_column,
-    keep_first,
-    keep_readable,
-    load_image_dataset,
     normalization_of,
-    number_rows,
     part_to_train_on,
     preprocess,
-    split_train_eval,
     with_size,
 )
 from ..errors import explained, extra
@@ -132,19 +124,7 @@ class ModelArguments(script.ModelArguments):
 
 
 @dataclass
-class DataArguments(script.DataArguments):
-    dataset_name: str = field(
-        default="digits",
-        metadata={"help": "'digits' or 'mnist-5k' (embedded), a name on the Hub, a local folder, or a parquet file."},
-    )
-    image_column_name: str | None = field(default=None, metadata={"help": "Default: the column of type Image."})
-    label_column_name: str | None = field(default=None, metadata={"help": "Default: the column of type ClassLabel."})
-    eval_fraction: float | None = field(
-        default=None,
-        metadata={"help": "Share of train to evaluate on, if there is no test or validation split. Default: 0.1."},
-    )
-    max_train_samples: int | None = field(default=None, metadata={"help": "Train on at most this many examples."})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on at most this many examples."})
+class DataArguments(ImageArguments):
     label_noise: float = flag(
         0.0, "Give this share of the training examples a wrong label, drawn with --seed. Does the model memorize them?"
     )
@@ -153,20 +133,6 @@ class DataArguments(script.DataArguments):
         None,
         "Hold this share of the training examples out, to choose settings by. They keep their wrong labels. Evaluation "
         "during training (eval_*) is on them, and the test set is evaluated once, at the end (test_*).",
-    )
-    image_max_value: float | None = field(
-        default=None,
-        metadata={
-            "help": "Value of white in images of more than 8 bits. It scales them to 8: 65535 for 16 bits, 4095 "
-            "for 12 bits, 1 for values from 0 to 1. Scale images the same way before inference."
-        },
-    )
-    skip_bad_examples: bool = field(
-        default=False,
-        metadata={
-            "help": "Skip and count examples without a class or with an unreadable image. To find them, all images are "
-            "read before training."
-        },
     )
     random_flip: bool = field(default=True, metadata={"help": "Mirror training images at random."})
     crop_padding: int | None = flag(
@@ -216,16 +182,15 @@ class DataArguments(script.DataArguments):
     )
 
     def __post_init__(self):
-        counts = ("max_train_samples", "max_eval_samples", "reestimate_batch_norm", "crop_source_size")
+        super().__post_init__()
         limits = {
             "label_noise": SHARE,
-            "image_max_value": POSITIVE,
             "crop_padding": NOT_NEGATIVE,
             "random_resized_crop": POSITIVE_SHARE,
-            "eval_fraction": Limit(0, 1, True, True),
             "validation_fraction": Limit(0, 1, True, True),
         }
-        limits |= dict.fromkeys(counts, COUNT) | dict.fromkeys(("grayscale", "blur", "solarize"), PROBABILITY)
+        limits |= dict.fromkeys(("reestimate_batch_norm", "crop_source_size"), COUNT)
+        limits |= dict.fromkeys(("grayscale", "blur", "solarize"), PROBABILITY)
         check_ranges(self, limits | dict.fromkeys(("mixup", "cutmix"), NOT_NEGATIVE))
         if self.label_noise == 0:
             script.refuse(self, ("label_noise_type",), "label_noise=0")
@@ -300,46 +265,21 @@ def create_model(args: ModelArguments, label_names: list[str]) -> tuple[PreTrain
     return model, image_processor
 
 
-class Data(NamedTuple):
-    train: Dataset
-    validation: Dataset | None  # what `validation_fraction` held out of train
-    test: Dataset
-    test_split: str
-    image_column: str
-    label_column: str
-    label_names: list[str]
-    counts: dict[str, int]  # of skipped examples and of wrong labels, as metrics; empty without those flags
-
-
-def load_data(args: DataArguments, training: ScriptConfig) -> Data:
-    dataset = load_image_dataset(args.dataset_name, args.dataset_config_name)
-    features = next(iter(dataset.values())).features
-    image_column = find_image_column(features, args.image_column_name)
-    label_column, label_names = find_label_column(features, args.label_column_name)
-    skipped: Counter[str] | None = Counter() if args.skip_bad_examples else None
-    train, test, test_split = split_train_eval(
-        number_rows(dataset), label_column, args.eval_fraction, training.seed, skipped
-    )
-    train = keep_first(train, args.max_train_samples, training.seed, "max_train_samples")
-    test = keep_first(test, args.max_eval_samples, training.seed, "max_eval_samples")
-    metrics = {}
-    if skipped is not None:
-        how = (image_column, args.image_max_value, training.dataloader_num_workers or None)
-        train = keep_readable(train, "train", skipped, *how)
-        test = keep_readable(test, test_split, skipped, *how)
-        metrics = {"train_skipped_examples": skipped["train"], "eval_skipped_examples": skipped[test_split]}
+def load_data(args: DataArguments, training: ScriptConfig) -> Images:
+    data = read_images(args, training)
     train, validation = part_to_train_on(
-        train, label_column, training.seed, args.label_noise, args.label_noise_type, args.validation_fraction
+        data.train, data.label_column, training.seed, args.label_noise, args.label_noise_type, args.validation_fraction
     )
+    counts = data.counts
     if args.label_noise > 0:
-        metrics["train_wrong_labels"] = sum(train[IS_WRONG])
+        counts = counts | {"train_wrong_labels": sum(train[IS_WRONG])}
         if validation is not None:
             validation = validation.remove_columns(IS_WRONG)  # only what was trained on can be memorized
-    return Data(train, validation, test, test_split, image_column, label_column, label_names, metrics)
+    return data._replace(train=train, validation=validation, counts=counts)
 
 
 def create_trainer(
-    model_args: ModelArguments, data_args: DataArguments, args: ScriptConfig, data: Data
+    model_args: ModelArguments, data_args: DataArguments, args: ScriptConfig, data: Images
 ) -> tuple[GRTrainer, Dataset | None]:
     """The trainer, and the test set if it evaluates on a validation part instead."""
     model, image_processor = create_model(model_args, data.label_names)
@@ -379,7 +319,7 @@ def create_trainer(
     return trainer, None if validation is None else test
 
 
-def in_words(name: str, data: Data) -> str:
+def in_words(name: str, data: Images) -> str:
     wrong = f", {data.counts['train_wrong_labels']:,} wrong labels" if "train_wrong_labels" in data.counts else ""
     held_out = "" if data.validation is None else f"{len(data.validation):,} to choose settings by, "
     return (
