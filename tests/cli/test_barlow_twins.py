@@ -1,13 +1,16 @@
 """pretrain_barlow_twins.py, its trainer, and evaluate_features.py on what it wrote."""
 
 import json
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Image
+from PIL import Image as PILImage
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 from transformers import Trainer as PlainTrainer
 
@@ -87,6 +90,33 @@ def test_card_says_what_was_done(run):
     assert facts["barlow_twins"] == {"off_diagonal_weight": 0.0051, "k": 84, "temperature": 0.1}
 
 
+def test_code_of_the_card_runs(run, tmp_path, monkeypatch, capsys):
+    folder, _ = run
+    (code,) = re.findall(r"## How to use\n\n```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
+    PILImage.new("L", (20, 30)).save(tmp_path / "image.png")
+    monkeypatch.chdir(tmp_path)
+    Path("barlow").symlink_to(folder)
+    capsys.readouterr()
+    exec(code, {})
+    assert capsys.readouterr().out.startswith("tensor([[")
+
+
+@pytest.mark.distributed
+def test_two_processes_evaluate_all_images(data, tmp_path):
+    """With a learning rate of 0 the features are those of one process, and so are their neighbors."""
+    flags = (*data, "--model", "vit-micro", "--projector_sizes", 8, "--per_device_eval_batch_size", 7,
+             "--eval_fraction", 0.3, "--max_steps", 1, "--learning_rate", 0, "--knn_k", 9, *QUIET)  # fmt: skip
+    accuracies = []
+    for processes in (1, 2):
+        folder = tmp_path / str(processes)
+        batch = ("--per_device_train_batch_size", 20 // processes)
+        scripts.launch(*flags, *batch, "--output_dir", folder, processes=processes, script="pretrain_barlow_twins.py")
+        accuracies.append(json.loads((folder / "all_results.json").read_text())["eval_knn_accuracy"])
+        (entry, *_) = [e for e in read_record(folder).log.history if "eval_knn_error" in e]
+        assert entry["evaluated_examples"] == 36 and read_record(folder).recorded[-1].batch_size == 20
+    assert accuracies[0] == accuracies[1]
+
+
 def test_features_side_by_side(run, data, tmp_path, capsys):
     folder, _ = run
     capsys.readouterr()
@@ -118,8 +148,6 @@ def test_features_of_a_classifier_and_fewer_images(run, data, tmp_path):
 
 def test_pretraining_goes_on_from_a_backbone(run, data, tmp_path):
     folder, _ = run
-    flags = [word for word in FLAGS if word not in ("--model", "resnet-20", "--image_size", 8)]
-    flags.insert(flags.index("--projector_sizes") + 2, 8)  # the other 8 was the projector's
     call("pretrain_barlow_twins", *data, "--model_name_or_path", folder / "backbone", "--projector_sizes", 12, 8,
          "--max_steps", 1, "--learning_rate", 0, "--eval_fraction", 0.3, "--per_device_train_batch_size", 20, *QUIET,
          "--output_dir", tmp_path)  # fmt: skip
