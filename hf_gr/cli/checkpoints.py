@@ -99,23 +99,27 @@ class Kind(NamedTuple):
 
 def load_images(checkpoint: Checkpoint, options: argparse.Namespace, is_training: bool = False) -> tuple[Dataset, str]:
     """The classifier's inputs, not augmented, and the name of their split."""
-    images, split, label_names = images_of(checkpoint, options, is_training)
-    if (classes := checkpoint.model.config.num_labels) != len(label_names):
-        raise ValueError(
-            f"checkpoint={checkpoint.name!r} has {classes} classes, dataset_name={options.dataset_name!r} "
-            f"{len(label_names)}. Give the dataset that the model was trained on."
-        )
+    images, split, _ = images_of(checkpoint, options, is_training, checkpoint.model.config.num_labels)
     return images, split
 
 
 def images_of(
-    checkpoint: Checkpoint, options: argparse.Namespace, is_training: bool = False
+    checkpoint: Checkpoint, options: argparse.Namespace, is_training: bool = False, classes: int | None = None
 ) -> tuple[Dataset, str, list[str]]:
-    """As `load_images`, for a model with any head or none; and the names of the classes."""
+    """As `load_images`, for a model with any head or none; and the names of the classes.
+
+    Args:
+        classes: what the dataset must have; None: any number.
+    """
     dataset = load_image_dataset(options.dataset_name, options.dataset_config_name)
     features = next(iter(dataset.values())).features
     image_column = find_image_column(features, options.image_column_name)
     label_column, label_names = find_label_column(features, options.label_column_name)
+    if classes not in (None, len(label_names)):
+        raise ValueError(
+            f"checkpoint={checkpoint.name!r} has {classes} classes, dataset_name={options.dataset_name!r} "
+            f"{len(label_names)}. Give the dataset that the model was trained on."
+        )
     skipped: Counter[str] | None = Counter() if options.skip_bad_examples else None
     held_out = checkpoint.held_out("eval_fraction")
     training, images, split = split_train_eval(number_rows(dataset), label_column, *held_out, skipped)

@@ -12,6 +12,7 @@ from datasets import ClassLabel, Dataset, Features, Image, Value
 from PIL import Image as PILImage
 
 from helpers import scripts, toys
+from hf_gr.cli import image_data
 from hf_gr.data.images import load_image_dataset
 
 main = scripts.load_script("train_vit").main
@@ -324,7 +325,7 @@ cached = functools.lru_cache(load_image_dataset)
 def check(argv, words, folder):
     """The case, in a folder of its own; names of files lead to `files`."""
     where = [] if "--output_dir" in argv else ["--output_dir", folder / "out"]
-    load = mock.patch.object(scripts.load_script("train_vit"), "load_image_dataset", cached)
+    load = mock.patch.object(image_data, "load_image_dataset", cached)
     scripts.check(main, [*argv, *where, "--use_cpu", "--report_to", "none"], *words, cheaper=(load,))
 
 
