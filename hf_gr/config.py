@@ -143,8 +143,8 @@ class OptimizerArguments:
     )
     layer_statistics_steps: int = flag(
         0,
-        "Record the weight and gradient norms of each layer every this many steps. They and their ratio are in "
-        "layer_statistics.parquet and .png in the output folder. 0 turns this off.",
+        "Record the weight norm and the gradient norm of each layer every this many steps, and with LARS, TVLARS or "
+        "LAMB its learning rate. They are in layer_statistics.parquet and .png in the output folder. 0 turns this off.",
         Limit(0, rule="must be a whole number of steps, or 0 (off)."),
     )
 

@@ -80,23 +80,43 @@ def diagnose(argv: list[str]) -> None:
 
 
 def plots(argv: list[str]) -> None:
-    """Redraw the curves of a run.
+    """Redraw the curves of a run, or its layers, those of several runs side by side.
 
-    From its trainer_state.json, or that of its last checkpoint.
+        hf-gr plots out/tvlars
+        hf-gr plots --layers out/lars out/tvlars --picture layers.png
+
+    From its trainer_state.json, or that of its last checkpoint. Layers are in runs with layer_statistics_steps.
     """
-    from ..reporting.plots import PICTURE, plot_curves, require_picture
+    from ..reporting import plots as pictures
     from ..reporting.record import last_state, read_history
 
     parser = _parser(plots)
-    parser.add_argument("folder", type=Path, help="the output folder of a run, or one of its checkpoints")
-    parser.add_argument("--picture", type=Path, help=f"default: {PICTURE} in the folder")
+    parser.add_argument(
+        "folders", metavar="folder", nargs="+", type=Path, help="the output folder of a run, or one of its checkpoints"
+    )
+    parser.add_argument("--layers", action="store_true", help="norms and learning rates of each layer")
+    parser.add_argument(
+        "--picture",
+        type=Path,
+        help=f"default, for one run: {pictures.PICTURE} or {pictures.LAYER_PICTURE} in its folder",
+    )
     options = parser.parse_args(argv)
-    history = read_history(last_state(options.folder))
-    if not history:
-        raise ValueError(f"folder={options.folder}: the run has logged nothing to plot. Give another run.")
-    picture = options.picture or options.folder / PICTURE
-    require_picture("picture", picture)
-    plot_curves(history, picture)
+    folders = options.folders
+    if len(folders) > 1 and not (options.layers and options.picture):
+        raise ValueError(f"{len(folders)} folders: give one run, or --layers and --picture for several side by side.")
+    if repeated := sorted({str(folder) for folder in folders if folders.count(folder) > 1}):
+        raise ValueError(f"folder={repeated[0]} is given twice. Give it once.")
+    histories = {folder: read_history(last_state(folder)) for folder in folders}
+    for folder, history in histories.items():
+        if not history:
+            raise ValueError(f"folder={folder}: the run has logged nothing to plot. Give another run.")
+    picture = options.picture or folders[0] / (pictures.LAYER_PICTURE if options.layers else pictures.PICTURE)
+    pictures.require_picture("picture", picture)
+    if options.layers:
+        runs = {str(folder): (pictures.read_layer_statistics(folder), h) for folder, h in histories.items()}
+        pictures.plot_layer_statistics(runs, picture)
+    else:
+        pictures.plot_curves(histories[folders[0]], picture)
 
 
 def figure(argv: list[str]) -> None:

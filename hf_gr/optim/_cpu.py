@@ -184,14 +184,18 @@ def suits_fused_kernels(*tensors: Tensor) -> bool:
 
 def step_lars(
     layers: list[Tensor], others: list[Tensor], state: State, group: Group, factor: float, otherwise: float
-) -> None:
+) -> list[float]:
+    """Returns q of each layer."""
     lr, weight_decay, clamp = float(group["lr"]), group["weight_decay"], group["norm_clamp"]
     if others:
         _sgd(others, state, group, otherwise, 0.0, lr * group["bias_lr_scale"])
+    factors = []
     for p in layers:
         w_norm, d_norm = _norms_with_decay(p, grad_of(p), weight_decay)
         ratio = _trust_ratio(w_norm, d_norm, clamp, clamp)
-        _sgd([p], state, group, otherwise if ratio is None else factor * ratio, weight_decay, lr)
+        factors.append(otherwise if ratio is None else factor * ratio)
+        _sgd([p], state, group, factors[-1], weight_decay, lr)
+    return factors
 
 
 def _sgd(params: list[Tensor], state: State, group: Group, q: float, weight_decay: float, lr: float) -> None:
@@ -231,12 +235,14 @@ def _sgd(params: list[Tensor], state: State, group: Group, q: float, weight_deca
     )
 
 
-def step_lamb(layers: list[Tensor], others: list[Tensor], state: State, group: Group) -> None:
+def step_lamb(layers: list[Tensor], others: list[Tensor], state: State, group: Group) -> list[float]:
+    """Returns the trust ratio of each layer."""
     lr = float(group["lr"])
     if others:
         _adam(others, others, state, group, lr)
     # One piece of memory for all: fresh memory would cost more than the arithmetic.
     scratch = torch.empty(0)
+    factors = []
     for p in layers:
         if scratch.numel() < p.numel() or scratch.dtype != p.dtype:
             scratch = p.new_empty(max(layer.numel() for layer in layers))
@@ -246,7 +252,9 @@ def step_lamb(layers: list[Tensor], others: list[Tensor], state: State, group: G
         if group["weight_decay"]:
             negative_u.add_(p, alpha=-group["weight_decay"])
         ratio = _trust_ratio(_norm(p), _norm(negative_u), group["norm_clamp"], None)
-        p.add_(negative_u, alpha=lr * (1.0 if ratio is None else ratio))
+        factors.append(1.0 if ratio is None else ratio)
+        p.add_(negative_u, alpha=lr * factors[-1])
+    return factors
 
 
 def _adam(targets: list[Tensor], params: list[Tensor], state: State, group: Group, lr: float) -> None:

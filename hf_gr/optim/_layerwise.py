@@ -42,6 +42,9 @@ class LayerwiseOptimizer(Optimizer):
     latex: ClassVar[str]
     citation: ClassVar[str]
     symbols: ClassVar[dict[str, str]]
+    #: A dict here gets, at each step, layer -> what the step multiplied its direction by: lr, the trust ratio and, of
+    #: TVLARS, phi.
+    rates: dict[Tensor, Any] | None = None
 
     def __init__(self, params: Iterable[Tensor] | Iterable[Group], **defaults: Any):
         super().__init__(params, defaults)
@@ -104,14 +107,19 @@ class LayerwiseOptimizer(Optimizer):
                 else:
                     alike = (is_layer, p.device, p.dtype, self.state[p].get("step"))
                     together.setdefault(alike, []).append(p)
-            self._step_each(layers, others, group)
+            self._record(layers, group, self._step_each(layers, others, group))
             for (is_layer, *_), params in together.items():
                 dtype = precision(params[0])
                 weights, grads = [p.to(dtype) for p in params], [grad_of(p).to(dtype) for p in params]
-                self._step_together(weights, grads, [self.state[p] for p in params], group, is_layer)
+                factors = self._step_together(weights, grads, [self.state[p] for p in params], group, is_layer)
+                self._record(params if is_layer else [], group, factors)
                 if weights[0] is not params[0]:
                     torch._foreach_copy_(params, weights)
         return loss
+
+    def _record(self, layers: list[Tensor], group: Group, factors: Iterable[Any]) -> None:
+        if self.rates is not None:
+            self.rates.update((p, float(group["lr"]) * factor) for p, factor in zip(layers, factors, strict=False))
 
     # `step` is not to be overridden: torch wraps it once per class, and a hook would then run once for each of them.
     def _begin(self, group: Group) -> None:
@@ -131,14 +139,15 @@ class LayerwiseOptimizer(Optimizer):
         """The names of the state tensors of each parameter."""
         raise NotImplementedError
 
-    def _step_each(self, layers: list[Tensor], others: list[Tensor], group: Group) -> None:
-        """The layers one by one; the others take the plain step."""
+    def _step_each(self, layers: list[Tensor], others: list[Tensor], group: Group) -> list[float]:
+        """The layers one by one; the others take the plain step. Returns what multiplied lr for each layer."""
         raise NotImplementedError
 
     def _step_together(
         self, weights: list[Tensor], grads: list[Tensor], states: list[State], group: Group, are_layers: bool
-    ) -> None:
-        """Parameters of one device and type, at one step; a plain step if they are not layers."""
+    ) -> Tensors:
+        """Parameters of one device and type, at one step; a plain step if they are not layers. Returns what multiplied
+        lr for each layer."""
         raise NotImplementedError
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -110,14 +110,17 @@ class LAMB(LayerwiseOptimizer):
 
     def _step_together(
         self, weights: list[Tensor], grads: list[Tensor], states: list[State], group: Group, are_layers: bool
-    ) -> None:
+    ) -> Tensors:
         c, eps = self._corrections(group, states[0]["step"])
         directions = self._adam_directions(grads, states, group["betas"], eps)
+        factors: Tensors = []
         if are_layers:
             torch._foreach_add_(directions, weights, alpha=group["weight_decay"] / c)
-            factors = trust_factors(norms(weights), norms(directions) * c, group["norm_clamp"], None, 1.0, 1.0)
-            torch._foreach_mul_(directions, list(factors.unbind()))
+            clamp = group["norm_clamp"]
+            factors = trust_factors(norms(weights), norms(directions) * c, clamp, None, 1.0, 1.0).unbind()
+            torch._foreach_mul_(directions, list(factors))
         torch._foreach_add_(weights, directions, alpha=-float(group["lr"]) * c)
+        return factors
 
     @staticmethod
     def _adam_directions(grads: list[Tensor], states: list[State], betas: tuple[float, float], eps: float) -> Tensors:
@@ -132,5 +135,5 @@ class LAMB(LayerwiseOptimizer):
         torch._foreach_mul_(directions, exp_avgs)
         return directions
 
-    def _step_each(self, layers: list[Tensor], others: list[Tensor], group: Group) -> None:
-        _cpu.step_lamb(layers, others, self.state, group)
+    def _step_each(self, layers: list[Tensor], others: list[Tensor], group: Group) -> list[float]:
+        return _cpu.step_lamb(layers, others, self.state, group)

@@ -108,22 +108,23 @@ class LARS(LayerwiseOptimizer):
         """What multiplies the trust ratio, and what stands for the product where there is no ratio."""
         return group["trust_coefficient"], 1.0
 
-    def _step_each(self, layers: list[Tensor], others: list[Tensor], group: Group) -> None:
-        _cpu.step_lars(layers, others, self.state, group, *self._factors(group))
+    def _step_each(self, layers: list[Tensor], others: list[Tensor], group: Group) -> list[float]:
+        return _cpu.step_lars(layers, others, self.state, group, *self._factors(group))
 
     def _step_together(
         self, weights: list[Tensor], grads: list[Tensor], states: list[State], group: Group, are_layers: bool
-    ) -> None:
+    ) -> Tensors:
         lr, clamp = float(group["lr"]), group["norm_clamp"]
         factor, otherwise = self._factors(group)
         if not are_layers:
             scaled = grads if otherwise == 1 else torch._foreach_mul(grads, otherwise)
             self._descend(weights, scaled, states, group, lr * group["bias_lr_scale"])
-            return
+            return []
         directions = torch._foreach_add(grads, weights, alpha=group["weight_decay"])
-        factors = trust_factors(norms(weights), norms(directions), clamp, clamp, factor, otherwise)
-        torch._foreach_mul_(directions, list(factors.unbind()))
+        factors = trust_factors(norms(weights), norms(directions), clamp, clamp, factor, otherwise).unbind()
+        torch._foreach_mul_(directions, list(factors))
         self._descend(weights, directions, states, group, lr)
+        return factors
 
     def _descend(
         self, weights: list[Tensor], directions: Tensors, states: list[State], group: Group, lr: float

@@ -2,6 +2,7 @@
 
 import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -10,13 +11,16 @@ from ..errors import extra
 from .record import History
 
 with extra("report"):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
     from matplotlib import colormaps
     from matplotlib.axes import Axes
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
     from matplotlib.figure import Figure
 
-PICTURE = "curves.png"
+PICTURE, LAYER_PICTURE = "curves.png", "layer_statistics.png"
+LAYER_TABLE = "layer_statistics.parquet"
 # Color-blind safe (Okabe and Ito, 2008).
 BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
 COLORS = (BLUE, ORANGE, GREEN, PURPLE, "#E69F00", "#56B4E9", "#000000")
@@ -151,37 +155,80 @@ PANELS = (
 )
 
 
-def plot_layer_statistics(table: dict[str, list], path: str | Path) -> None:
-    """Weight norm, gradient norm and their ratio of each layer against the optimizer step, as one PNG.
+#: Kind of a layer's statistic -> its title.
+LAYER_KINDS = {
+    "weight_norm": r"Weight norm $\|w\|$ (LWN)",
+    "gradient_norm": r"Gradient norm $\|g\|$ (LGN)",
+    "trust_ratio": r"Trust ratio $\|w\| / \|g\|$ (LNR)",
+    "rate": r"Rate $\gamma_t^k = a\, \eta\, \varphi_t\, \|w\| / \|d\|$",
+}
+
+
+def read_layer_statistics(folder: Path) -> dict[str, list]:
+    """The table that `LayerStatisticsCallback` wrote. Raises `ValueError` if there is none."""
+    try:
+        return pq.read_table(folder / LAYER_TABLE).to_pydict()
+    except (OSError, pa.ArrowInvalid) as error:
+        raise ValueError(
+            f"{folder}: no {LAYER_TABLE} can be read there ({error}). Train with --layer_statistics_steps."
+        ) from error
+
+
+def plot_layer_statistics(runs: Mapping[str, tuple[Mapping[str, list], History]], path: str | Path) -> None:
+    """Weight norm, gradient norm, their ratio and the rate of each layer against the optimizer step, with the
+    evaluation loss on a second axis, as one PNG. Several runs are rows with equal axes.
 
     Args:
-        table: the columns step, layer, kind and value of `LayerStatisticsCallback.table`.
+        runs: name -> columns step, layer, kind and value of `LayerStatisticsCallback.table`, and `log_history`.
         path: where to write the picture.
     """
-    titles = {
-        "weight_norm": r"Weight norm $\|w\|$ (LWN)",
-        "gradient_norm": r"Gradient norm $\|g\|$ (LGN)",
-        "trust_ratio": r"Trust ratio $\|w\| / \|g\|$ (LNR)",
-    }
-    curves: dict[str, dict[str, list[tuple[int, float]]]] = {kind: {} for kind in titles}
-    for step, layer, kind, value in zip(*(table[key] for key in ("step", "layer", "kind", "value")), strict=True):
-        points = curves[kind].setdefault(layer, [])
-        if value is not None and value > 0:  # the axis is logarithmic
-            points.append((step, value))
-    figure = Figure(figsize=(14, 4), layout="constrained")
-    axes = figure.subplots(1, 3)
-    depth = Normalize(0, max(1, len(curves["weight_norm"]) - 1))
-    colors = colormaps["viridis"]
-    for axis, (kind, title) in zip(axes, titles.items(), strict=True):
-        for i, points in enumerate(curves[kind].values()):
-            if points:
-                axis.plot(*zip(*points, strict=True), color=colors(depth(i)), linewidth=0.9)
-        axis.set(title=title, xlabel="optimizer step", yscale="log")
-        axis.grid(alpha=0.3)
-        axis.spines[["top", "right"]].set_visible(False)
-    bar = figure.colorbar(ScalarMappable(depth, colors), ax=axes, ticks=[0, depth.vmax], pad=0.01)
+    curves = {name: _curves_of_layers(table) for name, (table, _) in runs.items()}
+    kinds = [kind for kind in LAYER_KINDS if any(map(len, (c for run in curves.values() for c in run[kind].values())))]
+    figure = Figure(figsize=(4.7 * len(kinds), 0.4 + 3.6 * len(runs)), layout="constrained")
+    axes = figure.subplots(len(runs), len(kinds), squeeze=False, sharex="col", sharey="col")
+    depth = Normalize(0, max(1, max(len(run["weight_norm"]) for run in curves.values()) - 1))
+    losses = []
+    for row, (name, (_, history)) in zip(axes, runs.items(), strict=True):
+        for axis, kind in zip(row, kinds, strict=True):
+            for i, points in enumerate(curves[name][kind].values()):
+                if points:
+                    axis.plot(*zip(*points, strict=True), color=colormaps["viridis"](depth(i)), linewidth=0.9)
+            axis.set_yscale("log")
+            axis.grid(alpha=0.3)
+            axis.spines[["top", "right"]].set_visible(False)
+            losses += _add_loss(axis, history, "evaluation loss" if axis is row[-1] else "")
+        row[0].set_ylabel(name)
+    for first, last, kind in zip(axes[0], axes[-1], kinds, strict=True):
+        first.set_title(LAYER_KINDS[kind])
+        last.set_xlabel("optimizer step")
+    top = max((axis.get_ylim()[1] for axis in losses), default=1)
+    for axis in losses:
+        axis.set_ylim(0, top)
+    bar = figure.colorbar(ScalarMappable(depth, colormaps["viridis"]), ax=axes, ticks=[0, depth.vmax], pad=0.01)
     bar.ax.set_yticklabels(["first\nlayer", "last\nlayer"])
     figure.savefig(path, dpi=120)
+
+
+def _curves_of_layers(table: Mapping[str, list]) -> dict[str, dict[str, list[tuple[int, float]]]]:
+    """kind -> layer -> points. The axes are logarithmic: only values above 0 are points."""
+    curves: dict[str, dict[str, list[tuple[int, float]]]] = {kind: {} for kind in LAYER_KINDS}
+    for step, layer, kind, value in zip(*(table[key] for key in ("step", "layer", "kind", "value")), strict=True):
+        points = curves[kind].setdefault(layer, [])
+        if value is not None and value > 0:
+            points.append((step, value))
+    return curves
+
+
+def _add_loss(axis: Axes, log_history: History, label: str) -> list[Axes]:
+    """Draw the evaluation loss on a second axis, and return that, if the run logged it."""
+    if not any("eval_loss" in entry for entry in log_history):
+        return []
+    second = axis.twinx()
+    _line(second, log_history, "eval_loss", "evaluation loss", ORANGE, linestyle="--")
+    second.set_ylabel(label, color=ORANGE)
+    second.tick_params(axis="y", colors=ORANGE)
+    second.spines["top"].set_visible(False)
+    return [second]
 
 
 def make_logarithmic(axis: Axes) -> None:

@@ -33,8 +33,8 @@ from ..analysis.second_moments import log_rates, preconditioner, statistics_of, 
 from ..errors import extra
 from ..optim.ascents import as_float
 from ..optim.gradient_regularization import HALF_PRECISION
-from .layerwise import innermost, trainable_parameters
-from .part import Host, Part, log_entry
+from .layerwise import trainable_parameters
+from .part import Host, Part, innermost, log_entry
 from .sharpness import measure_sharpness
 
 #: Diagnosed steps per measurement of the preconditioned sharpness.

@@ -16,7 +16,6 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import TrainingArguments
 
 from ..config import BASE_BATCH_SIZE, TIME_VARYING
-from ..optim.ire import IRE
 from ..optim.tvlars import TVLARS, check_time_varying, time_varying_factor
 from ..optimizer_factory import (
     OPTIMIZERS,
@@ -25,15 +24,9 @@ from ..optimizer_factory import (
     time_varying_settings,
 )
 from .compatibility import refuse_unsupported_optimizer
-from .part import Host, Part
+from .part import Host, Part, innermost
 
 logger = get_logger(__name__)
-
-
-def innermost(optimizer: Any) -> Any:
-    """The optimizer itself, without the wrappers of accelerate and IRE; None before it is created."""
-    optimizer = getattr(optimizer, "optimizer", optimizer)
-    return optimizer.base_optimizer if isinstance(optimizer, IRE) else optimizer
 
 
 def trainable_parameters(optimizer: Optimizer) -> list[Tensor]:

@@ -61,6 +61,12 @@ def log_entry(trainer: "Host", control: TrainerControl, values: dict[str, float]
     control.should_log = is_due
 
 
+def innermost(optimizer: Any) -> Any:
+    """The optimizer itself, without the wrappers of accelerate and IRE; None before it is created."""
+    optimizer = getattr(optimizer, "optimizer", optimizer)
+    return optimizer.base_optimizer if isinstance(optimizer, IRE) else optimizer
+
+
 class Part:
     """One method inside a trainer.
 

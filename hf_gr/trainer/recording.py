@@ -37,8 +37,7 @@ from ..reporting.record import (
     write_record,
 )
 from ..reporting.redaction import redact
-from .layerwise import innermost
-from .part import Host
+from .part import Host, innermost
 
 # ---- Method, data and settings ----
 

@@ -21,8 +21,7 @@ from .checkpoints import (
     warn_of_earlier_run,
     warn_of_other_processes,
 )
-from .layerwise import innermost
-from .part import Host
+from .part import Host, innermost
 from .recording import data_of, method_of
 
 if TYPE_CHECKING:

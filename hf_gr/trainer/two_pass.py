@@ -42,8 +42,8 @@ from ..optim.radius_rules import RADIUS_RULES
 from .compatibility import refuse_unsupported
 from .diagnostics import Diagnostics
 from .gauge import Gauge
-from .layerwise import innermost, trainable_parameters
-from .part import Host, Part
+from .layerwise import trainable_parameters
+from .part import Host, Part, innermost
 from .recording import Recorder
 from .replay import InputCheck, MicroBatch, attributes_set_aside
 

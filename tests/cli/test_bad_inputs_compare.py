@@ -265,7 +265,9 @@ def test_comparisons(argv, words, place):
         (["{}/run", "--picture", "{}/x.txt1"], ["picture=", "x.txt1", "Use .png"]),
         (["{}/run", "--picture", "{}/run"], ["picture=", "run", "Use .png"]),
         (["{}/run", "--picture", "{}/none/x.png"], ["picture=", "none/x.png", "Choose a file"]),
-        (["{}/run", "{}/nan"], ["nan", "belongs to no flag"]),
+        (["{}/run", "{}/nan"], ["2 folders", "--layers and --picture"]),
+        (["{}/run", "{}/run", "--layers", "--picture", "{}/x.png"], ["folder=", "is given twice"]),
+        (["{}/run", "--layers"], ["run", "no layer_statistics.parquet", "--layer_statistics_steps"]),
         (["{}/run", "--dpi", "9"], ["--dpi", "there is no such flag"]),
     ],
 )

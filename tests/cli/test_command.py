@@ -5,12 +5,16 @@ import shutil
 import subprocess
 import sys
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from matplotlib.figure import Figure
 
 from helpers import ROOT
 from helpers.scripts import load_script
 from hf_gr import list_optimizers
 from hf_gr.cli import command, script, shipped
+from hf_gr.reporting.record import read_history
 
 RUN = ROOT / "tests" / "fixtures" / "runs" / "vit-gr"
 
@@ -28,6 +32,29 @@ def test_a_card_and_a_picture_from_the_command_line(tmp_path):
     assert "with gradient regularization" in (folder / "README.md").read_text() and (folder / "curves.png").is_file()
     mistake = run("card", str(tmp_path))
     assert mistake.returncode == 2 and mistake.stderr.startswith("error: ") and mistake.stderr.count("\n") == 1
+
+
+def test_the_layers_of_several_runs_side_by_side(tmp_path, monkeypatch):
+    """A row for each run, with equal axes and the evaluation loss beside; the rates only where there are any."""
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **_: drawn.append((figure, path)))
+    first, second = (shutil.copytree(RUN.parent / "resnet-tvlars", tmp_path / name) for name in ("a", "b"))
+    command.main(["plots", str(first), "--layers"])
+    table = pq.read_table(second / "layer_statistics.parquet").to_pydict()
+    norms = [i for i, kind in enumerate(table["kind"]) if kind == "weight_norm"]
+    for key, column in table.items():
+        column += [{"kind": "rate"}.get(key, column[i]) for i in norms]
+    pq.write_table(pa.table(table), second / "layer_statistics.parquet")
+    command.main(["plots", str(first), str(second), "--layers", "--picture", str(tmp_path / "x.png")])
+    assert [path for _, path in drawn] == [first / "layer_statistics.png", tmp_path / "x.png"]
+    alone, both = ([axis for axis in figure.axes if axis.get_yscale() == "log"] for figure, _ in drawn)
+    assert len(alone) == 3 and len(both) == 8
+    assert [bool(axis.get_lines()) for axis in both] == [True, True, True, False] + [True] * 4
+    assert both[0].get_ylim() == both[4].get_ylim() and both[3].get_title().startswith("Rate")
+    losses = [axis for axis in drawn[1][0].axes if axis.get_lines() and axis.get_lines()[0].get_linestyle() == "--"]
+    assert len(losses) == 8 and len({axis.get_ylim() for axis in losses}) == 1
+    logged = [e["eval_loss"] for e in read_history(first) if "eval_loss" in e]
+    assert list(losses[0].get_lines()[0].get_ydata()) == logged
 
 
 @pytest.mark.parametrize("argv", [[], ["--help"], ["-h"]])

@@ -56,6 +56,43 @@ def test_values_are_the_norms_at_each_step(tmp_path):
     assert (tmp_path / "layer_statistics.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_rate_is_what_the_step_used(tmp_path):
+    """Without momentum and decay a layer moves by rate times g, in a learning rate and a phi that change."""
+    moved, before = {}, {}
+
+    class Spy(GRTrainer):
+        def create_optimizer(self, *args, **kwargs):
+            optimizer = super().create_optimizer(*args, **kwargs)
+            optimizer.register_step_pre_hook(lambda *_: before.update(self.layers()))
+            optimizer.register_step_post_hook(lambda *_: self.compare())
+            return optimizer
+
+        def layers(self):
+            return {name: p.detach().clone() for name, p in self.model.named_parameters() if p.ndim > 1}
+
+        def compare(self):
+            for name, p in self.layers().items():
+                gradient = self.model.get_parameter(name).grad
+                moved[self.state.global_step + 1, name] = ((p - before[name]).norm() / gradient.norm()).item()
+
+    flags = {"gr_lambda": 0, "optim": "tvlars", "optim_args": "momentum=0,tv_lambda=5,delay_steps=0.5"}
+    flags |= {"lr_scheduler_type": "linear", "weight_decay": 0.0, "learning_rate": 2.0, "ire_kappa": 0.0}
+    toys.trainer(tmp_path, cls=Spy, layer_statistics_steps=1, max_steps=4, **flags).train()
+    values = read(tmp_path)
+    assert {step for step, _ in moved} == {1, 2, 3, 4}
+    for (step, layer), distance in moved.items():
+        assert values[step, layer, "rate"] == pytest.approx(distance, rel=1e-3)
+    first, last = (values[step, next(iter(before)), "rate"] for step in (1, 4))
+    assert last < first / 2
+
+
+@pytest.mark.parametrize(("optim", "has_rates"), [("lamb", True), ("sgd", False)])
+def test_only_optimizers_with_trust_ratios_have_rates(optim, has_rates, tmp_path):
+    toys.trainer(tmp_path, gr_lambda=0, optim=optim, layer_statistics_steps=1, max_steps=1).train()
+    rates = [value for (_, _, kind), value in read(tmp_path).items() if kind == "rate"]
+    assert all((rate is not None) == has_rates for rate in rates)
+
+
 def test_the_run_is_the_same_without_it(tmp_path):
     with_it = toys.weights(train(tmp_path / "a").model)
     assert torch.equal(toys.weights(train(tmp_path / "b", layer_statistics_steps=0).model), with_it)
