@@ -1,4 +1,4 @@
-"""Train a vision transformer or a convolutional network as an image classifier with gradient regularization.
+"""Train a ViT or a convolutional network for image classification, with gradient regularization.
 
     accelerate launch scripts/train_vit.py                                      # a small ViT on scans of digits
     accelerate launch scripts/train_vit.py --gr_lambda 0                        # the same without GR
