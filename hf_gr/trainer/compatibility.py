@@ -75,6 +75,20 @@ def refuse_unsupported_optimizer(trainer: Host) -> None:
         )
 
 
+def refuse_separate_processes(trainer: Host) -> None:
+    """Raise `ValueError` if the processes of this run would each train a model of their own.
+
+    With a process group on CPUs but without `use_cpu`, accelerate does not synchronize gradients, and Trainer
+    multiplies each process's loss by their number. A plain `Trainer` does this silently.
+    """
+    args = trainer.args
+    if args.world_size > 1 and trainer.accelerator.distributed_type == DistributedType.NO:
+        raise ValueError(
+            f"use_cpu={args.use_cpu}: without an accelerator, the {args.world_size} processes would each train alone, "
+            "with a loss that is too large. Set use_cpu=True (--use_cpu)."
+        )
+
+
 def class_among(trainer: Host, names: Collection[str]) -> str | None:
     """The first of the trainer's classes that has one of these names."""
     return next((cls.__name__ for cls in type(trainer).__mro__ if cls.__name__ in names), None)

@@ -21,6 +21,7 @@ from ..analysis.estimates import Estimate
 from ..config import GRArguments
 from ..optim.ire import IRE
 from .checkpoints import explain_failed_save, load_weights, require_same_names
+from .compatibility import refuse_separate_processes
 from .costs import Costs
 from .diagnostics import Diagnostics
 from .flat_coordinates import FlatCoordinates, sampled_losses
@@ -98,6 +99,7 @@ class GRMixin(Host):
         #: The dataset evaluated last, its name if it is one of several, or all of them as a dict.
         self.evaluated_dataset: Any = None
         end_cleanly(self)
+        refuse_separate_processes(self)
         for part in self.parts:
             part.check()
         self.add_callback(ResumeCheck(self))

@@ -809,6 +809,11 @@ def data_parallel(trainer):
     trainer.args._n_gpu = 2
 
 
+def processes_apart(trainer):
+    """As two processes with --ddp_backend gloo on CPUs, without --use_cpu."""
+    trainer.args.distributed_state = SimpleNamespace(num_processes=2, process_index=0, local_process_index=0)
+
+
 def fsdp_on_a_cpu(trainer):
     trainer.is_fsdp_enabled = True
 
@@ -816,6 +821,7 @@ def fsdp_on_a_cpu(trainer):
 @pytest.mark.parametrize(
     ("pretend", "flags", "message"),
     [
+        (processes_apart, {"gr_lambda": 0}, "the 2 processes would each train alone.* Set use_cpu=True"),
         (deepspeed, {}, "DeepSpeed, at any ZeRO stage: .* Use DDP, or FSDP2 .*or set gr_lambda=0"),
         (deepspeed, {"optim": "lars"}, "optim=lars cannot be used with FSDP or DeepSpeed"),
         (distributed(DistributedType.MEGATRON_LM), {}, "MEGATRON_LM: not tested. Use DDP"),
