@@ -811,7 +811,8 @@ def data_parallel(trainer):
 
 def processes_apart(trainer):
     """As two processes with --ddp_backend gloo on CPUs, without --use_cpu."""
-    trainer.args.distributed_state = SimpleNamespace(num_processes=2, process_index=0, local_process_index=0)
+    state = {"num_processes": 2, "process_index": 0, "local_process_index": 0, "distributed_type": DistributedType.NO}
+    trainer.args.distributed_state = SimpleNamespace(**state)
 
 
 def fsdp_on_a_cpu(trainer):
