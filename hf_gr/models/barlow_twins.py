@@ -123,8 +123,8 @@ def cross_correlation(z1: Tensor, z2: Tensor) -> Tensor:
     """C = z1' z2 / n of (d, d), over the global batch of n images, of z1 and z2 with zero mean and unit variance.
 
     Args:
-        z1, z2: (n, d), the outputs of the projector for two views of the same images. Variances are biased, with
-            eps = 1e-5.
+        z1: (n, d), the outputs of the projector for one view of the images. Variances are biased, with eps = 1e-5.
+        z2: (n, d), those for another view of the same images.
     """
     with torch.autocast(z1.device.type, enabled=False):
         (a, count), (b, _) = _standardized(z1), _standardized(z2)
@@ -145,7 +145,8 @@ def barlow_twins_loss(z1: Tensor, z2: Tensor, off_diagonal_weight: float = 0.005
     then averages gradients to the one that a single process would have for the whole batch.
 
     Args:
-        z1, z2: (n, d), the outputs of the projector for two views of the same images.
+        z1: (n, d), the outputs of the projector for one view of the images.
+        z2: (n, d), those for another view of the same images.
         off_diagonal_weight: w; 0.0051 is the paper's.
 
     Raises:
