@@ -6,7 +6,7 @@ import shlex
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -296,13 +296,16 @@ def train(
     counts: dict[str, int],
     evaluate: Callable[[], dict[str, float]] | None = None,
     test: Any = None,
+    further: Mapping[str, Callable[[], dict[str, float]]] | None = None,
 ) -> dict[str, float]:
-    """Train, save the model and evaluate it. Returns the evaluation's metrics, which are also saved.
+    """Train, save the model and evaluate it. Returns the evaluation's metrics, which are also saved. The log is written
+    last: with it, a run is finished.
 
     Args:
         counts: further training metrics, such as the number of skipped examples.
         evaluate: `trainer.evaluate` by default.
         test: a dataset that is evaluated once, after the other; its metrics are named `test_*`.
+        further: name -> what measures further metrics, which are saved under that name.
     """
     result = trainer.train(resume_from_checkpoint=checkpoint_to_resume(trainer.args))
     save_model(trainer)
@@ -315,6 +318,8 @@ def train(
         metrics = {**metrics, **tested}
     if quantities := trainer.args.final_sharpness:
         save_metrics(trainer, "sharpness", as_logs(trainer.sharpness(quantities=quantities)))
+    for name, measure in (further or {}).items():
+        save_metrics(trainer, name, measure())
     trainer.save_state()
     return metrics
 

@@ -197,8 +197,8 @@ def main(argv: list[str] | None = None) -> None:
             f"of {len(data.label_names)} classes to evaluate on"
         )
         script.begin(trainer, model_args, data_args, data=in_words)
-        metrics = script.train(trainer, data.counts)
-        script.save_metrics(trainer, "views", trainer.draw(Path(str(args.output_dir))))
+        folder = Path(str(args.output_dir))
+        metrics = script.train(trainer, data.counts, further={"views": lambda: trainer.draw(folder)})
         save_backbone(trainer, data.label_names)
         if trainer.is_world_process_zero():
             accuracy, examples = 100 * metrics["eval_knn_accuracy"], script.evaluated_examples(trainer)

@@ -174,6 +174,18 @@ BAD = [
 ]
 
 
+def test_a_run_that_ends_before_its_last_metrics_is_not_finished(data, tmp_path, monkeypatch):
+    """compare.py takes a run with trainer_state.json for finished, and would never repeat it."""
+
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(BarlowTwinsTrainer, "draw", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        call("pretrain_barlow_twins", *data, *FLAGS, *QUIET, "--output_dir", tmp_path)
+    assert (tmp_path / "eval_results.json").is_file() and not (tmp_path / "trainer_state.json").exists()
+
+
 @pytest.mark.parametrize(("flags", "words"), BAD, ids=lambda value: str(value[0]))
 def test_bad_inputs(flags, words, tmp_path):
     scripts.check(load_script("pretrain_barlow_twins").main, ["--output_dir", tmp_path, *flags], *words)
