@@ -2,7 +2,7 @@
 
     python scripts/evaluate_features.py FOLDER                                 # of any script that trains images
     python scripts/evaluate_features.py out/lars out/tvlars --output_dir out   # side by side
-    python scripts/evaluate_features.py FOLDER --random_weights 3 --dataset_name FILE_FOLDER_OR_HUB_NAME
+    python scripts/evaluate_features.py FOLDER --random_weights 3 --pixels --dataset_name FILE_FOLDER_OR_HUB_NAME
 
 Where hf_gr is installed, `hf-gr features` is the same command.
 
@@ -13,7 +13,8 @@ from the --k training images with the most similar features, each with the weigh
 L-BFGS with the penalty norm(W)^2 / (2 C): no learning rate, no schedule.
 
 --random_weights adds controls: the architecture of the first checkpoint with random weights, the running statistics of
-its BatchNorm taken from the training images.
+its BatchNorm taken from the training images. --pixels adds another: the pixels themselves, as the first checkpoint gets
+them.
 
 Without a test split, the evaluation data are what the run held out of its training data, by the seed in its run.json.
 The training images are those of the run, up to its --max_train_samples, with their right labels. With --output_dir the
@@ -31,6 +32,7 @@ from torch import Tensor
 from torch.optim.swa_utils import update_bn
 from torch.utils.data import DataLoader
 from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedModel, default_data_collator, set_seed
+from transformers.modeling_outputs import ImageClassifierOutput
 
 from ..analysis.features import knn_predictions, linear_probe
 from ..checks import COUNT, POSITIVE, check_ranges
@@ -99,8 +101,17 @@ def load(name: str, options: argparse.Namespace) -> Checkpoint:
     return checkpoint._replace(settings=settings)
 
 
+class Pixels(NamedTuple):
+    """A model whose features are its input."""
+
+    device: torch.device
+
+    def __call__(self, pixel_values: Tensor) -> ImageClassifierOutput:
+        return ImageClassifierOutput(logits=pixel_values.flatten(1))
+
+
 @torch.no_grad()
-def features_of(model: PreTrainedModel, images: Dataset, batch_size: int) -> Split:
+def features_of(model: PreTrainedModel | Pixels, images: Dataset, batch_size: int) -> Split:
     parts = [
         (model(pixel_values=batch["pixel_values"].to(model.device)).logits, batch["labels"])
         for batch in DataLoader(images, batch_size, collate_fn=default_data_collator)
@@ -127,9 +138,11 @@ def evaluate(name: str, options: argparse.Namespace, is_first: bool) -> dict[str
     images, split, label_names = images_of(checkpoint, options)
     if "knn" in options.methods and options.k > len(training):
         logger.warning(f"k={options.k}: {name} has only {len(training)} training images, and all of them vote.")
-    models = {name: checkpoint.model}
+    models: dict[str, Any] = {name: checkpoint.model}
     for seed in range(options.seed, options.seed + options.random_weights if is_first else 0):
         models[f"random weights {seed}"] = with_random_weights(checkpoint, training, seed, options.batch_size)
+    if options.pixels and is_first:
+        models["pixels"] = Pixels(checkpoint.model.device)
     found = {}
     for key, model in models.items():
         train, test = (features_of(model, part, options.batch_size) for part in (training, images))
@@ -192,6 +205,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--probe_c", type=float, help="C of the probe, the inverse of its penalty (default: 1)")
     parser.add_argument("--probe_iterations", type=int, help="L-BFGS stops there at the latest (default: 1000)")
     parser.add_argument("--random_weights", type=int, default=0, help="number of controls (default: 0)")
+    parser.add_argument("--pixels", action="store_true", help="add the pixels themselves as a control")
     parser.add_argument("--max_train_examples", type=int, help="use at most this many training images")
     parser.add_argument("--seed", type=int, default=0, help="of the controls and --max_*examples (default: 0)")
     add_data(parser, "features")

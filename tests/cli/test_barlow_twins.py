@@ -120,12 +120,12 @@ def test_two_processes_evaluate_all_images(data, tmp_path):
 def test_features_side_by_side(run, data, tmp_path, capsys):
     folder, _ = run
     capsys.readouterr()
-    call("evaluate_features", folder, folder / "backbone", *data, "--random_weights", 1, "--device", "cpu",
-         "--output_dir", tmp_path)  # fmt: skip
+    call("evaluate_features", folder, folder / "backbone", *data, "--random_weights", 1, "--pixels",
+         "--device", "cpu", "--output_dir", tmp_path)  # fmt: skip
     found, table = json.loads((tmp_path / "features.json").read_text()), (tmp_path / "features.md").read_text()
     assert capsys.readouterr().out == table
-    mine, control, backbone = found["checkpoints"].values()
-    assert list(found["checkpoints"])[1] == "random weights 0"
+    mine, control, pixels, backbone = found["checkpoints"].values()
+    assert list(found["checkpoints"])[1:3] == ["random weights 0", "pixels"] and pixels["features"] == 3 * 8 * 8
     # The backbone's folder has no run.json, and so another seed and fraction of held-out images.
     assert (mine["examples"], mine["train_examples"], mine["split"]) == (36, 84, "0.3 of train")
     assert backbone["examples"] == 12 and control["examples"] == 36 and control["knn_accuracy"] != mine["knn_accuracy"]
