@@ -49,7 +49,8 @@ class BarlowTwinsTrainer(FullEvaluation):
         temperature: of the neighbors' votes; see `knn_predictions`.
 
     Raises:
-        ValueError: `gr_scope` divides the batch among processes. The loss is one of the whole batch.
+        ValueError: `gr_scope` divides the batch among processes, but the loss is one of the whole batch; or
+            `label_smoothing_factor` is set, but the loss reads no labels.
     """
 
     def __init__(
@@ -60,6 +61,10 @@ class BarlowTwinsTrainer(FullEvaluation):
         self._pictures: dict[str, str] = {}
         self._remembered: tuple[Tensor, Tensor] | None = None
         super().__init__(*args, compute_metrics=self._knn_metrics, **kwargs)
+        if smoothing := self.args.label_smoothing_factor:
+            raise ValueError(
+                f"label_smoothing_factor={smoothing} has no effect: Barlow Twins reads no labels. Set it to 0."
+            )
         flags = self.gr_args
         if flags.is_active and flags.gr_scope == "local" and self.args.world_size > 1:
             raise ValueError(

@@ -170,6 +170,7 @@ BAD = [
     (["--knn_temperature", 0], ["knn_temperature=0"]),
     (["--label_noise", 0.4], ["--label_noise", "there is no such flag"]),
     (["--model", "vit-micro", "--stem", "cifar"], ["stem=cifar", "no effect with model='vit-micro'"]),
+    (["--label_smoothing_factor", 0.1], ["label_smoothing_factor=0.1 has no effect", "Set it to 0"]),
     (["--per_device_train_batch_size", 2000], ["dataloader_drop_last=True", "Lower per_device_train_batch_size"]),
 ]
 
