@@ -26,6 +26,7 @@ from .optim.ascents import ASCENTS
 from .optim.gr_warmup import GR_WARMUPS, GRStrength, gr_strength, is_between
 from .optim.ire import ESTIMATED_MASKS, SETTINGS
 from .optim.radius_rules import RADIUS_RULES
+from .optim.second_passes import SECOND_PASSES
 
 GR_SCOPES = ("global", "local", "micro")
 ON_NONFINITE = ("stop", "skip")
@@ -323,6 +324,9 @@ class GRArguments(IREArguments, OptimizerArguments):
         "fixed", "How the radius of a step is computed from r. lambda / r stays as set.", RADIUS_RULES
     )
     gr_r_max: float = flag(1.0, "Upper bound of the radius, for gr_radius_rule=gradient and loss; > 0.", POSITIVE)
+    gr_second_pass_kind: str = flag(
+        "full", "Which gradient the second pass takes at the perturbed weights.", SECOND_PASSES
+    )
     gr_warmup: str = flag(_Unset("zero"), "How GR starts: the GR warmup.", GR_WARMUPS)
     gr_warmup_steps: float | None = flag(
         _Unset(None),
@@ -450,6 +454,7 @@ class GRArguments(IREArguments, OptimizerArguments):
         if self.is_active:
             gr = f"GR with r={self.gr_r:g}, lambda={self.gr_degree:g}, gr_warmup={self.gr_warmup}"
             gr += f", gr_ascent={self.gr_ascent}" if self.gr_ascent != "gradient" else ""
+            gr += f", gr_second_pass_kind={self.gr_second_pass_kind}" if self.gr_second_pass_kind != "full" else ""
             gr += f", gr_momentum_r={self.gr_momentum_r:g}" if self.gr_momentum_r != 0 else ""
             passes += (self.gr_passes - 1) / self.gr_interval
         if self.ire_kappa != 0:
@@ -498,7 +503,7 @@ NEEDS = (
     Needs({"gr_warmup_steps"}, lambda a: a.gr_warmup != "none", "gr_warmup='none'"),
     Needs({"gr_reuse", "gr_momentum_r"}, lambda a: a.gr_interval > 1, "gr_interval=1"),
     Needs({"gr_r_max"}, lambda a: RADIUS_RULES[a.gr_radius_rule].is_capped, "gr_radius_rule={0.gr_radius_rule!r}"),
-    Needs({"gr_scope"}, lambda a: a.gr_passes > 1, "gr_ascent={0.gr_ascent!r}"),
+    Needs({"gr_scope", "gr_second_pass_kind"}, lambda a: a.gr_passes > 1, "gr_ascent={0.gr_ascent!r}"),
     Needs({"decay_norms_and_biases"}, lambda a: getattr(a, "weight_decay", 0) != 0, "weight_decay=0"),
 )
 

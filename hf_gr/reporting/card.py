@@ -19,6 +19,7 @@ from ..optim.gr_warmup import GR_WARMUPS
 from ..optim.gradient_regularization import CITATION
 from ..optim.gradient_reuse import CITATION as REUSE_CITATION
 from ..optim.radius_rules import RADIUS_RULES
+from ..optim.second_passes import SECOND_PASSES
 from .plots import PICTURE, plot_curves
 from .record import (
     FILE,
@@ -123,6 +124,7 @@ def write_card(folder: str | Path) -> None:
         is_sam=is_sam(record),
         ascents=used(record, "gr_ascent", ASCENTS),
         radius_rules=used(record, "gr_radius_rule", RADIUS_RULES),
+        second_passes=used(record, "gr_second_pass_kind", SECOND_PASSES),
         warmups=used(record, "gr_warmup", GR_WARMUPS),
         ire_method=IRE,
         own_optimizer=own_optimizer(record),
@@ -213,7 +215,8 @@ def used(record: Record, flag: str, table: dict[str, Entry]) -> list[Entry]:
 def is_sam(record: Record) -> bool:
     segments = record.segments_with("gr_lambda")
     is_along_gradient = used(record, "gr_ascent", ASCENTS) == [ASCENTS["gradient"]]
-    return is_along_gradient and all(s.settings["gr_lambda"] == s.settings["gr_r"] for s in segments)
+    is_full = used(record, "gr_second_pass_kind", SECOND_PASSES) == [SECOND_PASSES["full"]]
+    return is_along_gradient and is_full and all(s.settings["gr_lambda"] == s.settings["gr_r"] for s in segments)
 
 
 def is_cited(ascent: Ascent, record: Record) -> bool:
@@ -228,6 +231,7 @@ def citations(record: Record) -> list[str]:
         *([CITATION] if record.segments_with("gr_lambda") else []),
         *(entry.citation for entry in used(record, "gr_ascent", ASCENTS) if is_cited(entry, record)),
         *(rule.citation for rule in used(record, "gr_radius_rule", RADIUS_RULES) if rule.citation),
+        *(kind.citation for kind in used(record, "gr_second_pass_kind", SECOND_PASSES) if kind.citation),
         *([REUSE_CITATION] if record.total("reused_steps") else []),
         *([MSAM_CITATION] if record.total("momentum_steps") else []),
         *([IRE.citation] if record.segments_with("ire_kappa") else []),

@@ -8,6 +8,7 @@ from ..optim import IRE, OPTIMIZERS
 from ..optim.ascents import ASCENTS
 from ..optim.gr_warmup import GR_WARMUPS
 from ..optim.radius_rules import RADIUS_RULES
+from ..optim.second_passes import SECOND_PASSES
 
 
 def methods_tables() -> dict[str, str]:
@@ -16,6 +17,7 @@ def methods_tables() -> dict[str, str]:
         "GR warmups": GR_WARMUPS,
         "Ascents": ASCENTS,
         "Radius rules": RADIUS_RULES,
+        "Second passes": SECOND_PASSES,
         "Optimizers": OPTIMIZERS,
         "Around an optimizer": {"ire": IRE},
     }

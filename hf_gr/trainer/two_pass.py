@@ -41,6 +41,7 @@ from ..optim.pass_state import RNGState, preserve_buffers
 from ..optim.radius_rules import RADIUS_RULES
 from .compatibility import refuse_unsupported
 from .diagnostics import Diagnostics
+from .functional import FunctionalPass
 from .gauge import Gauge
 from .layerwise import trainable_parameters
 from .part import Host, Part, innermost
@@ -68,10 +69,12 @@ class TwoPass(Part):
         self._name_of_norm = "gr_grad_norm"  # of the one gradient of a step of one pass
         self._gauge = Gauge(trainer)
         self._input_check = InputCheck(trainer)
+        self._functional = FunctionalPass(trainer)
 
     def check(self) -> None:
         if self._flags.is_active:
             refuse_unsupported(self._trainer, "gr_lambda")
+            self._functional.check()
         trains_half = any(p.requires_grad and p.dtype in HALF_PRECISION for p in self._trainer.model.parameters())
         if self._flags.gr_half_precision_weights and not (self._flags.is_active and trains_half):
             logger.warning("gr_half_precision_weights: no effect without GR, or without such weights to train.")
@@ -250,7 +253,7 @@ class TwoPass(Part):
             )
         )
         synchronized = nullcontext() if scope == "global" else accelerator.no_sync(model)
-        with synchronized, self._input_check.during(is_second=False):
+        with synchronized, self._input_check.during(is_second=False), self._functional.first(model):
             loss = one_pass(model, inputs, num_items_in_batch)
         self._gauge.add_loss(-loss)
 
@@ -262,6 +265,7 @@ class TwoPass(Part):
                 self._second_pass(one_pass, model, params, earlier_grads, gr, ends_window)
             self._window.clear()
             self._input_check.forget()
+            self._functional.forget()
         return loss
 
     def _parameters(self, model: nn.Module) -> list[Tensor]:
@@ -354,6 +358,7 @@ class TwoPass(Part):
                 preserve_buffers(model),
                 attributes_set_aside(trainer, trainer.gr_first_pass_only),
                 self._input_check.during(is_second=True),
+                self._functional.second(model),
             ):
                 for micro_batch in self._window:
                     is_last = micro_batch is last
@@ -381,6 +386,7 @@ class TwoPass(Part):
         self._gauge.forget_step()
         self._reuse = None
         self._input_check = InputCheck(self._trainer)
+        self._functional.forget()
 
     # ---- Around the step ----
 

@@ -61,7 +61,6 @@ IRE_CASES = {
     for degree in (0, 0.1)
 }
 
-#: Under FSDP those without gr_reuse, which is refused there.
 ASCENT_CASES = {
     name: {"optim": "sgd", "optim_args": "momentum=0.9", "gradient_accumulation_steps": 2, "gr_r": 0.1, **flags}
     for name, flags in {
@@ -71,8 +70,12 @@ ASCENT_CASES = {
         "reuse": {"gr_interval": 2, "gr_reuse": 0.7},
         "gradient": {"gr_radius_rule": "gradient"},
         "loss": {"gr_radius_rule": "loss", "gr_r_max": 0.05},
+        "functional": {"gr_second_pass_kind": "functional", "gr_lambda": 0.05},
+        "functional, micro": {"gr_second_pass_kind": "functional", "gr_scope": "micro"},
     }.items()
 }
+#: FSDP refuses gr_reuse and the scopes that need a gradient of one process.
+SHARDED_CASES = {name: flags for name, flags in ASCENT_CASES.items() if not {"gr_reuse", "gr_scope"} & set(flags)}
 OPTIMIZER_CASES = {
     (optim, accumulation, degree): {
         "optim": optim,
@@ -236,7 +239,7 @@ def loop(folder: str) -> list[dict]:
 
 def fsdp(folder: str) -> dict:
     results = {case: run(folder, Sharded, **flags_of("global", *case)) for case in FSDP_CASES}
-    results["ascents"] = {c: run(folder, Sharded, **flags) for c, flags in ASCENT_CASES.items() if c != "reuse"}
+    results["ascents"] = {c: run(folder, Sharded, **flags) for c, flags in SHARDED_CASES.items()}
     try:
         run(folder, Sharded, **ASCENT_CASES["reuse"])
     except ValueError as error:

@@ -16,9 +16,10 @@ from hf_gr.optim.gr_warmup import GR_WARMUPS, gr_strength
 from hf_gr.optim.gradient_regularization import CITATION, Perturbation, gradient_norm
 from hf_gr.optim.gradient_reuse import CITATION as REUSE_CITATION
 from hf_gr.optim.radius_rules import RADIUS_RULES
+from hf_gr.optim.second_passes import SECOND_PASSES
 
-TABLES = {"gr_warmup": GR_WARMUPS, "gr_ascent": ASCENTS, "gr_radius_rule": RADIUS_RULES, "optim": OPTIMIZERS,
-          "around": {"ire": IRE}}  # fmt: skip
+TABLES = {"gr_warmup": GR_WARMUPS, "gr_ascent": ASCENTS, "gr_radius_rule": RADIUS_RULES,
+          "gr_second_pass_kind": SECOND_PASSES, "optim": OPTIMIZERS, "around": {"ire": IRE}}  # fmt: skip
 PRESETS = {"image": IMAGE_PRESETS, "llama": LLAMA_PRESETS, "gr": GR_PRESETS}
 ENTRIES = [pytest.param(entry, id=f"{kind} {name}") for kind, table in TABLES.items() for name, entry in table.items()]
 ALL = ENTRIES + [pytest.param(e, id=f"{kind} {name}") for kind, table in PRESETS.items() for name, e in table.items()]
@@ -37,7 +38,7 @@ def test_the_equation_is_latex(entry):
 
 
 CITED = [entry.citation for entry in chain(ASCENTS.values(), OPTIMIZERS.values(), [IRE])]
-CITED += [entry.citation for entry in RADIUS_RULES.values() if entry.citation]
+CITED += [entry.citation for entry in [*RADIUS_RULES.values(), *SECOND_PASSES.values()] if entry.citation]
 
 
 @pytest.mark.parametrize("bibtex", [CITATION, REUSE_CITATION, *CITED])

@@ -40,13 +40,18 @@ def windows(accumulation: int):
         yield torch.stack([e["pixel_values"] for e in examples]), torch.tensor([e["labels"] for e in examples])
 
 
-def gradients(model: nn.Module, offsets: list[Tensor] | None, window) -> list[Tensor]:
-    """Of the loss at theta + offsets."""
+def gradients(model: nn.Module, offsets: list[Tensor] | None, window, functional: bool = False) -> list[Tensor]:
+    """Of the loss at theta + offsets; of the logits there, weighted by the gradient of the loss at theta."""
     moved = copy.deepcopy(model)
     with torch.no_grad():
         for p, offset in zip(moved.parameters(), offsets or [0] * 99, strict=False):
             p += offset
-    return list(torch.autograd.grad(moved(*window)["loss"], list(moved.parameters())))
+    there = moved(*window)
+    if functional:
+        here = model(*window)
+        (weight,) = torch.autograd.grad(here["loss"], here["logits"])
+        return list(torch.autograd.grad(there["logits"], list(moved.parameters()), weight))
+    return list(torch.autograd.grad(there["loss"], list(moved.parameters())))
 
 
 def norm(tensors: list[Tensor]) -> float:
@@ -70,9 +75,9 @@ def sam(theta, g1, r):
 class Rule:
     """One step of a method: (theta, g(offsets), step from 1) -> the gradient for the optimizer."""
 
-    def __init__(self, offsets, ratio=1.0, start=0, interval=1, alpha=0.0):
+    def __init__(self, offsets, ratio=1.0, start=0, interval=1, alpha=0.0, functional=False):
         self.offsets, self.ratio, self.start, self.interval = offsets, ratio, start, interval
-        self.alpha, self.v = alpha, None
+        self.alpha, self.v, self.functional = alpha, None, functional
 
     def __call__(self, theta, gradient, step):
         g1 = gradient(None)
@@ -81,7 +86,7 @@ class Rule:
         if (step - 1 - self.start) % self.interval:
             scale = self.alpha * norm(g1) / norm(self.v)
             return [a + scale * b for a, b in zip(g1, self.v, strict=True)]
-        g2 = gradient(self.offsets(theta, g1, R))
+        g2 = gradient(self.offsets(theta, g1, R), self.functional)
         along = dot(g1, g2) / norm(g1) ** 2
         self.v = [b - along * a for a, b in zip(g1, g2, strict=True)]
         return [(1 - self.ratio) * a + self.ratio * b for a, b in zip(g1, g2, strict=True)]
@@ -151,6 +156,11 @@ METHODS = {
         {"gr_radius_rule": "loss", "gr_r_max": 0.1},
         lambda _: Rule(lambda p, g, r: sam(p, g, min(r / norm(g), 0.1))),
     ),
+    "functional": ({"gr_second_pass_kind": "functional"}, lambda _: Rule(sam, functional=True)),
+    "functional, lambda": (
+        {"gr_second_pass_kind": "functional", "gr_lambda": 0.5 * R, "gr_warmup": "zero", "gr_warmup_steps": 2},
+        lambda _: Rule(sam, 0.5, start=2, functional=True),
+    ),
 }  # fmt: skip
 
 
@@ -168,7 +178,7 @@ def reference(method: str, optim: dict, accumulation: int) -> list[Tensor]:
     path = [toys.weights(model)]
     for step, window in enumerate(windows(accumulation), start=1):
         theta = [p.detach().clone() for p in params]
-        g = rule(theta, lambda offsets, window=window: gradients(model, offsets, window), step)
+        g = rule(theta, lambda *args, window=window: gradients(model, args[0], window, *args[1:]), step)
         for p, value in zip(params, g, strict=True):
             p.grad = value
         optimizer.step()
@@ -291,6 +301,7 @@ def test_reuse_is_counted_and_on_the_card(tmp_path):
         ("adaptive", ["kwon2021asam", r"$$d = \frac{T^2 g_1}", "in 10 of 10 steps"]),
         ("momentum", ["becker2024momentum", r"$$g = g_2 = \nabla L", "in 9 of 10 steps"]),
         ("rule gradient", ["karakida2023", "With lambda = r this is SAM", "lambda followed it"]),
+        ("functional", ["singh2025avoiding", r"$$g_2 = J(\theta')^\top \nabla \ell(z(\theta))$$", "in 10 of 10 steps"]),
     ],
 )
 def test_the_card_names_what_was_used(method, words, tmp_path):

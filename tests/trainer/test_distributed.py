@@ -22,6 +22,7 @@ from helpers.distributed_worker import (
     LEARNING_RATE,
     OPTIMIZER_CASES,
     RESUME,
+    SHARDED_CASES,
     STEPS,
     barlow_of,
     diagnostics_of,
@@ -229,7 +230,7 @@ def test_ascents_step_as_in_one_process(case, results, tmp_path):
     assert relative_error_of_path(results["ascents"][case], expected) <= TOLERANCE["float32"]
 
 
-@pytest.mark.parametrize("case", [case for case in ASCENT_CASES if case != "reuse"])
+@pytest.mark.parametrize("case", SHARDED_CASES)
 def test_ascents_of_sharded_parameters(case, sharded, tmp_path):
     expected = path_of_one_process(tmp_path, **ASCENT_CASES[case])
     assert relative_error_of_path(sharded["ascents"][case], expected) <= TOLERANCE["float32"]
