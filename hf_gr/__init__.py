@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .config import GRArguments, GRConfig
-    from .optim import IRE, LAMB, LARS, TVLARS
+    from .optim import IRE, LAMB, LARS, TVLARS, Muon
     from .optimizer_factory import create_optimizer, list_optimizers
     from .trainer import GRMixin, GRTrainer, SharpnessCallback
 
@@ -23,6 +23,7 @@ __all__ = [
     "GRConfig",
     "GRMixin",
     "GRTrainer",
+    "Muon",
     "SharpnessCallback",
     "create_optimizer",
     "list_optimizers",
@@ -30,7 +31,7 @@ __all__ = [
 
 _MODULES = {
     "config": ("GRArguments", "GRConfig"),
-    "optim": ("IRE", "LAMB", "LARS", "TVLARS"),
+    "optim": ("IRE", "LAMB", "LARS", "TVLARS", "Muon"),
     "optimizer_factory": ("create_optimizer", "list_optimizers"),
     "trainer": ("GRMixin", "GRTrainer", "SharpnessCallback"),
 }

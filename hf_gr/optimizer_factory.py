@@ -15,7 +15,8 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_optimizer import is_optimizer_factory
 from transformers.training_args import OptimizerNames
 
-from .optim import LAMB, OPTIMIZERS, TVLARS
+from .optim import LAMB, OPTIMIZERS, TVLARS, Muon
+from .optim.muon import hidden_matrices
 
 #: Where `get_optimizer_cls_and_kwargs` may return parameters; `Trainer` puts them in place of its own groups.
 PARAMETER_KEYS = frozenset({"params", "model", "optimizer_dict"})
@@ -75,7 +76,7 @@ def create_optimizer(
 
 def _class_and_defaults(name: str, model: nn.Module | None, lr: float) -> tuple[Any, dict[str, Any]]:
     if name in OPTIMIZERS:
-        return OPTIMIZERS[name], {"lr": lr}
+        return OPTIMIZERS[name], {"lr": lr, **parameters_by_kind(OPTIMIZERS[name], model)}
     args: Any = SimpleNamespace(**{flag: f.default for flag, f in TrainingArguments.__dataclass_fields__.items()})
     args.optim, args.learning_rate = OptimizerNames(name), lr
     cls, defaults = Trainer.get_optimizer_cls_and_kwargs(args, model)  # type: ignore[arg-type]
@@ -95,7 +96,13 @@ def _groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
 
 
 def _settings_of(cls: type[Optimizer]) -> list[str]:
-    return [key for key in inspect.signature(cls).parameters if key not in ("params", "lr", "weight_decay")]
+    own = ("params", "lr", "weight_decay", "hidden")
+    return [key for key in inspect.signature(cls).parameters if key not in own]
+
+
+def parameters_by_kind(cls: type[Optimizer], model: nn.Module | None) -> dict[str, Any]:
+    """What an optimizer that treats kinds of layers differently is told about `model`."""
+    return {"hidden": hidden_matrices(model)} if cls is Muon and model is not None else {}
 
 
 # ---- The flag optim_args ----
@@ -118,6 +125,8 @@ def settings_by_flags(args: TrainingArguments) -> dict[str, Any]:
         # That of Adam is another; where it is at its default, LAMB keeps its own.
         if args.adam_epsilon != TrainingArguments.__dataclass_fields__["adam_epsilon"].default:
             settings["eps"] = args.adam_epsilon
+    elif cls is Muon:
+        settings |= {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
     elif cls is TVLARS:
         settings.update(time_varying_settings("optim_args", given))
     return {**settings, **given}

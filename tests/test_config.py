@@ -232,7 +232,7 @@ def test_a_given_flag_wins_over_the_preset_of_gr(given, expected, tmp_path):
         ({"gr_r_max": 0.2, "gr_radius_rule": "loss"}, []),
         (
             {"gr_second_pass_kind": "functional", **MOMENTUM},
-            ["gr_second_pass_kind='functional' has no effect with gr_ascent='momentum'."],
+            ["gr_second_pass_kind=functional has no effect with gr_ascent='momentum'."],
         ),
         ({**MOMENTUM, "gr_scope": "local"}, ["gr_scope=local has no effect with gr_ascent='momentum'."]),
         ({"gr_preset": "sam", "gr_warmup_steps": 3}, ["gr_warmup_steps=3 has no effect with gr_warmup='none'."]),

@@ -104,7 +104,7 @@ def may_not(wing: str, loaded: set[str]) -> set[str]:
 def test_wings_load_nothing_that_they_may_not():
     """In one process, the wings with fewer rights first: what is loaded stays loaded."""
     wings = ("optim", "analysis", "reporting", "models", "data")
-    public, *loaded = loaded_in_turn("from hf_gr import IRE, LAMB, LARS, TVLARS", *map(import_of, wings))
+    public, *loaded = loaded_in_turn("from hf_gr import IRE, LAMB, LARS, TVLARS, Muon", *map(import_of, wings))
     maths = public | loaded[0] | loaded[1]
     assert "torch" in maths
     assert not maths & {"transformers", "accelerate", "matplotlib", "datasets", "peft", "hf_gr.config"}

@@ -52,7 +52,7 @@ def test_parameters_are_taken_as_they_are():
 @pytest.mark.parametrize(
     ("name", "kwargs", "message"),
     [
-        ("nosuch", {}, "name='nosuch': choose one of lamb, lars, tvlars, adamw_torch"),
+        ("nosuch", {}, "name='nosuch': choose one of lamb, lars, muon, tvlars, adamw_torch"),
         ("lars", {"momentun": 0.9}, "momentun: unknown to lars, which takes momentum, trust_coefficient, nesterov"),
         ("tvlars", {"tv_lambda": 0.1}, "tvlars needs delay_steps"),
         ("sgd", {"lr": math.nan}, "lr=nan: must be >= 0, and finite"),

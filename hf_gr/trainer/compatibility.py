@@ -70,8 +70,8 @@ def refuse_unsupported_optimizer(trainer: Host) -> None:
     name = trainer.args.optim
     if name in OPTIMIZERS and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
         raise ValueError(
-            f"optim={name} cannot be used with FSDP or DeepSpeed: it needs the norms of whole layers, and each process "
-            "holds only a part of them. Use DDP, or another optimizer."
+            f"optim={name} cannot be used with FSDP or DeepSpeed: it works on whole layers, and each process holds "
+            "only a part of them. Use DDP, or another optimizer."
         )
 
 

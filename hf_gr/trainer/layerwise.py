@@ -19,6 +19,7 @@ from ..config import BASE_BATCH_SIZE, TIME_VARYING
 from ..optim.tvlars import TVLARS, check_time_varying, time_varying_factor
 from ..optimizer_factory import (
     OPTIMIZERS,
+    parameters_by_kind,
     parameters_by_trainer,
     settings_by_flags,
     time_varying_settings,
@@ -206,7 +207,8 @@ def get_optimizer_cls_and_kwargs(
     """As `resolve`, the trainer's own method, plus the optimizers of hf_gr."""
     if args.optim not in OPTIMIZERS:
         return resolve(args, model)
-    return OPTIMIZERS[args.optim], settings_by_flags(args) | parameters_by_trainer(resolve, args, model)
+    cls = OPTIMIZERS[args.optim]
+    return cls, settings_by_flags(args) | parameters_by_kind(cls, model) | parameters_by_trainer(resolve, args, model)
 
 
 def _phi_of_epoch(epoch: int, **settings: Any) -> float:

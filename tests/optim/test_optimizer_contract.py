@@ -6,7 +6,7 @@ import torch
 import helpers.optimizer_checks_interface
 import helpers.optimizer_checks_training  # noqa: F401
 from helpers.optimizer_contract import CHECKS
-from hf_gr import IRE, LAMB, LARS, TVLARS
+from hf_gr import IRE, LAMB, LARS, TVLARS, Muon
 from hf_gr.optim import OPTIMIZERS
 
 
@@ -32,6 +32,7 @@ OURS = {
     "TVLARS": tvlars,
     "LAMB": lambda params, lr=0.01, **settings: LAMB(params, lr, **settings),
     "LAMB foreach": lambda params, lr=0.01, **settings: LAMB(params, lr, foreach=True, **settings),
+    "Muon": lambda params, lr=0.1, **settings: Muon(params, lr, **settings),
     "IRE around AdamW": around(lambda params, lr=0.01, **settings: torch.optim.AdamW(params, lr, **settings)),
     "IRE around fused AdamW": around(
         lambda params, lr=0.01, **settings: torch.optim.AdamW(params, lr, fused=True, **settings)
