@@ -53,6 +53,10 @@ def norm(tensors: list[Tensor]) -> float:
     return sum((t**2).sum().item() for t in tensors) ** 0.5
 
 
+def clipped(tensors: list[Tensor], max_norm: float) -> list[Tensor]:
+    return [t * min(1.0, max_norm / norm(tensors)) for t in tensors]
+
+
 def dot(a: list[Tensor], b: list[Tensor]) -> float:
     return sum((x * y).sum().item() for x, y in zip(a, b, strict=True))
 
@@ -70,9 +74,9 @@ def sam(theta, g1, r):
 class Rule:
     """One step of a method: (theta, g(offsets), step from 1) -> the gradient for the optimizer."""
 
-    def __init__(self, offsets, ratio=1.0, start=0, interval=1, alpha=0.0):
+    def __init__(self, offsets, ratio=1.0, start=0, interval=1, alpha=0.0, clip=float("inf")):
         self.offsets, self.ratio, self.start, self.interval = offsets, ratio, start, interval
-        self.alpha, self.v = alpha, None
+        self.alpha, self.clip, self.v = alpha, clip, None
 
     def __call__(self, theta, gradient, step):
         g1 = gradient(None)
@@ -81,7 +85,8 @@ class Rule:
         if (step - 1 - self.start) % self.interval:
             scale = self.alpha * norm(g1) / norm(self.v)
             return [a + scale * b for a, b in zip(g1, self.v, strict=True)]
-        g2 = gradient(self.offsets(theta, g1, R))
+        g1 = clipped(g1, self.clip)
+        g2 = clipped(gradient(self.offsets(theta, g1, R)), self.clip)
         along = dot(g1, g2) / norm(g1) ** 2
         self.v = [b - along * a for a, b in zip(g1, g2, strict=True)]
         return [(1 - self.ratio) * a + self.ratio * b for a, b in zip(g1, g2, strict=True)]
@@ -150,6 +155,11 @@ METHODS = {
     "rule loss": (
         {"gr_radius_rule": "loss", "gr_r_max": 0.1},
         lambda _: Rule(lambda p, g, r: sam(p, g, min(r / norm(g), 0.1))),
+    ),
+    "clip": ({"gr_clip": 1.0}, lambda _: Rule(sam, clip=1.0)),
+    "clip, rule gradient, lambda": (
+        {"gr_clip": 1.0, "gr_radius_rule": "gradient", "gr_lambda": 3 * R},
+        lambda _: Rule(lambda p, g, r: [r * x for x in g], 3, clip=1.0),
     ),
 }  # fmt: skip
 
