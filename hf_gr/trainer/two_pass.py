@@ -195,7 +195,7 @@ class TwoPass(Part):
         gr: GRStrength,
         ascent: str,
     ) -> Tensor:
-        """One micro-batch at theta + r d, of which nothing but its gradient remains. Its inputs are prepared at theta."""
+        """One micro-batch at theta + r d, of which only the gradient remains. Its inputs are prepared at theta."""
         params, optimizer = self._parameters(model), innermost(self._trainer.optimizer)
         perturbation = self._perturbation = Perturbation(params, ascent, optimizer)
         prepare = self._trainer._prepare_inputs

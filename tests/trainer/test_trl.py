@@ -3,22 +3,22 @@
 import ast
 import copy
 import importlib
-from collections import Counter
+import re
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import LlamaForSequenceClassification, Trainer, TrainerCallback, set_seed
 
-from helpers import toys
+from helpers import ROOT, toys
 from helpers.training import with_gr
 from hf_gr import GRConfig, GRMixin
 from hf_gr.trainer.compatibility import GENERATING_TRAINERS
 
 trl = pytest.importorskip("trl")
 pytest.importorskip("peft")
-from datasets import Dataset  # noqa: E402
-from peft import LoraConfig, get_peft_model  # noqa: E402
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
 
 R = 0.5
 #: Trainers of TRL that prepare their data in a step, and that the tests below show to be right.
@@ -85,7 +85,7 @@ def data_for(name):
 
 
 def model_for(name, folder, adapter):
-    model = toys.llama()
+    model = toys.llama(**({"attention_bias": True} if adapter == "biased" else {}))
     if name == "Reward":
         set_seed(0)
         model = LlamaForSequenceClassification(model.config.__class__(**{**model.config.to_dict(), "num_labels": 1,
@@ -94,8 +94,8 @@ def model_for(name, folder, adapter):
     return get_peft_model(model, lora()) if adapter == "trained" else model
 
 
-def lora():
-    return LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+def lora(bias="none"):
+    return LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False, bias=bias)
 
 
 def make(case, output_dir, folder, has_gr=True, cls_of=lambda cls: cls, **flags):
@@ -115,7 +115,8 @@ def make(case, output_dir, folder, has_gr=True, cls_of=lambda cls: cls, **flags)
         del settings["disable_dropout"]
     set_seed(0)
     rewards = {"reward_funcs": lambda completions, **kwargs: [float(len(c)) for c in completions]} if generates else {}
-    lora_given = {"peft_config": lora()} if adapter == "new" else {}
+    biases = {"new": "none", "biased": "all"}
+    lora_given = {"peft_config": lora(biases[adapter])} if adapter in biases else {}
     return cls_of(cls)(
         model=model_for(name, folder, adapter), args=config(**toys.arguments(output_dir, **settings)),
         train_dataset=data_for(name), processing_class=word_tokenizer(), **rewards, **lora_given,
@@ -248,3 +249,182 @@ def test_without_gr_it_is_trl_bit_for_bit(case, folder, tmp_path):
     off, plain = trainers
     assert torch.equal(toys.weights(off.model), toys.weights(plain.model))
     assert comparable(off.state.log_history) == comparable(plain.state.log_history)
+
+
+# ---- What is generated, and what it is compared with ----
+
+
+@pytest.mark.parametrize("case", ["DPO", "DPO, new adapter", "DPO, trained adapter", "KTO"])
+def test_the_reference_is_the_same_in_both_passes(case, folder, tmp_path):
+    outputs = {False: [], True: []}
+    trainer = with_gr_on(case, tmp_path, folder)
+
+    def watch(module, args, output):
+        if not torch.is_grad_enabled():
+            outputs[trainer.gr_second_pass].append(output.log_probs.clone())
+
+    for model in (trainer.model, trainer.ref_model):
+        if model is not None:
+            model.register_forward_hook(watch)
+    frozen = {name: p.clone() for name, p in trainer.model.named_parameters() if not p.requires_grad}
+    trainer.train()
+    assert len(outputs[True]) >= 4 and all(map(torch.equal, outputs[True], outputs[False]))
+    assert all(torch.equal(p, frozen[name]) for name, p in trainer.model.named_parameters() if name in frozen)
+
+
+def test_a_reference_that_follows_the_model_follows_the_unperturbed_one(folder, tmp_path):
+    trainer = with_gr_on("GRPO, KL", tmp_path, folder, sync_ref_model=True, ref_model_sync_steps=1,
+                         ref_model_mixup_alpha=1.0)  # fmt: skip
+    before = toys.weights(trainer.ref_model)
+    trainer.train()
+    after = toys.weights(trainer.ref_model)
+    assert torch.equal(after, toys.weights(trainer.model)) and not torch.equal(after, before)
+
+
+def test_refuses_a_reference_that_shares_trained_weights(folder, tmp_path):
+    with pytest.raises(ValueError, match=r"shares a trained weight \(.*bias\).* set precompute_ref_log_probs=True"):
+        with_gr_on("DPO", tmp_path, folder, adapter="biased")
+    for allowed in ({"precompute_ref_log_probs": True}, {"gr_lambda": 0}):
+        with_gr_on("DPO", tmp_path, folder, adapter="biased", **allowed)
+
+
+@pytest.mark.parametrize("case", ["GRPO", "RLOO"])
+def test_along_the_momentum_text_is_of_the_unperturbed_weights(case, folder, tmp_path):
+    seen, losses_at = Seen(), []
+
+    def watching(cls):
+        class Watched(seen.watching(cls)):
+            def compute_loss(self, *args, **kwargs):
+                losses_at.append(flat(trained(self)))
+                return super().compute_loss(*args, **kwargs)
+
+        return Watched
+
+    trainer = with_gr_on(case, tmp_path, folder, cls_of=watching, gr_ascent="momentum", gr_lambda=None,
+                         optim_args="momentum=0.9")  # fmt: skip
+    trainer.add_callback(seen)
+    trainer.train()
+    starts = [theta for theta, *_ in seen.steps]
+    assert len(seen.generated) == 2 and all(map(torch.equal, seen.generated, starts))
+    moved = [(at - theta).norm().item() for at, theta in zip(losses_at[::2], starts, strict=True)]
+    assert moved == [0, pytest.approx(R, rel=1e-4)]  # the first step has no momentum yet
+    assert torch.equal(losses_at[2], losses_at[3])  # both micro-batches, though only the first one generates
+
+
+class StandInForVLLM:
+    """What TRL asks of vLLM. It keeps the weights that it is given."""
+
+    synced: list[torch.Tensor]
+
+    def __init__(self, model, **kwargs):
+        self.model, StandInForVLLM.synced = model, []
+
+    def sync_weights(self):
+        self.synced.append(toys.weights(self.model))
+
+    def generate(self, prompts, **kwargs):
+        completions = [[2 + i % 7, 3 + i % 5, 1][i % 3 :] for i, _ in enumerate(prompts)]
+        return prompts, completions, [[[-3.0] for _ in completion] for completion in completions], None
+
+
+@pytest.mark.parametrize("case", ["GRPO", "RLOO"])
+def test_vllm_is_given_the_unperturbed_weights(case, folder, tmp_path, monkeypatch):
+    module = importlib.import_module(f"trl.trainer.{case.lower()}_trainer")
+    monkeypatch.setattr(module, "VLLMGeneration", StandInForVLLM)
+    seen = Seen()
+    trainer = with_gr_on(case, tmp_path / "gr", folder, cls_of=seen.watching, use_vllm=True, vllm_mode="colocate")
+    trainer.add_callback(seen)
+    trainer.train()
+    starts = [theta for theta, *_ in seen.steps]
+    assert len(StandInForVLLM.synced) == 2 and all(map(torch.equal, StandInForVLLM.synced, starts))
+    plain = make(case, tmp_path / "plain", folder, has_gr=False, use_vllm=True, vllm_mode="colocate")
+    for theta, batches, g in seen.steps:
+        g1, expected = by_hand(plain, theta, batches, R, 0.5)
+        assert (g - expected).norm() <= 1e-5 * expected.norm() < 1e-2 * (g1 - expected).norm()
+
+
+# ---- What is refused ----
+
+
+def refused_and_allowed(make, message):
+    """With GR and with IRE it is refused as it is made; without either it is not."""
+    for flags in ({}, {"gr_lambda": 0, "ire_kappa": 1.0}):
+        with pytest.raises(ValueError, match=message):
+            make(**flags)
+    return make(gr_lambda=0)
+
+
+def test_refuses_trainers_that_generate_by_name(tmp_path):
+    model = toys.vit()
+    for name in GENERATING_TRAINERS:
+        # Their own subclasses, too.
+        other = type("Mine", (GRMixin, type("Theirs", (type(name, (Trainer,), {}),), {})), {})
+        message = f"cannot be used with {name}: it generates the data of a step inside the step"
+        refused_and_allowed(
+            lambda other=other, **flags: other(model=model, args=GRConfig(**toys.arguments(tmp_path, **flags))), message
+        )
+
+
+def test_every_trainer_of_trl_that_makes_its_data_in_a_step_is_known():
+    found, bases = set(), {}
+    for file in Path(trl.__file__).parent.glob("**/*_trainer.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ClassDef) and node.name.endswith("Trainer"):
+                bases[node.name] = {getattr(base, "id", "").lstrip("_") for base in node.bases} - {node.name}
+                methods = {f.name: f for f in node.body if isinstance(f, ast.FunctionDef)}
+                step = methods.get("training_step")
+                # One with nothing but *args only wraps the context of the step around it.
+                if "_prepare_inputs" in methods or (step is not None and len(step.args.args) > 1):
+                    found.add(node.name)
+    known = GENERATING_TRAINERS | SHOWN
+    assert found >= SHOWN and found <= known | {name for name in bases if bases[name] & GENERATING_TRAINERS}
+
+
+def test_refuses_an_entropy_bonus_that_changes_within_a_step(folder, tmp_path):
+    adaptive = {"use_adaptive_entropy": True, "entropy_coef": 0.1}
+    with pytest.raises(ValueError, match="use_adaptive_entropy=True: it changes the loss before the second pass"):
+        with_gr_on("GRPO", tmp_path, folder, **adaptive)
+    make("GRPO", tmp_path, folder, gr_lambda=0, **adaptive)
+
+
+# ---- The table of the guide ----
+
+METHODS = {
+    "GR": {},
+    "`gr_ascent=adaptive`": {"gr_ascent": "adaptive"},
+    "`gr_ascent=momentum`": {"gr_ascent": "momentum", "gr_lambda": None, "optim_args": "momentum=0.9"},
+    "IRE": {"gr_lambda": 0, "ire_kappa": 1.0, "ire_start_step": 0},
+    "IRE, `ire_mask=random`": {"gr_lambda": 0, "ire_kappa": 1.0, "ire_start_step": 0, "ire_mask": "random"},
+    "`optim=tvlars`": {"optim": "tvlars", "gr_lambda": 0},
+    "TVLARS and GR": {"optim": "tvlars"},
+}
+
+
+def table_of_the_guide():
+    text = (ROOT / "docs/guides/preference_and_rl.md").read_text(encoding="utf-8")
+    lines = re.search(r"<!-- trainers -->\n(.*?)<!-- /trainers -->", text, re.DOTALL).group(1).strip().splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    header, _, *body = rows
+    return {(row[0].strip("`").removesuffix("Trainer"), method): cell for row in body
+            for method, cell in zip(header[1:], row[1:], strict=True)}  # fmt: skip
+
+
+def test_the_table_has_every_trainer_and_method():
+    assert table_of_the_guide().keys() == {(name, method) for name in COLUMNS for method in METHODS}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", COLUMNS)
+def test_the_table_is_true(name, method, folder, tmp_path):
+    flags = {"max_steps": 2, **METHODS[method]}
+    if table_of_the_guide()[name, method] == "refused":
+        with pytest.raises(ValueError, match=f"{name}Trainer"):
+            with_gr_on(name, tmp_path, folder, **flags)
+        return
+    trainer = with_gr_on(name, tmp_path, folder, **flags)
+    before = toys.weights(trainer.model)
+    trainer.train()
+    after = toys.weights(trainer.model)
+    assert torch.isfinite(after).all() and not torch.equal(before, after)
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert any(entry.get("gr_r", 0) > 0 or entry.get("ire_kappa", 0) > 0 or "tvlars_phi" in entry for entry in logs)
