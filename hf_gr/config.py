@@ -327,6 +327,12 @@ class GRArguments(IREArguments, OptimizerArguments):
     gr_second_pass_kind: str = flag(
         "full", "Which gradient the second pass takes at the perturbed weights.", SECOND_PASSES
     )
+    gr_clip: float = flag(
+        0.0,
+        "Clip g1 and g2, each to this norm, before they are mixed; with gr_radius_rule=gradient the radius follows the "
+        "clipped norm. For reinforcement learning the literature has 10. 0 turns it off.",
+        NOT_NEGATIVE,
+    )
     gr_warmup: str = flag(_Unset("zero"), "How GR starts: the GR warmup.", GR_WARMUPS)
     gr_warmup_steps: float | None = flag(
         _Unset(None),
@@ -398,6 +404,11 @@ class GRArguments(IREArguments, OptimizerArguments):
             raise ValueError(
                 f"gr_reuse={self.gr_reuse}: gr_scope={self.gr_scope!r} has a gradient of its own on each process or "
                 "micro-batch, and none to reuse for all. Use gr_scope=global."
+            )
+        if self.gr_clip != 0 and self.gr_scope != "global":
+            raise ValueError(
+                f"gr_clip={self.gr_clip}: it is the norm of the gradient of a whole step, which gr_scope="
+                f"{self.gr_scope!r} does not have. Use gr_scope=global."
             )
         if self.is_active and self.gr_passes == 1:
             self._check_one_pass()
@@ -503,7 +514,7 @@ NEEDS = (
     Needs({"gr_warmup_steps"}, lambda a: a.gr_warmup != "none", "gr_warmup='none'"),
     Needs({"gr_reuse", "gr_momentum_r"}, lambda a: a.gr_interval > 1, "gr_interval=1"),
     Needs({"gr_r_max"}, lambda a: RADIUS_RULES[a.gr_radius_rule].is_capped, "gr_radius_rule={0.gr_radius_rule!r}"),
-    Needs({"gr_scope", "gr_second_pass_kind"}, lambda a: a.gr_passes > 1, "gr_ascent={0.gr_ascent!r}"),
+    Needs({"gr_scope", "gr_second_pass_kind", "gr_clip"}, lambda a: a.gr_passes > 1, "gr_ascent={0.gr_ascent!r}"),
     Needs({"decay_norms_and_biases"}, lambda a: getattr(a, "weight_decay", 0) != 0, "weight_decay=0"),
 )
 

@@ -91,6 +91,14 @@ def _local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
+def clip_factor(norm: float, max_norm: float) -> float:
+    """What a gradient of this norm is multiplied by so that its norm is at most `max_norm`; 0 is no bound.
+
+    A norm that is not finite is not clipped: a factor of 0 would hide the overflow.
+    """
+    return max_norm / norm if 0 < max_norm < norm < math.inf else 1.0
+
+
 @torch.no_grad()
 def scale_gradients_(params: Iterable[Tensor], factor: float) -> None:
     """`.grad *= factor`, in place. A factor of 0 writes zeros: a gradient that is present stays present."""

@@ -15,8 +15,8 @@ from ..optim import OPTIMIZERS
 from ..optim.gradient_regularization import HALF_PRECISION
 from .part import Host
 
-#: Trainers whose `training_step` generates or draws new inputs on every call, so a second pass would see different
-#: data. Matched by class name, as TRL need not be installed.
+#: Trainers that generate the data of a step inside the step, in a way that is not tested with a second pass. Matched by
+#: class name, as TRL need not be installed.
 GENERATING_TRAINERS = frozenset(
     {
         "A2POTrainer",
@@ -25,21 +25,29 @@ GENERATING_TRAINERS = frozenset(
         "DistillationTrainer",
         "GKDTrainer",
         "GOLDTrainer",
-        "GRPOTrainer",
         "IWOPDTrainer",
         "MiniLLMTrainer",
         "NashMDTrainer",
         "OnlineDPOTrainer",
         "PPOTrainer",
-        "RLOOTrainer",
         "SDFTTrainer",
         "SDPOTrainer",
         "XPOTrainer",
     }
 )
 #: Trainers whose batches have no labels for which others could be sampled.
-PREFERENCE_TRAINERS = frozenset(
-    {"BCOTrainer", "CPOTrainer", "DPOTrainer", "KTOTrainer", "ORPOTrainer", "RewardTrainer", "TPOTrainer"}
+UNLABELED_TRAINERS = frozenset(
+    {
+        "BCOTrainer",
+        "CPOTrainer",
+        "DPOTrainer",
+        "GRPOTrainer",
+        "KTOTrainer",
+        "ORPOTrainer",
+        "RLOOTrainer",
+        "RewardTrainer",
+        "TPOTrainer",
+    }
 )
 METHODS = {
     "gr_lambda": "Gradient regularization",
@@ -53,7 +61,7 @@ def refuse_unsupported(trainer: Host, flag: str) -> None:
     Setting `flag` to 0 turns the method off.
     """
     reasons = (
-        _data(trainer),
+        _data(trainer, flag),
         _parallelism(trainer),
         _sharding(trainer, flag),
         _optimizer(trainer, flag),
@@ -94,13 +102,37 @@ def class_among(trainer: Host, names: Collection[str]) -> str | None:
     return next((cls.__name__ for cls in type(trainer).__mro__ if cls.__name__ in names), None)
 
 
-def _data(trainer: Host) -> str | None:
+def _data(trainer: Host, flag: str) -> str | None:
     if name := class_among(trainer, GENERATING_TRAINERS):
         return (
-            f"{name}: it generates the data of a step inside the step, from the current weights, so each pass would "
-            "see different data. Use a trainer on a fixed dataset, such as SFTTrainer or DPOTrainer"
+            f"{name}: it generates the data of a step inside the step, and is not tested. Use GRPOTrainer, "
+            "RLOOTrainer, or one on a fixed dataset, such as SFTTrainer or DPOTrainer"
+        )
+    if flag == "gr_lambda" and getattr(trainer, "use_adaptive_entropy", False):
+        return (
+            "use_adaptive_entropy=True: it changes the loss before the second pass. Set use_adaptive_entropy=False, "
+            "with a fixed entropy_coef"
+        )
+    if flag == "gr_lambda" and (name := _shared_with_reference(trainer)):
+        return (
+            f"a reference model that shares a trained weight ({name}): the second pass would move the reference along. "
+            "Train the adapter alone, set precompute_ref_log_probs=True, or give a ref_model"
         )
     return None
+
+
+def _shared_with_reference(trainer: Host) -> str | None:
+    """A trained weight that DPO and KTO also use in the reference, which is the model without its adapter."""
+    adapters = getattr(trainer.model, "peft_config", None)
+    if (
+        adapters is None
+        or class_among(trainer, ("DPOTrainer", "KTOTrainer")) is None
+        or getattr(trainer, "ref_model", None) is not None
+        or getattr(trainer, "precompute_ref_logps", False)
+    ):
+        return None
+    trained = (name for name, p in trainer.model.named_parameters() if p.requires_grad)
+    return next((name for name in trained if not adapters.keys() & set(name.split("."))), None)
 
 
 def _parallelism(trainer: Host) -> str | None:

@@ -29,7 +29,7 @@ from ..optim.fisher import (
 from ..optim.gradient_regularization import gradients_set_aside, scale_gradients_
 from ..optim.ire import ESTIMATED_MASKS, IRE
 from ..optim.pass_state import RNGState
-from .compatibility import PREFERENCE_TRAINERS, class_among, refuse_unsupported
+from .compatibility import UNLABELED_TRAINERS, class_among, refuse_unsupported
 from .guards import DivergenceGuard
 from .layerwise import trainable_parameters
 from .part import Host, Part
@@ -70,7 +70,7 @@ class FlatCoordinates(Part):
         refuse_unsupported(trainer, "ire_kappa")
         if not needs_estimate or type(trainer).ire_sampled_losses is not sampled_losses:
             return
-        if name := class_among(trainer, PREFERENCE_TRAINERS):
+        if name := class_among(trainer, UNLABELED_TRAINERS):
             raise ValueError(
                 f"ire_kappa={kappa}: IRE draws labels for the step's batch, and a batch of {name} has none. Override "
                 "the trainer's ire_sampled_losses, or set ire_kappa=0."

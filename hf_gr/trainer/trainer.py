@@ -66,12 +66,14 @@ class GRMixin(Host):
       far, including those of GR and of IRE's estimates. Evaluation logs contain them too, and `evaluated_examples`.
     """
 
-    #: Attributes in which `compute_loss` of trl and sentence-transformers collects counts and metrics. The second pass
-    #: leaves them unchanged. A subclass may name others.
+    #: Attributes in which `compute_loss` and `training_step` of trl and sentence-transformers count and collect
+    #: metrics. The second pass leaves them unchanged. A subclass may name others.
     gr_first_pass_only: tuple[str, ...] = (
         "_metrics",
         "_stored_metrics",
         "_total_train_tokens",
+        "_step",
+        "_current_train_step_time",
         "accum_loss_components",
     )
     #: True during the second pass of a step.

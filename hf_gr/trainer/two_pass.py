@@ -30,6 +30,7 @@ from ..optim.gradient_regularization import (
     HALF_PRECISION,
     Perturbation,
     add_gradients_,
+    clip_factor,
     gradient_cosine,
     gradient_norm,
     gradients_set_aside,
@@ -46,7 +47,7 @@ from .gauge import Gauge
 from .layerwise import trainable_parameters
 from .part import Host, Part, innermost
 from .recording import Recorder
-from .replay import InputCheck, MicroBatch, attributes_set_aside
+from .replay import MicroBatch, attributes_set_aside, prepare_inputs_replaced
 
 #: The file of a checkpoint with the state of `gr_reuse`.
 REUSE_STATE = "gr_reuse.pt"
@@ -68,7 +69,6 @@ class TwoPass(Part):
         self._logs: dict[str, float] = {}
         self._name_of_norm = "gr_grad_norm"  # of the one gradient of a step of one pass
         self._gauge = Gauge(trainer)
-        self._input_check = InputCheck(trainer)
         self._functional = FunctionalPass(trainer)
 
     def check(self) -> None:
@@ -198,14 +198,29 @@ class TwoPass(Part):
         gr: GRStrength,
         ascent: str,
     ) -> Tensor:
-        """One micro-batch at theta + r d, of which nothing but its gradient remains."""
+        """One micro-batch at theta + r d, of which only the gradient remains. Its inputs are prepared at theta."""
         params, optimizer = self._parameters(model), innermost(self._trainer.optimizer)
         perturbation = self._perturbation = Perturbation(params, ascent, optimizer)
-        try:
+        prepare = self._trainer._prepare_inputs
+        is_prepared = False
+
+        def prepare_at_theta(inputs: Any) -> Any:
+            nonlocal is_prepared
+            perturbation.restore()
+            prepared, is_prepared = prepare(inputs), True
             perturbation.apply(gr.r_t)
-            loss = one_pass(model, inputs, num_items_in_batch)
+            return prepared
+
+        try:
+            with prepare_inputs_replaced(self._trainer, prepare_at_theta):
+                loss = one_pass(model, inputs, num_items_in_batch)
         finally:
             perturbation.restore()
+        if not is_prepared:
+            raise ValueError(
+                f"gr_ascent={ascent!r}: {type(self._trainer).__name__} has a training_step that does not call "
+                "_prepare_inputs, where the weights are perturbed. Call it there, or use gr_ascent=gradient."
+            )
         self._logs = {"gr_lambda": gr.lambda_t, "gr_r": gr.r_t}
         self._diagnostics.first_norm = math.nan
         if self._trainer.accelerator.sync_gradients:
@@ -244,16 +259,15 @@ class TwoPass(Part):
             for p in params:
                 p.grad = None
 
-        self._window.append(
-            MicroBatch(
-                copy.copy(inputs),
-                num_items_in_batch,
-                trainer.current_gradient_accumulation_steps,
-                RNGState.capture(trainer.args.device),
-            )
+        micro_batch = MicroBatch(
+            copy.copy(inputs),
+            num_items_in_batch,
+            trainer.current_gradient_accumulation_steps,
+            RNGState.capture(trainer.args.device),
         )
+        self._window.append(micro_batch)
         synchronized = nullcontext() if scope == "global" else accelerator.no_sync(model)
-        with synchronized, self._input_check.during(is_second=False), self._functional.first(model):
+        with synchronized, micro_batch.recorded(trainer), self._functional.first(model):
             loss = one_pass(model, inputs, num_items_in_batch)
         self._gauge.add_loss(-loss)
 
@@ -264,7 +278,6 @@ class TwoPass(Part):
             with in_float32([*params, *untrained]), gradients_set_aside(untrained):
                 self._second_pass(one_pass, model, params, earlier_grads, gr, ends_window)
             self._window.clear()
-            self._input_check.forget()
             self._functional.forget()
         return loss
 
@@ -289,7 +302,8 @@ class TwoPass(Part):
         scale = 1.0 if scaler is None else scaler.get_scale()  # of the gradients
         if _has_direction(norm):
             rule = RADIUS_RULES[self._flags.gr_radius_rule]
-            gr = gr.with_radius(rule.function(gr.r_t, norm / scale, self._flags.gr_r_max))
+            clipped = norm * clip_factor(norm, self._flags.gr_clip * scale)
+            gr = gr.with_radius(rule.function(gr.r_t, clipped / scale, self._flags.gr_r_max))
         self._norms.append(norm / scale)
         self._logs = {"gr_lambda": gr.lambda_t, "gr_r": gr.r_t}
         # A global norm is the same on all processes, which skip the second pass together. Where it differs between
@@ -315,30 +329,50 @@ class TwoPass(Part):
         norm: float,
         scale: float,
     ) -> float | None:
-        """Turn the g1 in `.grad`, of this norm, into (r/lambda - 1) g1 + g2, added to `earlier_grads`. Returns ||g2||,
-        times the scale of the gradients, or None if it is not known."""
+        """Turn the g1 in `.grad`, of this norm, into (r/lambda - 1) g1 + g2, added to `earlier_grads`; g1 and g2 are
+        clipped first. Returns ||g2||, times the scale of the gradients, or None if it is not known."""
         perturbation = self._perturbation = Perturbation(params, self._flags.gr_ascent)
         reuse = self._reuse_for(params)
         is_diagnosed = self._flags.gr_scope == "global" and self._diagnostics.is_due
         first = [None if p.grad is None else p.grad.clone() for p in params] if is_diagnosed else None
+        max_norm = self._flags.gr_clip * scale
+        ratio = gr.grad_scale * clip_factor(norm, max_norm)
         try:
             if reuse is not None:
                 reuse.keep_first()
             if _has_direction(norm):
-                perturbation.apply(gr.r_t, norm, gr.grad_scale)
+                perturbation.apply(gr.r_t, norm, ratio)
                 self._gauge.add_rise(gr.r_t * perturbation.slope / scale)
             if earlier_grads is not None:
                 add_gradients_(params, earlier_grads)
-            self._replay(one_pass, model)
+            g2_norm = self._add_second(one_pass, model, params, max_norm)
             if reuse is not None:
                 reuse.keep_second()
             if first is not None:
-                self._diagnostics.cosine = gradient_cosine(params, first, gr.grad_scale)
+                self._diagnostics.cosine = gradient_cosine(params, first, ratio)
+            if g2_norm is not None:
+                return g2_norm
             if self._flags.gr_scope == "global":
-                return perturbation.second_gradient_norm(gr.grad_scale)
-            return gradient_norm(params) if gr.grad_scale == 0 else None
+                return perturbation.second_gradient_norm(ratio)
+            return gradient_norm(params) if ratio == 0 else None
         finally:
             perturbation.restore()
+
+    def _add_second(
+        self, one_pass: Callable[..., Tensor], model: nn.Module, params: list[Tensor], max_norm: float
+    ) -> float | None:
+        """Add g2 to `.grad`, clipped to `max_norm` if that is not 0. Returns ||g2|| as it was before, if measured."""
+        if max_norm == 0:
+            self._replay(one_pass, model)
+            return None
+        first = [p.grad for p in params]
+        for p in params:
+            p.grad = None
+        self._replay(one_pass, model)
+        norm = gradient_norm(params)
+        scale_gradients_(params, clip_factor(norm, max_norm))
+        add_gradients_(params, first)
+        return norm
 
     def _reuse_for(self, params: list[Tensor]) -> GradientReuse | None:
         if self._flags.gr_reuse != 0 and self._reuse is None:
@@ -357,7 +391,6 @@ class TwoPass(Part):
             with (
                 preserve_buffers(model),
                 attributes_set_aside(trainer, trainer.gr_first_pass_only),
-                self._input_check.during(is_second=True),
                 self._functional.second(model),
             ):
                 for micro_batch in self._window:
@@ -366,7 +399,8 @@ class TwoPass(Part):
                     trainer.current_gradient_accumulation_steps = micro_batch.gradient_accumulation_steps
                     gradient_state._set_sync_gradients(is_last and sync)
                     # The context in which `Trainer` called this step decides whether the last one communicates.
-                    with nullcontext() if is_last else accelerator.no_sync(model):
+                    synchronized = nullcontext() if is_last else accelerator.no_sync(model)
+                    with synchronized, micro_batch.replayed(trainer):
                         loss = one_pass(model, copy.copy(micro_batch.inputs), micro_batch.num_items_in_batch)
                     self._gauge.add_loss(loss)
         finally:
@@ -374,7 +408,6 @@ class TwoPass(Part):
             trainer.current_gradient_accumulation_steps = accumulation_steps
             gradient_state._set_sync_gradients(sync)
             after.restore()
-        self._input_check.is_done = True
 
     def reset(self) -> None:
         """Forget the window and what is reused, and restore theta if an interruption left it perturbed."""
@@ -385,7 +418,6 @@ class TwoPass(Part):
         self._norms.clear()
         self._gauge.forget_step()
         self._reuse = None
-        self._input_check = InputCheck(self._trainer)
         self._functional.forget()
 
     # ---- Around the step ----

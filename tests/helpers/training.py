@@ -1,11 +1,14 @@
 """Training on toys, and what its results are compared by."""
 
+from dataclasses import dataclass
+from functools import cache
+
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from helpers import toys
-from hf_gr import GRConfig, GRTrainer
+from hf_gr import GRArguments, GRConfig, GRMixin, GRTrainer
 
 
 def run(model, data, output_dir, *, cls=GRTrainer, config=GRConfig, callbacks=None, trainer_kwargs=None, **kwargs):
@@ -54,3 +57,11 @@ class Estimates(GRTrainer):
 
         self.ire_optimizer.update_mask = watched
         return optimizer
+
+
+@cache
+def with_gr(trainer, config):
+    """The two classes behind ours; known to this module by name, as checkpoints pickle the arguments."""
+    config = dataclass(type(f"GR{config.__name__}", (GRArguments, config), {"__module__": __name__}))
+    globals()[config.__name__] = config
+    return type(f"GR{trainer.__name__}", (GRMixin, trainer), {}), config

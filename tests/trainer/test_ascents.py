@@ -58,6 +58,10 @@ def norm(tensors: list[Tensor]) -> float:
     return sum((t**2).sum().item() for t in tensors) ** 0.5
 
 
+def clipped(tensors: list[Tensor], max_norm: float) -> list[Tensor]:
+    return [t * min(1.0, max_norm / norm(tensors)) for t in tensors]
+
+
 def dot(a: list[Tensor], b: list[Tensor]) -> float:
     return sum((x * y).sum().item() for x, y in zip(a, b, strict=True))
 
@@ -75,9 +79,9 @@ def sam(theta, g1, r):
 class Rule:
     """One step of a method: (theta, g(offsets), step from 1) -> the gradient for the optimizer."""
 
-    def __init__(self, offsets, ratio=1.0, start=0, interval=1, alpha=0.0, functional=False):
+    def __init__(self, offsets, ratio=1.0, start=0, interval=1, alpha=0.0, functional=False, clip=float("inf")):
         self.offsets, self.ratio, self.start, self.interval = offsets, ratio, start, interval
-        self.alpha, self.v, self.functional = alpha, None, functional
+        self.alpha, self.v, self.functional, self.clip = alpha, None, functional, clip
 
     def __call__(self, theta, gradient, step):
         g1 = gradient(None)
@@ -86,7 +90,8 @@ class Rule:
         if (step - 1 - self.start) % self.interval:
             scale = self.alpha * norm(g1) / norm(self.v)
             return [a + scale * b for a, b in zip(g1, self.v, strict=True)]
-        g2 = gradient(self.offsets(theta, g1, R), self.functional)
+        g1 = clipped(g1, self.clip)
+        g2 = clipped(gradient(self.offsets(theta, g1, R), self.functional), self.clip)
         along = dot(g1, g2) / norm(g1) ** 2
         self.v = [b - along * a for a, b in zip(g1, g2, strict=True)]
         return [(1 - self.ratio) * a + self.ratio * b for a, b in zip(g1, g2, strict=True)]
@@ -160,6 +165,11 @@ METHODS = {
     "functional, lambda": (
         {"gr_second_pass_kind": "functional", "gr_lambda": 0.5 * R, "gr_warmup": "zero", "gr_warmup_steps": 2},
         lambda _: Rule(sam, 0.5, start=2, functional=True),
+    ),
+    "clip": ({"gr_clip": 1.0}, lambda _: Rule(sam, clip=1.0)),
+    "clip, rule gradient, lambda": (
+        {"gr_clip": 1.0, "gr_radius_rule": "gradient", "gr_lambda": 3 * R},
+        lambda _: Rule(lambda p, g, r: [r * x for x in g], 3, clip=1.0),
     ),
 }  # fmt: skip
 

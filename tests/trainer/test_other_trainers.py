@@ -1,11 +1,6 @@
-"""Other people's trainers behind `GRMixin`, and what they do that `Trainer` does not."""
+"""Other people's trainers behind `GRMixin`, and what they do that `Trainer` does not. TRL's: `test_trl.py`."""
 
-import ast
 import copy
-import importlib
-from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,8 +10,8 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from helpers import toys
 from helpers.reference import train as reference_train
-from hf_gr import LAMB, LARS, TVLARS, GRArguments, GRConfig, GRMixin, GRTrainer
-from hf_gr.trainer.compatibility import GENERATING_TRAINERS
+from helpers.training import with_gr
+from hf_gr import LAMB, LARS, TVLARS, GRConfig, GRMixin, GRTrainer
 
 # ---- A loss with weights of its own ----
 
@@ -208,14 +203,6 @@ def sentence_models(tmp_path_factory):
     return folder, Dataset.from_list([{"a": sentence(), "b": sentence(), "label": i % 2 / 1} for i in range(24)])
 
 
-@cache
-def with_gr(trainer, config):
-    """The two classes behind ours; known to this module by name, as checkpoints pickle the arguments."""
-    config = dataclass(type(f"GR{config.__name__}", (GRArguments, config), {"__module__": __name__}))
-    globals()[config.__name__] = config
-    return type(f"GR{trainer.__name__}", (GRMixin, trainer), {}), config
-
-
 def sentence_trainer(kind, folder, data, output_dir, has_gr=True, has_head=True, **flags):
     import sentence_transformers as st
     from datasets import Value
@@ -298,142 +285,10 @@ def test_sentence_transformers_without_gr_and_resumed_are_bit_for_bit_the_same(k
     assert "- hf_gr\n" in (tmp_path / "README.md").read_text()
 
 
-# ---- Trainers that make their data inside a step ----
+# ---- A step of one's own ----
 
 
-def refused_and_allowed(make, message):
-    """With GR and with IRE it is refused as it is made; without either it is not."""
-    for flags in ({}, {"gr_lambda": 0, "ire_kappa": 1.0}):
-        with pytest.raises(ValueError, match=message):
-            make(**flags)
-    return make(gr_lambda=0)
-
-
-def test_refuses_trainers_that_generate_by_name(tmp_path):
-    model = toys.vit()
-    for name in GENERATING_TRAINERS:
-        # Their own subclasses, too.
-        other = type("Mine", (GRMixin, type("Theirs", (type(name, (Trainer,), {}),), {})), {})
-        message = f"cannot be used with {name}: it generates the data of a step inside the step"
-        refused_and_allowed(
-            lambda other=other, **flags: other(model=model, args=GRConfig(**toys.arguments(tmp_path, **flags))), message
-        )
-
-
-def test_every_trainer_of_trl_that_makes_its_data_in_a_step_is_known():
-    trl = pytest.importorskip("trl")
-    found, bases = set(), {}
-    for file in Path(trl.__file__).parent.glob("**/*_trainer.py"):
-        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.ClassDef) and node.name.endswith("Trainer"):
-                bases[node.name] = {getattr(base, "id", "").lstrip("_") for base in node.bases} - {node.name}
-                methods = {f.name: f for f in node.body if isinstance(f, ast.FunctionDef)}
-                step = methods.get("training_step")
-                # One with nothing but *args only wraps the context of the step around it.
-                if "_prepare_inputs" in methods or (step is not None and len(step.args.args) > 1):
-                    found.add(node.name)
-    known = set(GENERATING_TRAINERS)
-    assert "GRPOTrainer" in found and found <= known | {name for name in bases if bases[name] & known}
-
-
-def trl_trainer(name, tmp_path, **flags):
-    """A real trainer of TRL, as far as it can be made without the Hub."""
-    trl = pytest.importorskip("trl")
-    from datasets import Dataset
-
-    source = trl if hasattr(trl, f"{name}Trainer") else importlib.import_module(f"trl.experimental.{name.lower()}")
-    cls, config = with_gr(getattr(source, f"{name}Trainer"), getattr(source, f"{name}Config"))
-    tokenizer = word_tokenizer()
-    columns = {
-        "SFT": {"prompt": "word1 word2", "completion": "word3 word4 word5"},
-        "DPO": {"prompt": "word1 word2", "chosen": "word3 word4 word5", "rejected": "word6 word7"},
-        "GRPO": {"prompt": "word1 word2"},
-        "RLOO": {"prompt": "word1 word2"},
-    }[name]
-    data = Dataset.from_list([{key: f"{text} word{8 + i}" for key, text in columns.items()} for i in range(16)])
-    rewards = {"reward_funcs": lambda completions, **kwargs: [float(len(c)) for c in completions]}
-    generation = {"num_generations": 2, "max_completion_length": 3, "steps_per_generation": 1, "beta": 0.0}
-    is_generating = name in ("GRPO", "RLOO")
-    settings = {"bf16": False, "max_steps": 3, **(generation if is_generating else {"max_length": 16}), **flags}
-    args = config(**toys.arguments(tmp_path, gradient_checkpointing=False, **settings))
-    return cls(model=toys.llama(), args=args, train_dataset=data, processing_class=tokenizer,
-               **(rewards if is_generating else {"ref_model": toys.llama()} if name == "DPO" else {}))  # fmt: skip
-
-
-def word_tokenizer():
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    words = {"<unk>": 0, **{f"word{i}": i for i in range(1, toys.VOCABULARY)}}
-    tokenizer = Tokenizer(models.WordLevel(words, "<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<unk>", eos_token="word1")
-
-
-@pytest.mark.parametrize("name", ["GRPO", "RLOO"])
-def test_refuses_the_trainers_of_trl_that_generate(name, tmp_path):
-    trainer = refused_and_allowed(
-        lambda **flags: trl_trainer(name, tmp_path, **flags), f"cannot be used with {name}Trainer"
-    )
-    trainer.train()
-    assert trainer.state.global_step == 3
-
-
-def test_refuses_inputs_that_are_others_in_the_second_pass(tmp_path):
-    class Augments(GRTrainer):
-        generator = torch.Generator().manual_seed(0)  # not one of those that are replayed
-
-        def _prepare_inputs(self, inputs):
-            prepared = super()._prepare_inputs(inputs)
-            if self.model.training and not (self.gr_second_pass and self.is_careful):
-                noise = torch.randn(prepared["pixel_values"].shape, generator=self.generator)
-                self.last = {**prepared, "pixel_values": prepared["pixel_values"] + noise}
-            return self.last
-
-    class Step(Augments):
-        is_careful = False
-
-    class Careful(Augments):
-        is_careful = True
-
-    def make(cls, **flags):
-        args = GRConfig(**toys.arguments(tmp_path, max_steps=2, gr_warmup="none", **flags))
-        return cls(model=toys.vit(), args=args, train_dataset=toys.images())
-
-    trainer = make(Step)
-    before = toys.weights(trainer.model)
-    with pytest.raises(ValueError, match=r"gr_lambda=0\.1: Step prepares other inputs when a step runs a second time"):
-        trainer.train()
-    assert torch.equal(toys.weights(trainer.model), before)
-    for allowed in (make(Step, gr_lambda=0), make(Careful)):
-        allowed.train()
-        assert allowed.state.global_step == 2
-
-
-# ---- What compute_loss counts ----
-
-
-@pytest.mark.parametrize("name", ["SFT", "DPO"])
-def test_metrics_of_trl_are_those_of_the_first_pass(name, tmp_path):
-    """Where the weights stay, every step of both runs sees the same, so that all metrics must be equal."""
-    logs = {}
-    for degree in (0.0, 0.5):
-        trainer = trl_trainer(name, tmp_path, learning_rate=0.0, gr_lambda=degree, gr_r=0.5, gr_warmup="none",
-                              gradient_accumulation_steps=2, logging_steps=2, max_steps=4)  # fmt: skip
-        trainer.train()
-        own = {"grad_norm", "train_seconds", "train_passes", "step_time"}
-        logs[degree] = [
-            {key: value for key, value in entry.items() if key not in own and not key.startswith("gr_")}
-            for entry in trainer.state.log_history
-            if "loss" in entry
-        ]
-    assert logs[0.5] == logs[0.0] and len(logs[0.0]) == 2
-    assert {"num_tokens", "entropy"} <= logs[0.0][0].keys()
-    if name == "SFT":
-        assert logs[0.5][-1]["num_tokens"] == trainer._total_train_tokens
-
-
-def test_other_attributes_can_be_kept_from_the_second_pass(tmp_path):
+def test_attributes_can_be_kept_from_the_second_pass(tmp_path):
     class Counts(GRTrainer):
         gr_first_pass_only = (*GRTrainer.gr_first_pass_only, "seen")
         seen = None
@@ -448,16 +303,6 @@ def test_other_attributes_can_be_kept_from_the_second_pass(tmp_path):
     trainer.seen = seen = {"labels": []}
     trainer.train()
     assert trainer.seen is seen and len(seen["labels"]) == 3 and trainer.passes == 6
-
-
-# ---- IRE, and a step of one's own ----
-
-
-def test_ire_refuses_trainers_whose_batches_have_no_labels(tmp_path):
-    trl_trainer("DPO", tmp_path, gr_lambda=0)
-    trl_trainer("DPO", tmp_path, gr_lambda=0, ire_kappa=1.0, ire_mask="uniform")
-    with pytest.raises(ValueError, match=r"ire_kappa=1\.0: IRE draws labels .* and a batch of DPOTrainer has none"):
-        trl_trainer("DPO", tmp_path, gr_lambda=0, ire_kappa=1.0)
 
 
 @pytest.mark.parametrize("has_optimizer", [False, True])
@@ -477,17 +322,3 @@ def test_training_step_outside_of_train_is_the_first_step(has_optimizer, tmp_pat
     alone.training_step(alone.model, next(iter(alone.get_train_dataloader())))
     for p, expected in zip(alone.model.parameters(), gradients[0], strict=True):
         torch.testing.assert_close(p.grad, expected)  # the norm is summed in the order of the optimizer's groups
-
-
-def test_a_first_step_without_a_second_pass_is_not_taken_for_other_inputs(tmp_path):
-    """Its gradient is 0 or, at the first scale of fp16, infinite; the next step has another batch."""
-
-    class Silent(GRTrainer):
-        def compute_loss(self, *args, **kwargs):
-            loss = super().compute_loss(*args, **kwargs)
-            return loss * 0 if self.state.global_step == 0 else loss
-
-    args = GRConfig(**toys.arguments(tmp_path, max_steps=3, gr_warmup="none"))
-    trainer = Silent(toys.vit(), args, train_dataset=toys.images(6))
-    trainer.train()
-    assert trainer.recorder.segment.regularized_steps == 2
