@@ -16,6 +16,7 @@ ALL_SCRIPTS = [
     "evaluate_robustness",
     "evaluate_sharpness",
     "evaluate_features",
+    "evaluate_forgetting",
     "compare",
 ]
 

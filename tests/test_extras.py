@@ -42,6 +42,7 @@ for entry in (
     lambda: runpy.run_path(sys.argv[1] + "/evaluate_robustness.py"),
     lambda: runpy.run_path(sys.argv[1] + "/evaluate_sharpness.py"),
     lambda: runpy.run_path(sys.argv[1] + "/evaluate_features.py"),
+    lambda: runpy.run_path(sys.argv[1] + "/evaluate_forgetting.py"),
     lambda: runpy.run_path(sys.argv[1] + "/compare.py"),
 ):
     try:
@@ -58,4 +59,4 @@ def test_training_needs_no_extra_and_what_does_names_it():
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     named = [line.rpartition("pip install ")[2] for line in done.stdout.splitlines() if line.startswith("error:")]
-    assert named == ["'hf_gr[report]'"] * 3 + ["'hf_gr[scripts]'"] * 9, done.stdout
+    assert named == ["'hf_gr[report]'"] * 3 + ["'hf_gr[scripts]'"] * 10, done.stdout

@@ -2,7 +2,7 @@
 
 import argparse
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -15,6 +15,7 @@ from transformers import (
     AutoModelForImageClassification,
     AutoTokenizer,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
 )
 
 from ..checks import COUNT, POSITIVE, check_ranges
@@ -153,6 +154,13 @@ def load_blocks(checkpoint: Checkpoint, options: argparse.Namespace, is_training
     training, documents, split = split_documents(dataset, *checkpoint.held_out("eval_documents"))
     if is_training:
         documents, split = training, "train"
+    blocks = pack(documents, load_tokenizer(checkpoint), column, block_size(checkpoint, options.block_size))
+    if is_stream:
+        return Dataset.from_list(list(blocks.take(options.max_examples or MAX_STREAMED_EXAMPLES))), split
+    return keep_first(blocks, options.max_examples, options.seed, "max_examples"), split
+
+
+def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
     with explained(f"checkpoint={checkpoint.name!r}: its tokenizer could not be loaded", REMEDY):
         tokenizer = AutoTokenizer.from_pretrained(checkpoint.name)
     rows = cast(nn.Embedding, checkpoint.model.get_input_embeddings()).num_embeddings
@@ -161,10 +169,7 @@ def load_blocks(checkpoint: Checkpoint, options: argparse.Namespace, is_training
             f"checkpoint={checkpoint.name!r}: its tokenizer has {len(tokenizer)} tokens, but the model embeddings for "
             f"{rows}. They do not belong together."
         )
-    blocks = pack(documents, tokenizer, column, block_size(checkpoint, options.block_size))
-    if is_stream:
-        return Dataset.from_list(list(blocks.take(options.max_examples or MAX_STREAMED_EXAMPLES))), split
-    return keep_first(blocks, options.max_examples, options.seed, "max_examples"), split
+    return tokenizer
 
 
 def block_size(checkpoint: Checkpoint, size: int | None) -> int:
@@ -246,13 +251,14 @@ def add_checkpoints(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoints", nargs="+", help="output folders of training scripts, or names on the Hub")
 
 
-def add_data(parser: argparse.ArgumentParser, output: str) -> None:
-    """Add the flags of the data and the device, and --output_dir for files named `output`."""
+def add_data(parser: argparse.ArgumentParser, output: str, kinds: Sequence[Kind] = KINDS) -> None:
+    """Add the flags of the data of `kinds` and of the device, and --output_dir for files named `output`."""
     parser.add_argument("--dataset_name", help="as for the training scripts (default: digits; for Llamas, python)")
     parser.add_argument("--dataset_config_name")
-    parser.add_argument("--image_column_name", help="default: the column of type Image")
-    parser.add_argument("--label_column_name", help="default: the column of type ClassLabel")
-    parser.add_argument("--image_max_value", type=float, help="value of white in images of more than 8 bits")
+    if IMAGES in kinds:
+        parser.add_argument("--image_column_name", help="default: the column of type Image")
+        parser.add_argument("--label_column_name", help="default: the column of type ClassLabel")
+        parser.add_argument("--image_max_value", type=float, help="value of white in images of more than 8 bits")
     parser.add_argument("--text_column_name", help="default: text, or the only column of strings")
     parser.add_argument("--block_size", type=int, help="tokens per example (default: as in training)")
     parser.add_argument("--max_examples", type=int, help="evaluate on at most this many images or blocks of tokens")
@@ -268,10 +274,16 @@ def check_data(options: argparse.Namespace) -> None:
     check_ranges(options, {"image_max_value": POSITIVE, "seed": script.LIMITS["seed"]})
 
 
-def resolve_kind(options: argparse.Namespace) -> Kind:
-    """The kind of all checkpoints, with its defaults filled in. Raises `ValueError` for flags of another one."""
+def resolve_kind(options: argparse.Namespace, kinds: Sequence[Kind] = KINDS) -> Kind:
+    """The kind of all checkpoints, one of `kinds`, with its defaults filled in.
+
+    Raises:
+        ValueError: it is another kind, or a flag of another kind is set.
+    """
     kind = common_kind(options.checkpoints)
-    for other in KINDS:
+    if kind not in kinds:
+        raise ValueError(f"checkpoint={options.checkpoints[0]!r} is {kind.name}. Give {kinds[0].name}.")
+    for other in kinds:
         script.refuse(options, other.flags if other is not kind else (), kind.name)
     if options.dataset_name is None:
         options.dataset_name = kind.default_dataset

@@ -31,6 +31,7 @@ FILES = {
     "robustness": "evaluate_robustness",
     "sharpness": "evaluate_sharpness",
     "features": "evaluate_features",
+    "forgetting": "evaluate_forgetting",
 }
 
 

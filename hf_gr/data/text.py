@@ -28,11 +28,13 @@ TEXT_FILES = {".parquet": "parquet", ".txt": "text", ".json": "json", ".jsonl": 
 TextDatasets: TypeAlias = DatasetDict | IterableDatasetDict
 
 
-def load_text_dataset(name: str, config: str | None = None, streaming: bool = False) -> TextDatasets:
+def load_text_dataset(
+    name: str, config: str | None = None, streaming: bool = False, flag: str = "dataset_name"
+) -> TextDatasets:
     """`python`, a text, parquet or JSON file, a folder of such files, or a Hub dataset: one document per row.
 
     `python` is the standard library of the running Python, one module per document, in the order of their paths. In a
-    text file, a document is a paragraph: the lines between empty ones.
+    text file, a document is a paragraph: the lines between empty ones. `flag` is named in errors.
     """
     if name == "python":
         if config is not None:
@@ -45,7 +47,7 @@ def load_text_dataset(name: str, config: str | None = None, streaming: bool = Fa
         "Give 'python' (embedded), a file (.txt, .parquet, .json, .jsonl), a folder of such files, or the name of a "
         "dataset on the Hub that can be reached from here."
     )
-    with explained(f"dataset_name={name!r} could not be loaded", remedy):
+    with explained(f"{flag}={name!r} could not be loaded", remedy):
         if kind is not None:
             # By default each line would be a document, without its line break.
             options = {"sample_by": "paragraph"} if kind == "text" else {}
