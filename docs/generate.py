@@ -23,6 +23,7 @@ from hf_gr.models.presets import (
     WIDE_RESNET_PRESETS,
 )
 from hf_gr.optim import OPTIMIZERS
+from hf_gr.optim.fisher import HEADS
 from hf_gr.reporting.arguments import default_of
 from hf_gr.reporting.methods import methods_tables, table
 
@@ -83,6 +84,12 @@ def _choices(helps: dict[str, str]) -> str:
 def entries_table(name: str) -> str:
     if name in ("GR presets", "IRE presets"):
         return "\n".join(_presets(name))
+    if name == "IRE heads":
+        rows = (
+            f"| {head.help} | {', '.join(f'`{ending}`' for ending in head.endings)} | {head.sampling} |"
+            for head in HEADS.values()
+        )
+        return "\n".join(["| models | class names end with | labels drawn |", "|---|---|---|", *rows])
     if name == "Optimizers":  # their equations are too wide for a table
         return "\n\n".join(f"`{key}`: {cls.help}\n\n$$\n{cls.latex}\n$$" for key, cls in OPTIMIZERS.items())
     models = {"ViT": VIT_PRESETS, "Swin": SWIN_PRESETS, "CaiT": CAIT_PRESETS, "ResNet": RESNET_PRESETS}

@@ -4,8 +4,9 @@ Its square is the Gauss-Newton-Bartlett estimate of the diagonal of the Fisher m
 "Sophia", 2023, Algorithm 2): h ~ B g^2, with g = 1/B sum_b grad(-log p(y_b | x_b)) and y_b ~ p(. | x_b).
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,8 +29,13 @@ def sample_labels(logits: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def classification_losses(logits: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
-    """-log p(y | x) for a sampled y per row; rows whose label is -100 are left out."""
-    logits = logits[labels.reshape(-1) != IGNORED]
+    """-log p(y | x) for a sampled y in place of each label that is not -100.
+
+    Args:
+        logits: ... x classes.
+        labels: with the same leading dimensions: one label per example, per token or per masked position.
+    """
+    logits = logits.flatten(0, -2)[labels.flatten() != IGNORED]
     return F.cross_entropy(logits.float(), sample_labels(logits, generator), reduction="none")
 
 
@@ -40,24 +46,138 @@ def causal_lm_losses(logits: Tensor, labels: Tensor, generator: torch.Generator)
         logits: batch x length x vocabulary.
         labels: batch x length, not shifted.
     """
-    logits = logits[:, :-1][labels[:, 1:] != IGNORED]
-    return F.cross_entropy(logits.float(), sample_labels(logits, generator), reduction="none")
+    return classification_losses(logits[:, :-1], _next_tokens(labels), generator)
 
 
-def distribution_of(model: nn.Module) -> str | None:
-    """What the logits of `model` mean: "classification", "causal_lm", or None where that is not known."""
+def multi_label_losses(logits: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
+    """-log p(y_c | x) for every class c of every example: y_c is 1 with probability sigmoid(z_c), and 0 otherwise.
+
+    These are the probabilities that binary cross-entropy assumes; the labels themselves are not used.
+    """
+    logits = logits.float()
+    draws = torch.empty_like(logits).uniform_(generator=generator)
+    sampled = (draws < logits.detach().sigmoid()).to(logits.dtype)
+    return F.binary_cross_entropy_with_logits(logits, sampled, reduction="none")
+
+
+def regression_losses(logits: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
+    """-log p(y | x), up to a constant, for every output z of every example: y is drawn from a Gaussian around z.
+
+    Squared error assumes such a Gaussian. Its variance, here 1, scales the estimate and does not change its order. The
+    labels themselves are not used.
+    """
+    logits = logits.float()
+    sampled = logits.detach() + torch.empty_like(logits).normal_(generator=generator)
+    return 0.5 * (sampled - logits).square()
+
+
+def _same(labels: Tensor) -> Tensor:
+    return labels
+
+
+def _next_tokens(labels: Tensor) -> Tensor:
+    return labels[:, 1:]
+
+
+@dataclass(frozen=True)
+class Head:
+    """What the logits of a kind of model mean.
+
+    Attributes:
+        help: the models, for errors and the docs.
+        endings: of the names of their classes.
+        sampling: how labels are drawn, for the docs.
+        losses: from logits, labels, and a generator to -log p of a drawn label in place of each that counts.
+        applies: whether a model of such a class has this head, given its config.
+        predicted: the part of the labels that can count.
+        allows_fractions: whether labels may be floating-point numbers.
+        feeds_decoder: whether the model makes the inputs of its decoder from the labels.
+    """
+
+    help: str
+    endings: tuple[str, ...]
+    sampling: str
+    losses: Callable[[Tensor, Tensor, torch.Generator], Tensor] = classification_losses
+    applies: Callable[[Any], bool] = lambda config: True
+    predicted: Callable[[Tensor], Tensor] = _same
+    allows_fractions: bool = False
+    feeds_decoder: bool = False
+
+
+def _is_decoder_alone(config: Any) -> bool:
+    return not getattr(config, "is_encoder_decoder", False)
+
+
+def _predicts_next_token(config: Any) -> bool:
+    """Whether an encoder-decoder predicts one token per position; ProphetNet is trained on several."""
+    return not _is_decoder_alone(config) and getattr(config, "ngram", 1) == 1
+
+
+def _problem_type(config: Any) -> str:
+    """As transformers determines it where it is not set."""
+    default = "regression" if getattr(config, "num_labels", 1) == 1 else "single_label_classification"
+    return getattr(config, "problem_type", None) or default
+
+
+#: Known heads. If the name of a class has several of the endings, the first entry that applies counts.
+HEADS = {
+    "masked_lm": Head(
+        "masked language models",
+        ("ForMaskedLM", "WithLMHeadModel", "XLNetLMHeadModel"),  # the last two do not shift labels either
+        "at each position with a label, from its softmax",
+    ),
+    "causal_lm": Head(
+        "causal language models",
+        ("ForCausalLM", "LMHeadModel"),
+        "at each position whose next token has a label, from its softmax",
+        losses=causal_lm_losses,
+        applies=_is_decoder_alone,
+        predicted=_next_tokens,
+    ),
+    "seq2seq": Head(
+        "encoder-decoder language models",
+        ("ForConditionalGeneration",),
+        "at each position of the decoder with a label, from its softmax; the decoder reads the original labels",
+        applies=_predicts_next_token,
+        feeds_decoder=True,
+    ),
+    "token_classification": Head(
+        "token classifiers", ("ForTokenClassification",), "for each token with a label, from its softmax"
+    ),
+    "multiple_choice": Head(
+        "multiple-choice models", ("ForMultipleChoice",), "for each example, from the softmax over its choices"
+    ),
+    "classification": Head(
+        "single-label classifiers of images and sequences",
+        ("ForImageClassification", "ForSequenceClassification"),
+        "for each example, from the softmax over the classes",
+        applies=lambda config: _problem_type(config) == "single_label_classification",
+    ),
+    "multi_label": Head(
+        "multi-label classifiers of images and sequences",
+        ("ForImageClassification", "ForSequenceClassification"),
+        "for each class of each example, 0 or 1, independently",
+        losses=multi_label_losses,
+        applies=lambda config: _problem_type(config) == "multi_label_classification",
+        allows_fractions=True,
+    ),
+    "regression": Head(
+        "regressions of images and sequences with squared error",
+        ("ForImageClassification", "ForSequenceClassification"),
+        "for each output of each example, from a Gaussian around it",
+        losses=regression_losses,
+        applies=lambda config: _problem_type(config) == "regression",
+        allows_fractions=True,
+    ),
+}
+
+
+def head_of(model: nn.Module) -> Head | None:
+    """What the logits of `model` mean; None where that is not known."""
     unwrap = getattr(model, "get_base_model", None)  # of peft
     inner = unwrap() if unwrap is not None else model
     name, config = type(inner).__name__, getattr(inner, "config", None)
-    if name.endswith(("ForCausalLM", "LMHeadModel")) and not getattr(config, "is_encoder_decoder", False):
-        return "causal_lm"
-    if name.endswith(("ForImageClassification", "ForSequenceClassification")):
-        is_softmax = getattr(config, "num_labels", 1) > 1 and getattr(config, "problem_type", None) in (
-            None,
-            "single_label_classification",
-        )
-        return "classification" if is_softmax else None
-    return None
+    return next((head for head in HEADS.values() if name.endswith(head.endings) and head.applies(config)), None)
 
 
 def first_rows(inputs: dict[str, Any], rows: int, batch_size: int) -> dict[str, Any]:

@@ -6,7 +6,6 @@ each process would choose different coordinates.
 """
 
 import math
-from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -17,15 +16,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import find_batch_size
 from torch import Tensor, nn
 
-from ..optim.fisher import (
-    IGNORED,
-    causal_lm_losses,
-    classification_losses,
-    distribution_of,
-    first_rows,
-    layer_kinds,
-    without_randomness,
-)
+from ..optim.fisher import HEADS, IGNORED, Head, first_rows, head_of, layer_kinds, without_randomness
 from ..optim.gradient_regularization import gradients_set_aside, scale_gradients_
 from ..optim.ire import ESTIMATED_MASKS, IRE
 from ..optim.pass_state import RNGState
@@ -37,10 +28,8 @@ from .recording import Recorder
 
 logger = get_logger(__name__)
 
-LOSSES: dict[str | None, Callable[[Tensor, Tensor, torch.Generator], Tensor]] = {
-    "classification": classification_losses,
-    "causal_lm": causal_lm_losses,
-}
+#: Inputs of a decoder; if a batch has one of them, the model does not make it from the labels.
+DECODER_INPUTS = {"decoder_input_ids", "decoder_inputs_embeds"}
 
 
 class FlatCoordinates(Part):
@@ -75,12 +64,7 @@ class FlatCoordinates(Part):
                 f"ire_kappa={kappa}: IRE draws labels for the step's batch, and a batch of {name} has none. Override "
                 "the trainer's ire_sampled_losses, or set ire_kappa=0."
             )
-        if distribution_of(trainer.model) is None:
-            raise ValueError(
-                f"ire_kappa={kappa}: IRE draws labels from the distribution that the model predicts, and supports "
-                "causal language models and single-label classifiers of images and sequences, not "
-                f"{type(trainer.model).__name__}. Override the trainer's ire_sampled_losses, or set ire_kappa=0."
-            )
+        _head(trainer)
 
     # ---- Schedule ----
 
@@ -223,7 +207,8 @@ class FlatCoordinates(Part):
         parts = self._select(batch_samples)
         # Any scale common to all parts and processes gives the same order. This one makes the loss a mean, like the
         # training loss, to which a gradient scaler is tuned.
-        count = sum(_label_count(part) for part in parts)
+        head = head_of(trainer.model)
+        count = sum(_label_count(part, head) for part in parts)
         total = accelerator.reduce(torch.tensor(float(count), device=trainer.args.device), "sum").item()
         if total == 0:
             return False
@@ -326,24 +311,39 @@ def sampled_losses(trainer: Host, model: nn.Module, inputs: dict[str, Any], gene
         return 0.5 * (y - mean).square()
     ```
     """
-    labels = inputs.get("labels")
-    if labels is None or labels.is_floating_point():
+    head, labels = _head(trainer), inputs.get("labels")
+    if labels is None or (labels.is_floating_point() and not head.allows_fractions):
         kind = "no labels" if labels is None else f"labels of {labels.dtype}"
         raise ValueError(
             f"ire_kappa={trainer.ire.optimizer.kappa}: the batch has {kind}, and IRE must know which positions count, "
-            "each with one class. Override the trainer's ire_sampled_losses, or set ire_kappa=0."
+            "each with one class. Override the trainer's ire_sampled_losses, set the model's config.problem_type if it "
+            "has several labels per example, or set ire_kappa=0."
         )
-    outputs = model(**{key: value for key, value in inputs.items() if key != "labels"})
-    logits = outputs["logits"] if isinstance(outputs, dict) else outputs[0]
-    return LOSSES[distribution_of(trainer.model)](logits, labels, generator)
+    if not head.feeds_decoder or DECODER_INPUTS & inputs.keys():
+        inputs = {key: value for key, value in inputs.items() if key != "labels"}
+    outputs = model(**inputs)
+    logits = outputs["logits"] if isinstance(outputs, dict) else outputs["labels" in inputs]  # a loss comes first
+    return head.losses(logits, labels, generator)
+
+
+def _head(trainer: Host) -> Head:
+    head = head_of(trainer.model)
+    if head is None:
+        known = ", ".join(head.help for head in HEADS.values())
+        raise ValueError(
+            f"ire_kappa={trainer.gr_args.ire_kappa}: IRE draws labels from the distribution that the model predicts, "
+            f"and supports {known}, not {type(trainer.model).__name__}. Override the trainer's ire_sampled_losses, or "
+            "set ire_kappa=0."
+        )
+    return head
 
 
 def _row_count(parts: list[dict[str, Any]]) -> int:
     return sum(find_batch_size(inputs) or 1 for inputs in parts)
 
 
-def _label_count(inputs: dict[str, Any]) -> int:
+def _label_count(inputs: dict[str, Any], head: Head | None) -> int:
     labels = inputs.get("labels")
     if not isinstance(labels, Tensor):
         return find_batch_size(inputs) or 1
-    return int(((labels[:, 1:] if labels.dim() > 1 else labels) != IGNORED).sum())  # a first token is not predicted
+    return int(((labels if head is None else head.predicted(labels)) != IGNORED).sum())

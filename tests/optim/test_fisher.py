@@ -6,15 +6,32 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoModelForSequenceClassification, BertConfig, T5Config, T5ForConditionalGeneration
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BertForMultipleChoice,
+    BertForPreTraining,
+    BertForQuestionAnswering,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    BertLMHeadModel,
+    ProphetNetConfig,
+    ProphetNetForConditionalGeneration,
+    T5Config,
+    T5ForConditionalGeneration,
+    T5ForSequenceClassification,
+    XLNetConfig,
+    XLNetLMHeadModel,
+)
 
 from helpers import toys
 from hf_gr import IRE
 from hf_gr.optim.fisher import (
+    HEADS,
     causal_lm_losses,
     classification_losses,
-    distribution_of,
     first_rows,
+    head_of,
     layer_kinds,
     sample_labels,
     without_randomness,
@@ -79,28 +96,107 @@ def test_language_model_counts_each_position_with_a_label_once():
     assert not weight.grad.any()
 
 
-def test_distribution_is_known_or_not():
-    assert distribution_of(toys.llama()) == "causal_lm"
-    assert distribution_of(toys.vit()) == "classification"
-    assert distribution_of(nn.Linear(2, 2)) is None
-    tiny = {
-        "hidden_size": 8,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 1,
-        "intermediate_size": 8,
-        "vocab_size": 20,
-    }
-    for labels, problem, expected in (
-        (3, None, "classification"),
-        (1, None, None),
-        (3, "multi_label_classification", None),
-    ):
-        model = AutoModelForSequenceClassification.from_config(
-            BertConfig(**tiny, num_labels=labels, problem_type=problem)
-        )
-        assert distribution_of(model) == expected
-    t5 = T5Config(vocab_size=20, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
-    assert distribution_of(T5ForConditionalGeneration(t5)) is None
+#: For each head, the shape of the logits of one batch and its labels; -100 does not count.
+CASES = {
+    "masked_lm": ((2, 3, 4), [[-100, 2, -100], [0, -100, 3]]),
+    "causal_lm": ((2, 3, 4), [[-100, 2, -100], [0, -100, 3]]),
+    "seq2seq": ((1, 3, 4), [[1, 0, -100]]),
+    "token_classification": ((2, 2, 3), [[-100, 1], [2, 0]]),
+    "multiple_choice": ((2, 4), [3, 0]),
+    "classification": ((3, 4), [1, -100, 2]),
+    "multi_label": ((2, 3), [[1.0, 0.0, 1.0], [0.0, 0.0, 0.0]]),
+    "regression": ((3, 1), [0.5, -1.0, 2.0]),
+}
+
+
+def covariance(name: str, logits: torch.Tensor) -> torch.Tensor:
+    """The Fisher matrix of one position with respect to its logits, in closed form."""
+    if name == "regression":
+        return torch.eye(logits.shape[-1])
+    if name == "multi_label":
+        p = logits.sigmoid()
+        return torch.diag_embed(p * (1 - p))
+    p = logits.softmax(-1)
+    return torch.diag_embed(p) - p[..., :, None] * p[..., None, :]
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_mean_of_the_estimate_is_the_exact_fisher_matrix_of_the_head(name):
+    draws, (shape, labels) = 20_000, CASES[name]
+    base, labels = torch.randn(shape, generator=generator(3)), torch.tensor(labels)
+    logits = base.expand(draws, *shape).flatten(0, 1).clone().requires_grad_()
+    losses = HEADS[name].losses(logits, labels.expand(draws, *labels.shape).flatten(0, 1), generator())
+    losses.sum().backward()
+    scores = logits.grad.view(draws, *shape)
+    estimate = torch.einsum("n...i,n...j->...ij", scores, scores) / draws
+
+    counts = torch.ones(shape[:-1]) if HEADS[name].allows_fractions else (labels != -100).float()
+    if name == "causal_lm":  # a position predicts the token after it; the last one predicts none
+        counts = torch.cat([counts[:, 1:], torch.zeros(len(counts), 1)], dim=1)
+    exact = covariance(name, base) * counts[..., None, None]
+    # Five standard deviations of a mean of products whose variance is at most 2: 0.05.
+    torch.testing.assert_close(estimate, exact, rtol=0, atol=0.05)
+    assert (estimate[counts == 0] == 0).all()
+    per_position = shape[-1] if HEADS[name].allows_fractions else 1
+    assert losses.numel() == draws * counts.sum() * per_position
+
+
+def test_estimate_of_a_masked_language_model_is_its_exact_fisher_diagonal():
+    """Down to the weights: the sum over all words at both masked positions, against the mean of 3000 draws."""
+    torch.manual_seed(0)
+    model = tiny_bert(BertForMaskedLM, vocab_size=6).eval()
+    ids, labels = torch.tensor([[2, 1, 3, 1]]), torch.tensor([[-100, 4, -100, 5]])
+    bias = model.cls.predictions.bias
+    weight = model.bert.encoder.layer[0].output.dense.bias
+    model.cls.predictions.decoder.weight.data.mul_(20)  # far from uniform
+    logits = model(ids).logits
+
+    def gradient(loss):
+        return torch.cat(torch.autograd.grad(loss, (bias, weight), retain_graph=True))
+
+    log_p = logits[0, labels[0] != -100].log_softmax(-1)
+    exact = sum(p.exp().item() * gradient(-p).square() for p in log_p.flatten())
+    draw, total = generator(), 0.0
+    for _ in range(3000):
+        total = total + gradient(HEADS["masked_lm"].losses(logits, labels, draw).sum()).square()
+    torch.testing.assert_close(total / 3000, exact, rtol=0.15, atol=1e-3 * exact.max().item())
+    assert torch.corrcoef(torch.stack([total, exact]))[0, 1] > 0.999
+
+
+def tiny_bert(cls, **settings):
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+    return cls(BertConfig(**{"vocab_size": 20, **sizes, **settings}))
+
+
+def test_head_is_known_or_not():
+    single, multi = {"num_labels": 3}, {"num_labels": 3, "problem_type": "multi_label_classification"}
+    t5 = {"vocab_size": 20, "d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2}
+    prophet = {"vocab_size": 20, "hidden_size": 8, "encoder_ffn_dim": 8, "decoder_ffn_dim": 8}
+    prophet |= {f"num_{side}_{kind}": 1 for side in ("encoder", "decoder") for kind in ("layers", "attention_heads")}
+    expected = [
+        (toys.llama(), "causal_lm"),
+        (tiny_bert(BertLMHeadModel, is_decoder=True), "causal_lm"),
+        (toys.vit(), "classification"),
+        (tiny_bert(BertForMaskedLM), "masked_lm"),
+        (XLNetLMHeadModel(XLNetConfig(vocab_size=20, d_model=8, n_layer=1, n_head=2, d_inner=8)), "masked_lm"),
+        (tiny_bert(BertForTokenClassification), "token_classification"),
+        (tiny_bert(BertForMultipleChoice), "multiple_choice"),
+        (tiny_bert(BertForSequenceClassification, **single), "classification"),
+        (tiny_bert(BertForSequenceClassification, **multi), "multi_label"),
+        (tiny_bert(BertForSequenceClassification, num_labels=1), "regression"),
+        (tiny_bert(BertForSequenceClassification, num_labels=2, problem_type="regression"), "regression"),
+        (T5ForConditionalGeneration(T5Config(**t5)), "seq2seq"),
+        (T5ForSequenceClassification(T5Config(**t5, num_labels=3)), "classification"),
+    ]
+    for model, name in expected:
+        assert head_of(model) is HEADS[name], type(model).__name__
+    unknown = [
+        nn.Linear(2, 2),
+        tiny_bert(BertForPreTraining),
+        tiny_bert(BertForQuestionAnswering),
+        ProphetNetForConditionalGeneration(ProphetNetConfig(**prophet)),  # three tokens per position
+    ]
+    assert [head_of(model) for model in unknown] == [None] * 4
 
 
 def test_first_rows_cuts_what_is_per_example():

@@ -2,13 +2,25 @@
 
 import copy
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import T5Config, T5ForConditionalGeneration, TrainerCallback, set_seed
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BertForMultipleChoice,
+    BertForQuestionAnswering,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    T5Config,
+    T5ForConditionalGeneration,
+    TrainerCallback,
+    set_seed,
+)
 
 from helpers import toys
 from helpers.reference import flat_masks, sampled_label_gradient
@@ -584,14 +596,103 @@ def test_refuses_a_start_after_the_end(tmp_path):
         run(toys.vit(), toys.images(), tmp_path, **{**IRE_FLAGS, "ire_start_step": 6})
 
 
+# ---- Heads ----
+
+
 def t5():
-    return T5ForConditionalGeneration(T5Config(vocab_size=20, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2))
+    set_seed(0)
+    sizes = {"d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2}
+    return T5ForConditionalGeneration(T5Config(vocab_size=20, **sizes, decoder_start_token_id=0))
+
+
+def bert(cls, **settings):
+    def create():
+        set_seed(0)
+        sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+        return cls(BertConfig(vocab_size=20, max_position_embeddings=8, **sizes, **settings))
+
+    return create
+
+
+def examples(shape, labels):
+    """Six of them, with tokens of this shape."""
+    draw = torch.Generator().manual_seed(0)
+    ids = torch.randint(2, 20, (6, *shape), generator=draw)
+    return [{"input_ids": row, "labels": torch.tensor(labels)} for row in ids]
+
+
+HEADS = {  # a model, examples, and how many labels of the six are drawn
+    "masked_lm": (bert(BertForMaskedLM), examples((4,), [-100, 7, -100, 3]), 12),
+    "token_classification": (bert(BertForTokenClassification), examples((4,), [-100, 0, 1, 1]), 18),
+    "multiple_choice": (bert(BertForMultipleChoice), examples((3, 4), 2), 6),
+    "multi_label": (
+        bert(BertForSequenceClassification, num_labels=3, problem_type="multi_label_classification"),
+        examples((4,), [1.0, 0.0, 1.0]),
+        18,
+    ),
+    "regression": (bert(BertForSequenceClassification, num_labels=1), examples((4,), 0.5), 6),
+    "seq2seq": (t5, examples((4,), [5, 9, 1, -100, -100]), 18),
+}
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_head_is_trained_and_its_coordinates_are_chosen(name, tmp_path):
+    create, data, count = HEADS[name]
+    drawn = []
+
+    class Counts(GRTrainer):
+        def ire_sampled_losses(self, model, inputs, generator):
+            losses = super().ire_sampled_losses(model, inputs, generator)
+            drawn.append(losses.numel())
+            return losses
+
+    flags = {"gr_lambda": 0, "ire_interval": 1, "max_steps": 1, "per_device_train_batch_size": 6}
+    without = run(create(), data, tmp_path, **flags)
+    trainer = run(create(), data, tmp_path, cls=Counts, ire_kappa=2.0, ire_start_step=0, **flags)
+    assert drawn == [count]
+    changed = [
+        (trainer.ire_optimizer._masks[p].bool(), p, q)
+        for p, q in zip(trainer.model.parameters(), without.model.parameters(), strict=True)
+    ]
+    amplified = sum(mask.sum() for mask, *_ in changed) / sum(mask.numel() for mask, *_ in changed)
+    assert 0.59 < amplified < 0.65
+    assert any(not torch.equal(p[mask], q[mask]) for mask, p, q in changed)
+    assert all(torch.equal(p[~mask], q[~mask]) for mask, p, q in changed)
+    assert trainer.state.log_history[0]["ire_flat_fraction"] == pytest.approx(amplified.item())
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_decoder_reads_the_original_labels_and_predicts_the_drawn_ones(smoothing, spy, tmp_path):
+    """Also with label smoothing, for which the batch has the inputs of the decoder."""
+    data = HEADS["seq2seq"][1]
+    decoder_inputs = torch.tensor([[0, 5, 9, 1, 0]])  # the labels, shifted; -100 is padding
+    if smoothing:
+        data = [{**example, "decoder_input_ids": decoder_inputs[0]} for example in data]
+    flags = {**IRE_FLAGS, "ire_start_step": 0, "max_steps": 1, "per_device_train_batch_size": 6, "seed": 5}
+    trainer = run(t5(), data, tmp_path, callbacks=[spy], label_smoothing_factor=smoothing, **flags)
+    model = t5()
+    inputs = {key: torch.stack([example[key] for example in data]) for key in ("input_ids", "labels")}
+
+    class Shifted(nn.Module):  # for the reference, which knows only input_ids
+        def __init__(self):
+            super().__init__()
+            self.t5 = model
+
+        def forward(self, input_ids):
+            logits = model(input_ids, decoder_input_ids=decoder_inputs.expand(6, -1)).logits
+            return SimpleNamespace(logits=logits.flatten(0, 1))
+
+    batch = {"input_ids": inputs["input_ids"], "labels": inputs["labels"].flatten()}
+    expected = sampled_label_gradient(Shifted(), [[batch]], 5, 0)
+    ((_, grads, _),) = spy.updates
+    for p, reference in zip(trainer.model.parameters(), expected, strict=True):
+        torch.testing.assert_close(grads[p], reference, rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.parametrize(
     ("model", "flags", "message"),
     [
-        (t5, {}, "IRE .* supports .*, not T5ForConditionalGeneration"),
+        (bert(BertForQuestionAnswering), {}, "IRE .* supports .*masked.*, not BertForQuestionAnswering"),
         (
             lambda: toys.vit().bfloat16(),
             {},
@@ -610,7 +711,8 @@ def test_refused_at_construction(model, flags, message, tmp_path):
 
 def test_a_control_needs_no_distribution(tmp_path):
     flags = {"gr_lambda": 0, "ire_kappa": 1.0, "ire_mask": "uniform"}
-    GRTrainer(model=t5(), args=GRConfig(**toys.arguments(tmp_path, **flags)))
+    model = bert(BertForQuestionAnswering)()
+    GRTrainer(model=model, args=GRConfig(**toys.arguments(tmp_path, **flags)))
 
 
 def test_batches_without_labels_are_named(tmp_path):
