@@ -251,3 +251,11 @@ def test_the_loop_of_the_docstring(tmp_path):
             p -= SGD["learning_rate"] * p.grad
     expected = reference(toys.llama().double(), [batch])
     assert relative_error_of_path([expected[0], toys.weights(model)], expected) <= 1e-6
+
+
+def test_half_precision_weights(tmp_path):
+    """The first pass has logits in bfloat16, the second in float32."""
+    flags = {"gr_half_precision_weights": True, "learning_rate": 1.0}
+    functional = train(tmp_path, toys.llama().bfloat16(), **flags)
+    exact = train(tmp_path, toys.llama(), **flags | {"gr_half_precision_weights": False})
+    assert relative_error_of_path([w.float() for w in functional], exact) < 0.2
