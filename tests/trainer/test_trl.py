@@ -263,9 +263,7 @@ def test_the_reference_is_the_same_in_both_passes(case, folder, tmp_path):
         if not torch.is_grad_enabled():
             outputs[trainer.gr_second_pass].append(output.log_probs.clone())
 
-    for model in (trainer.model, trainer.ref_model):
-        if model is not None:
-            model.register_forward_hook(watch)
+    (trainer.ref_model or trainer.model).register_forward_hook(watch)
     frozen = {name: p.clone() for name, p in trainer.model.named_parameters() if not p.requires_grad}
     trainer.train()
     assert len(outputs[True]) >= 4 and all(map(torch.equal, outputs[True], outputs[False]))
@@ -281,6 +279,7 @@ def test_a_reference_that_follows_the_model_follows_the_unperturbed_one(folder, 
     assert torch.equal(after, toys.weights(trainer.model)) and not torch.equal(after, before)
 
 
+@pytest.mark.filterwarnings("ignore:Careful, disabling adapter layers with bias")  # peft says it, too
 def test_refuses_a_reference_that_shares_trained_weights(folder, tmp_path):
     with pytest.raises(ValueError, match=r"shares a trained weight \(.*bias\).* set precompute_ref_log_probs=True"):
         with_gr_on("DPO", tmp_path, folder, adapter="biased")
