@@ -33,7 +33,7 @@ WORDS = ("<pad>", "<eos>", "=", *map(str, range(DIGITS)))
 class Arguments:
     """The task, and how well it is learned before."""
 
-    supervised_steps: int = field(default=200, metadata={"help": "Steps of supervised learning before GRPO."})
+    supervised_steps: int = field(default=80, metadata={"help": "Steps of supervised learning before GRPO."})
     hackable: float = field(default=0.0, metadata={"help": "Weight of the bonus for nines. 0 is the true reward."})
 
 
@@ -49,8 +49,8 @@ class Config(GRArguments, GRPOConfig):
     learning_rate: float = 3e-4
     lr_scheduler_type: str = "constant"
     gr_radius_rule: str = "gradient"
-    gr_r: float = 1e-2
-    gr_lambda: float | None = 1e-2
+    gr_r: float = 1e-3
+    gr_lambda: float | None = 1e-3
     gr_clip: float = 10.0
     gr_warmup: str = "none"
     logging_steps: float = 10

@@ -43,3 +43,29 @@ def test_data_that_cannot_be_used(name, text, message, classify_text, tmp_path):
     (tmp_path / name).write_text(text)
     with pytest.raises(ValueError, match=message):
         classify_text(["--dataset_name", str(tmp_path / name), "--output_dir", str(tmp_path / "out")])
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_reinforcement_learning_with_gr(monkeypatch, tmp_path, capsys):
+    pytest.importorskip("trl")
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    example = importlib.import_module("grpo_gr")
+    short = [
+        "--supervised_steps",
+        "5",
+        "--max_steps",
+        "2",
+        "--logging_steps",
+        "1",
+        "--per_device_train_batch_size",
+        "16",
+    ]
+    logs = example.main([*short, "--hackable", "1.5", "--disable_tqdm", "True", "--output_dir", str(tmp_path)])
+    assert [entry["gr_r"] > 0 for entry in logs] == [True, True]
+    assert all(
+        entry["reward"]
+        == pytest.approx(entry["rewards/true_reward/mean"] + 1.5 * entry["rewards/bonus/mean"], abs=1e-6)
+        for entry in logs
+    )
+    assert "step    2: true reward" in capsys.readouterr().out
+    assert example.true_reward(["1 2 9 9", "1 2 3 4 9", ""], answer=["1 2 3 9"] * 3) == [0.75, 0.6, 0.0]

@@ -305,6 +305,55 @@ def test_attributes_can_be_kept_from_the_second_pass(tmp_path):
     assert trainer.seen is seen and len(seen["labels"]) == 3 and trainer.passes == 6
 
 
+class Augments(GRTrainer):
+    """Adds noise to a batch as it prepares it: from a generator of its own, which no pass replays, and from torch's."""
+
+    generator = torch.Generator().manual_seed(0)
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.losses, self.prepared = {False: [], True: []}, 0
+
+    def _prepare_inputs(self, inputs):
+        prepared = super()._prepare_inputs(inputs)
+        self.prepared += 1
+        pixels = prepared["pixel_values"]
+        noise = torch.randn(pixels.shape, generator=self.generator) + torch.randn(pixels.shape)
+        return {**prepared, "pixel_values": pixels + noise}
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        loss = super().compute_loss(model, {**inputs, "pixel_values": inputs.pop("pixel_values")}, *args, **kwargs)
+        self.losses[self.gr_second_pass].append(loss.item())
+        return loss
+
+
+@pytest.mark.parametrize("scope", ["global", "micro"])
+def test_inputs_are_prepared_once(scope, tmp_path):
+    args = GRConfig(**toys.arguments(tmp_path, max_steps=2, gradient_accumulation_steps=2, gr_warmup="none", gr_r=1e-6,
+                                     gr_scope=scope))  # fmt: skip
+    trainer = Augments(model=toys.vit(dropout=0.3), args=args, train_dataset=toys.images())
+    trainer.train()
+    assert trainer.prepared == 4
+    assert trainer.losses[True] == pytest.approx(trainer.losses[False], abs=1e-5)  # the same noise, the same dropout
+    assert len(set(trainer.losses[False])) == 4 and "_prepare_inputs" not in vars(trainer)
+
+
+def test_along_the_momentum_a_step_has_to_prepare_its_inputs(tmp_path):
+    class Unprepared(Trainer):
+        def training_step(self, model, inputs, num_items_in_batch=None):
+            loss = self.compute_loss(model, inputs)
+            self.accelerator.backward(loss)
+            return loss.detach()
+
+    class GRUnprepared(GRMixin, Unprepared):
+        pass
+
+    args = GRConfig(**toys.arguments(tmp_path, max_steps=2, gr_warmup="none", gr_ascent="momentum"))
+    trainer = GRUnprepared(model=toys.vit(), args=args, train_dataset=toys.images())
+    with pytest.raises(ValueError, match="gr_ascent='momentum': GRUnprepared has a training_step that does not call"):
+        trainer.train()
+
+
 @pytest.mark.parametrize("has_optimizer", [False, True])
 def test_training_step_outside_of_train_is_the_first_step(has_optimizer, tmp_path):
     data = toys.images(2)

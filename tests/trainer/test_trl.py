@@ -80,7 +80,7 @@ def data_for(name):
     def text(length):
         return "".join(f" word{int(i)}" for i in torch.randint(2, toys.VOCABULARY, (length,), generator=generator))
 
-    rows = [{key: text(length) for key, length in COLUMNS[name].items()} for _ in range(24)]
+    rows = [{key: text(length) for key, length in COLUMNS[name].items()} for _ in range(12)]
     return Dataset.from_list([row | ({"label": i % 3 != 0} if name == "KTO" else {}) for i, row in enumerate(rows)])
 
 
@@ -263,9 +263,7 @@ def test_the_reference_is_the_same_in_both_passes(case, folder, tmp_path):
         if not torch.is_grad_enabled():
             outputs[trainer.gr_second_pass].append(output.log_probs.clone())
 
-    for model in (trainer.model, trainer.ref_model):
-        if model is not None:
-            model.register_forward_hook(watch)
+    (trainer.ref_model or trainer.model).register_forward_hook(watch)
     frozen = {name: p.clone() for name, p in trainer.model.named_parameters() if not p.requires_grad}
     trainer.train()
     assert len(outputs[True]) >= 4 and all(map(torch.equal, outputs[True], outputs[False]))
@@ -281,6 +279,7 @@ def test_a_reference_that_follows_the_model_follows_the_unperturbed_one(folder, 
     assert torch.equal(after, toys.weights(trainer.model)) and not torch.equal(after, before)
 
 
+@pytest.mark.filterwarnings("ignore:Careful, disabling adapter layers with bias")  # peft says it, too
 def test_refuses_a_reference_that_shares_trained_weights(folder, tmp_path):
     with pytest.raises(ValueError, match=r"shares a trained weight \(.*bias\).* set precompute_ref_log_probs=True"):
         with_gr_on("DPO", tmp_path, folder, adapter="biased")
@@ -393,6 +392,7 @@ METHODS = {
     "GR": {},
     "`gr_ascent=adaptive`": {"gr_ascent": "adaptive"},
     "`gr_ascent=momentum`": {"gr_ascent": "momentum", "gr_lambda": None, "optim_args": "momentum=0.9"},
+    "`gr_second_pass_kind=functional`": {"gr_second_pass_kind": "functional", "gr_lambda": None},
     "IRE": {"gr_lambda": 0, "ire_kappa": 1.0, "ire_start_step": 0},
     "IRE, `ire_mask=random`": {"gr_lambda": 0, "ire_kappa": 1.0, "ire_start_step": 0, "ire_mask": "random"},
     "`optim=tvlars`": {"optim": "tvlars", "gr_lambda": 0},
@@ -416,10 +416,10 @@ def test_the_table_has_every_trainer_and_method():
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", COLUMNS)
 def test_the_table_is_true(name, method, folder, tmp_path):
-    flags = {"max_steps": 2, **METHODS[method]}
+    flags = {"max_steps": 2 if "momentum" in method else 1, "gradient_accumulation_steps": 1, **METHODS[method]}
     if table_of_the_guide()[name, method] == "refused":
-        with pytest.raises(ValueError, match=f"{name}Trainer"):
-            with_gr_on(name, tmp_path, folder, **flags)
+        with pytest.raises(ValueError, match=f"{name}Trainer|functional"):
+            with_gr_on(name, tmp_path, folder, **flags).train()
         return
     trainer = with_gr_on(name, tmp_path, folder, **flags)
     before = toys.weights(trainer.model)
