@@ -15,7 +15,7 @@ from accelerate.utils import broadcast_object_list
 from filelock import FileLock, Timeout
 from transformers import TrainingArguments
 
-from ..reporting.record import FILE
+from ..reporting.record import FILE, FRONTIER
 from ..trainer.checkpoints import LAST, SUPERSEDED, checkpoints
 
 logger = logging.getLogger(__name__)
@@ -35,6 +35,7 @@ RESULTS = (
     "trainer_state.json",
     "*_results.json",
     FILE,
+    FRONTIER,
 )
 #: Files that describe the results, and are removed with them.
 DESCRIPTIONS = (

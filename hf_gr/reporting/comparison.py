@@ -32,7 +32,7 @@ AXES = {
 EQUAL_COSTS = {"passes": "train_passes", "seconds": "train_seconds"}
 #: Columns of the tidy table besides a run's coordinates: these, and whatever begins with one of `MEASURES`.
 COSTS = ("train_seconds", "train_passes", "train_tokens", "peak_memory_bytes")
-MEASURES = ("eval_", "test_", "sharpness_", "train_wrong_labels", "train_accuracy_", "correlation_")
+MEASURES = ("eval_", "test_", "sharpness_", "forgetting", "train_wrong_labels", "train_accuracy_", "correlation_")
 NAME_COLUMNS = ("model", "dataset", "optimizer")
 PUBLISHED_COLUMNS = (*NAME_COLUMNS, "method", "mean", "std")
 

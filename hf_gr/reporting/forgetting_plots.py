@@ -33,5 +33,6 @@ def plot_forgetting(groups: Mapping[str, Sequence[Sequence[Point]]], path: Path,
     axis.invert_xaxis()
     axis.grid(alpha=0.3)
     axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(frameon=False)
+    if axis.get_legend_handles_labels()[0]:  # none before a run has finished
+        axis.legend(frameon=False)
     figure.savefig(path, dpi=120)

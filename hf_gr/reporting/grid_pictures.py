@@ -11,11 +11,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ..analysis.forgetting import Point
 from ..errors import extra
 from .comparison import finite, grouped, label_of, mean, measure_of, metric_of, name_of
+from .forgetting_plots import plot_forgetting
 from .grid import Run
 from .grid_file import Grid
 from .plots import BLUE, COLORS, make_logarithmic
+from .record import FRONTIER, read_mapping
 
 with extra("report"):
     from matplotlib.artist import Artist
@@ -269,6 +272,20 @@ def _obstacles(axis: Axes, box: Bbox, taken: Sequence[Bbox]) -> int:
     return box.count_overlaps(taken) + (0 if inside is not None and np.allclose(inside, box) else 100)
 
 
+# ---- Forgetting ----
+
+
+def plot_forgetting_of_arms(grid: Grid, runs: Sequence[Run], path: Path) -> None:
+    """Pretraining loss against fine-tuning loss, of runs with `final_forgetting`: see `plot_forgetting`."""
+    measured = [run for run in runs if (run.folder / FRONTIER).is_file()]
+    found = {run.folder: read_mapping(run.folder / FRONTIER) for run in measured}
+    arms = {
+        arm: [[Point(**point) for point in found[run.folder]["frontier"]] for run in members]
+        for (arm,), members in grouped(measured, ["arm"])
+    }
+    plot_forgetting(arms, path, next((frontier["target_loss"] for frontier in found.values()), None))
+
+
 # ---- Help or harm ----
 
 
@@ -331,6 +348,9 @@ PICTURES = {
     "sensitivity": Picture(plot_sensitivity, range(1, 2), "the metric against the axis"),
     "heat_map": Picture(plot_heat_map, range(2, 3), "the metric over two axes", with_curves=False),
     "frontier": Picture(plot_frontier, range(10), "the metric against the passes, and the lowest that they reach"),
+    "forgetting": Picture(
+        plot_forgetting_of_arms, range(1), "pretraining loss against fine-tuning loss", with_curves=False
+    ),
     "harmful": Picture(plot_harmful, range(1, 10), "the metric, the gauge and ||g1|| against the first axis"),
 }
 

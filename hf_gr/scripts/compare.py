@@ -59,7 +59,7 @@ METRICS = {
         "test_ece",
     ),
     "pretrain_barlow_twins.py": ["eval_knn_error"],
-    "pretrain_llama.py": ["eval_loss", "eval_perplexity"],
+    "pretrain_llama.py": ["eval_loss", "eval_perplexity", "forgetting"],
     "finetune_llama_lora.py": ["eval_loss", "eval_perplexity"],
 }
 

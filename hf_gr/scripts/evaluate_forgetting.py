@@ -49,8 +49,6 @@ from ..errors import extra
 with extra("report"):
     from ..reporting.forgetting_plots import plot_forgetting
 
-#: Blocks that each loss is measured on, unless --max_examples is given; they are measured many times.
-MAX_EXAMPLES = 200
 RECORDED = ("dataset_name", "finetune_dataset_name", "batch_size", "max_examples")
 #: Result -> its column in the table.
 SHOWN = {
@@ -100,7 +98,11 @@ def report(options: argparse.Namespace, target: float, checkpoints: dict[str, An
         f"{options.eval_steps} of at most {options.max_steps} steps.",
         f"- Target: fine-tuning loss {target:.4g}{origin}; interpolated between the two measured points around it.",
     ]
-    lines += [f"- {name} {why}: no value." for name, found in checkpoints.items() if (why := missing(found, target))]
+    lines += [
+        f"- {name} {why}: no value."
+        for name, found in checkpoints.items()
+        if (why := forgetting.why_missing(points_of(found), target))
+    ]
     rows = [[name, *(cell([found["results"][key]]) for key in SHOWN)] for name, found in checkpoints.items()]
     text = "\n".join([*lines, "", *table("checkpoint", rows)])
     if not options.labels:
@@ -108,17 +110,6 @@ def report(options: argparse.Namespace, target: float, checkpoints: dict[str, An
     groups = grouped(options.labels, [found["results"] for found in checkpoints.values()])
     rows = [[f"{name} ({len(r)})", *(cell([x[key] for x in r]) for key in SHOWN)] for name, r in groups.items()]
     return "\n".join([text, "", *table("mean ± standard deviation (checkpoints)", rows)])
-
-
-def missing(found: dict[str, Any], target: float) -> str:
-    """Why a checkpoint has no value at the target; empty if it has one."""
-    if found["results"]["forgetting"] is not None:
-        return ""
-    first, last = found["frontier"][0], found["frontier"][-1]
-    if first["finetuning_loss"] <= target:
-        return f"is at the target before fine-tuning, with a fine-tuning loss of {first['finetuning_loss']:.4g}"
-    lowest = min(point["finetuning_loss"] for point in found["frontier"])
-    return f"does not reach the target in {last['step']} steps; its lowest fine-tuning loss is {lowest:.4g}"
 
 
 def table(first: str, rows: Iterable[list[str]]) -> list[str]:
@@ -161,7 +152,7 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, FineTuning]:
         default = getattr(defaults, flag)
         parser.add_argument(f"--{flag}", type=type(default), default=default, help=f"{about} (default: {default:g})")
     add_data(parser, "forgetting", [TEXT])
-    parser.set_defaults(max_examples=MAX_EXAMPLES)
+    parser.set_defaults(max_examples=forgetting.MAX_EXAMPLES)
     options = parser.parse_args(argv)
     check_data(options)
     check(options)

@@ -19,8 +19,9 @@ from typing import NamedTuple
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, default_data_collator
 
-from ..checks import COUNT, Limit, check_ranges, flag
-from ..cli import script
+from ..analysis.forgetting import FineTuning
+from ..checks import COUNT, POSITIVE, Limit, check_ranges, flag
+from ..cli import forgetting, script
 from ..cli.script import ScriptConfig
 from ..cli.shipped import RECIPES
 from ..cli.trainers import CausalLMTrainer, steps_for_tokens
@@ -43,6 +44,8 @@ with extra("scripts"):
     from datasets import Dataset, IterableDataset
 
 DEFAULT_RECIPE = RECIPES / "llama_tiny_python.yaml"
+#: Of `FineTuning`; the flags have forgetting_ in front.
+FORGETTING = ("target_loss", "learning_rate", "max_steps", "eval_steps")
 
 
 @dataclass
@@ -92,13 +95,49 @@ class DataArguments(script.DataArguments):
     )
     max_eval_blocks: int | None = field(default=None, metadata={"help": "Evaluate on at most this many blocks."})
     sample_prompt: str = field(default="", metadata={"help": "The beginning of the sample of generated text."})
+    final_forgetting: str | None = field(
+        default=None,
+        metadata={
+            "help": "After training, measure what the model forgets when it is fine-tuned on this dataset. "
+            "As evaluate_forgetting.py does; the results have forgetting, forgetting_steps and so on. Needs "
+            "forgetting_target_loss."
+        },
+    )
+    forgetting_target_loss: float | None = field(
+        default=None, metadata={"help": "The fine-tuning loss at which final_forgetting compares."}
+    )
+    forgetting_learning_rate: float | None = field(
+        default=None, metadata={"help": f"That of fine-tuning, fixed. Default: {FineTuning.learning_rate:g}."}
+    )
+    forgetting_max_steps: int | None = field(
+        default=None, metadata={"help": f"Fine-tune for at most this many steps. Default: {FineTuning.max_steps}."}
+    )
+    forgetting_eval_steps: int | None = field(
+        default=None, metadata={"help": f"Steps between two measurements. Default: {FineTuning.eval_steps}."}
+    )
 
     def __post_init__(self):
+        self._check_forgetting()
         counts = ("eval_documents", "preprocessing_num_workers", "max_train_tokens", "max_eval_blocks")
         check_ranges(self, dict.fromkeys(counts, COUNT))
         if self.streaming:
             reason = "streaming=True: a stream is tokenized as it is read"
             script.refuse(self, ("preprocessing_num_workers",), reason)
+
+    def _check_forgetting(self) -> None:
+        check_ranges(self, dict.fromkeys(("forgetting_max_steps", "forgetting_eval_steps"), COUNT))
+        check_ranges(self, dict.fromkeys(("forgetting_target_loss", "forgetting_learning_rate"), POSITIVE))
+        if self.final_forgetting is None:
+            script.refuse(self, [f"forgetting_{name}" for name in FORGETTING], "final_forgetting=None")
+        elif self.forgetting_target_loss is None:
+            raise ValueError(
+                f"final_forgetting={self.final_forgetting!r}: models are compared at an equal fine-tuning loss. Give "
+                "forgetting_target_loss, or compare the saved models with evaluate_forgetting.py instead."
+            )
+        elif self.final_forgetting == self.dataset_name:
+            raise ValueError(
+                f"final_forgetting={self.final_forgetting!r}: these are the pretraining data. Give others."
+            )
 
 
 def parse_args(argv: list[str]) -> tuple[ModelArguments, DataArguments, ScriptConfig]:
@@ -156,6 +195,16 @@ def load_data(model_args: ModelArguments, args: DataArguments, training: ScriptC
     return Data(train, evaluation, eval_split, tokenizer, skipped_metrics(skipped, eval_split))
 
 
+def load_second_data(
+    args: DataArguments, tokenizer: PreTrainedTokenizerBase, block_size: int
+) -> forgetting.FineTuningData | None:
+    """The data of `final_forgetting`: before training, so that a mistake in it costs nothing."""
+    if args.final_forgetting is None:
+        return None
+    how = (tokenizer, block_size, forgetting.MAX_EXAMPLES, FineTuning.seed)
+    return forgetting.load_finetuning_data(args.final_forgetting, None, *how, flag="final_forgetting")
+
+
 def create_trainer(model_args: ModelArguments, args: ScriptConfig, data: Data) -> CausalLMTrainer:
     args.include_num_input_tokens_seen = "all"  # logs tokens, and tokens per second
     context = LLAMA_PRESETS[model_args.model].context
@@ -167,6 +216,15 @@ def create_trainer(model_args: ModelArguments, args: ScriptConfig, data: Data) -
         processing_class=data.tokenizer,
         data_collator=default_data_collator,  # blocks of equal length need no padding
     )
+
+
+def forgetting_of(
+    trainer: CausalLMTrainer, args: DataArguments, data: Data, second: forgetting.FineTuningData
+) -> dict[str, float]:
+    """Of the saved model, measured by the main process."""
+    given = {name: getattr(args, f"forgetting_{name}") for name in FORGETTING}
+    how = FineTuning(**{name: value for name, value in given.items() if value is not None})
+    return forgetting.at_end(trainer.args, data.evaluation, second, how) if trainer.is_world_process_zero() else {}
 
 
 def in_words(name: str, data: Data, block_size: int) -> str:
@@ -185,9 +243,11 @@ def main(argv: list[str] | None = None) -> None:
         block_size = tokens_per_example(model_args, data_args, args)
         with args.main_process_first(desc="preparing the data"):
             data = load_data(model_args, data_args, args, block_size)
+            second = load_second_data(data_args, data.tokenizer, block_size)
         trainer = create_trainer(model_args, args, data)
         script.begin(trainer, model_args, data_args, data=in_words(data_args.dataset_name, data, block_size))
-        metrics = script.train(trainer, data.counts)
+        further = {} if second is None else {"forgetting": lambda: forgetting_of(trainer, data_args, data, second)}
+        metrics = script.train(trainer, data.counts, further=further)
         prompt = data_args.sample_prompt
         sample = generate_text(trainer.model, data.tokenizer, prompt, seed=args.seed, temperature=0.8)
         if trainer.is_world_process_zero():

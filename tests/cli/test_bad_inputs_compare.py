@@ -57,7 +57,7 @@ GRID = ["--preset", "{}/grid.yaml", "--output_dir", "{}/out"]
     ("argv", "words"),
     [
         ([], ["--preset"]),
-        (["--preset", "none"], ["preset=none", "or one of these: cost-frontier.yaml, gr-figures.yaml"]),
+        (["--preset", "none"], ["preset=none", "or one of these: cost-frontier.yaml, forgetting.yaml"]),
         (["--preset", "{}/none.yaml"], ["preset=", "none.yaml", "Give the path of one"]),
         (["--preset", "{}/empty"], ["preset=", "Give the path of one"]),
         (["--preset", "gr-table2", "--scale", "huge"], ["scale='huge'", "choose one of smoke, cpu, paper"]),

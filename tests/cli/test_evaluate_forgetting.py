@@ -102,6 +102,46 @@ def test_bad_inputs(flags, words, folder):
     check(load_script("evaluate_forgetting").main, [folder / "run-0", *arguments(folder, *argv)], *words)
 
 
+def pretrain(folder, out, *flags):
+    argv = ("--dataset_name", folder / "first.txt", "--final_forgetting", folder / "second.txt", "--output_dir", out,
+            "--vocab_size", 300, "--block_size", 16, "--max_eval_blocks", 4, "--per_device_train_batch_size", 8,
+            "--max_steps", 2, "--ire_kappa", 0, "--gr_lambda", 0, "--use_cpu", "--report_to", "none",
+            "--forgetting_max_steps", 4, "--forgetting_eval_steps", 2, *flags)  # fmt: skip
+    load_script("pretrain_llama").main([str(word) for word in argv])
+
+
+def test_at_the_end_of_pretraining(folder, tmp_path, caplog):
+    """The same as afterwards; a loss that is not reached is no number, and the results say so."""
+    pretrain(folder, tmp_path, "--forgetting_target_loss", 0.01)
+    results = json.loads((tmp_path / "all_results.json").read_text())
+    assert results["forgetting"] is None and "does not reach the target in 4 steps" in caplog.text
+    points = points_of(json.loads((tmp_path / "forgetting.json").read_text()))
+    assert [point.step for point in points] == [0, 2, 4]
+    assert results["forgetting_pretraining_loss_before"] == points[0].pretraining_loss
+    assert points[0].pretraining_loss == pytest.approx(results["eval_loss"], rel=1e-5)
+    target = (points[1].finetuning_loss + points[2].finetuning_loss) / 2
+    pretrain(folder, tmp_path, "--forgetting_target_loss", target, "--overwrite_output_dir")
+    results = json.loads((tmp_path / "all_results.json").read_text())
+    assert results["forgetting"] == at_target(points, target).pretraining_loss - points[0].pretraining_loss
+    assert results["forgetting_steps"] == pytest.approx(3)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--forgetting_max_steps 3", ["forgetting_max_steps=3", "no effect", "final_forgetting=None"]),
+        ("--final_forgetting @second.txt", ["final_forgetting=", "Give forgetting_target_loss"]),
+        ("--final_forgetting @first.txt --forgetting_target_loss 3", ["these are the pretraining data"]),
+        ("--final_forgetting @none --forgetting_target_loss 3", ["final_forgetting=", "could not be loaded"]),
+        ("--final_forgetting @second.txt --forgetting_target_loss 0", ["forgetting_target_loss=0", "more than 0"]),
+    ],
+)
+def test_bad_inputs_of_pretraining(flags, words, folder, tmp_path):
+    argv = [word.replace("@", f"{folder}/") for word in flags.split()]
+    first = ("--dataset_name", folder / "first.txt", "--vocab_size", 300, "--block_size", 16, "--use_cpu")
+    check(load_script("pretrain_llama").main, [*first, "--output_dir", tmp_path, *argv], *words)
+
+
 def test_an_image_classifier_is_refused(folder, tmp_path):
     shutil.copytree(folder / "run-0", tmp_path / "vit")
     config = json.loads((tmp_path / "vit" / "config.json").read_text())

@@ -199,3 +199,22 @@ def test_every_picture_is_drawn(name, swept, tmp_path):
     (runs[0].folder / "all_results.json").write_text(json.dumps({"eval_error": None, "train_passes": 3}))
     PICTURES[name].draw(grid, runs[:-3], tmp_path / "picture.png")
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_frontiers_of_forgetting(tmp_path, drawn):
+    """Thin curves of the runs and their mean at equal steps, as far as all go."""
+    grid = Grid("x", {"off": {"gr_lambda": 0}, "on": {}}, "off", picture="forgetting", seeds=[0, 1])
+    runs = expand(grid, tmp_path, tmp_path)
+    for run in runs:
+        finish(run, 0.1, [])
+        points = [
+            {"step": 5 * i, "finetuning_loss": 6.0 - i, "pretraining_loss": run.point["seed"] + i} for i in range(4)
+        ]
+        points = points if run.point["seed"] else points[:3]
+        (run.folder / "forgetting.json").write_text(json.dumps({"target_loss": 4.5, "frontier": points}))
+    PICTURES["forgetting"].draw(grid, runs, tmp_path / "forgetting.png")
+    (axis,) = drawn[0].axes
+    lines = {line.get_label(): line.get_xydata().tolist() for line in axis.get_lines()}
+    assert lines["on"] == lines["off"] == [[6, 0.5], [5, 1.5], [4, 2.5]]
+    assert sorted(len(line.get_xdata()) for line in axis.get_lines() if line.get_linewidth() < 0.7) == [3, 3, 4, 4]
+    assert lines["target"][0][0] == 4.5 and axis.xaxis_inverted()
