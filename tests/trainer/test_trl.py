@@ -4,13 +4,15 @@ import ast
 import copy
 import importlib
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import LlamaForSequenceClassification, Trainer, TrainerCallback, set_seed
 
-from helpers import ROOT, toys
+from helpers import ROOT, TESTS, toys
 from helpers.training import with_gr
 from hf_gr import GRConfig, GRMixin
 from hf_gr.trainer.compatibility import GENERATING_TRAINERS
@@ -168,11 +170,11 @@ class Seen(TrainerCallback):
         self.steps[-1][2] = flat(p.grad for p in model.parameters() if p.requires_grad)
 
 
-def by_hand(plain, theta, batches, r, ratio):
-    """(1 - lambda/r) g1 + (lambda/r) g2 at `theta`, with TRL's own loss and nothing of hf_gr."""
+def by_hand(plain, theta, batches, r, ratio, reduce=lambda g: g):
+    """(1 - lambda/r) g1 + (lambda/r) g2 at `theta`, with TRL's own loss and nothing of hf_gr. `reduce` averages a
+    gradient over the processes."""
     params = trained(plain)
     plain.current_gradient_accumulation_steps = len(batches)
-    # What it does at the end of a step, it does after its last batch.
     plain._prepare_inputs = lambda inputs: inputs
 
     def gradient(weights):
@@ -180,7 +182,7 @@ def by_hand(plain, theta, batches, r, ratio):
         plain.model.zero_grad()
         for inputs, items in batches:
             plain.training_step(plain.model, copy.copy(inputs), items)
-        return flat(p.grad for p in params)
+        return reduce(flat(p.grad for p in params))
 
     g1 = gradient(theta)
     g2 = gradient(theta + r * g1 / g1.norm())
@@ -249,6 +251,21 @@ def test_without_gr_it_is_trl_bit_for_bit(case, folder, tmp_path):
     off, plain = trainers
     assert torch.equal(toys.weights(off.model), toys.weights(plain.model))
     assert comparable(off.state.log_history) == comparable(plain.state.log_history)
+
+
+@pytest.mark.distributed
+def test_grpo_on_two_processes(tmp_path):
+    toys.llama().save_pretrained(tmp_path)
+    worker = TESTS / "helpers" / "trl_worker.py"
+    command = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(worker), str(tmp_path)]
+    done = subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-4000:]
+    ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]
+    for rank in ranks:
+        assert max(rank["errors"]) <= 1e-5 and rank["generated"] == 2
+        assert rank["logs"][0] == rank["logs"][1]
+    assert torch.equal(ranks[0]["weights"], ranks[1]["weights"])
+    assert not all(map(torch.equal, *(rank["completions"] for rank in ranks)))
 
 
 # ---- What is generated, and what it is compared with ----
