@@ -3,6 +3,7 @@
 import ast
 import copy
 import importlib
+import os
 import re
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from helpers.training import with_gr
 from hf_gr import GRConfig, GRMixin
 from hf_gr.trainer.compatibility import GENERATING_TRAINERS
 
+os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
 trl = pytest.importorskip("trl")
 pytest.importorskip("peft")
 from datasets import Dataset
@@ -51,7 +53,9 @@ CASES = {
     "GRPO, KL": ("GRPO", {"beta": 0.1}),
     "GRPO, new adapter": ("GRPO", {"beta": 0.1, "adapter": "new"}),
     "RLOO": ("RLOO", {"beta": 0.1}),
+    "GMPO": ("GMPO", {}),  # a subclass of GRPO
 }
+GENERATE = ("GRPO", "RLOO", "GMPO")
 
 
 #: One case of each trainer.
@@ -82,7 +86,8 @@ def data_for(name):
     def text(length):
         return "".join(f" word{int(i)}" for i in torch.randint(2, toys.VOCABULARY, (length,), generator=generator))
 
-    rows = [{key: text(length) for key, length in COLUMNS[name].items()} for _ in range(12)]
+    lengths = COLUMNS.get(name, COLUMNS["GRPO"])
+    rows = [{key: text(length) for key, length in lengths.items()} for _ in range(12)]
     return Dataset.from_list([row | ({"label": i % 3 != 0} if name == "KTO" else {}) for i, row in enumerate(rows)])
 
 
@@ -107,7 +112,7 @@ def make(case, output_dir, folder, has_gr=True, cls_of=lambda cls: cls, **flags)
     cls, config = getattr(source, f"{name}Trainer"), getattr(source, f"{name}Config")
     if has_gr:
         cls, config = with_gr(cls, config)
-    generates = name in ("GRPO", "RLOO")
+    generates = name in GENERATE
     settings = {"max_length": 16} if not generates else GENERATING
     settings = {**settings, "optim": "sgd", "learning_rate": 0.1, "lr_scheduler_type": "constant", "max_grad_norm": 0.0,
                 "gradient_accumulation_steps": 2, "max_steps": 2, "bf16": False, "gradient_checkpointing": False,
@@ -202,7 +207,7 @@ def test_g_is_that_of_two_passes_by_hand_and_text_is_generated_once(case, folder
         g1, expected = by_hand(plain, theta, batches, R, 0.5)
         assert (g - expected).norm() <= 1e-5 * expected.norm()
         assert (g1 - expected).norm() > 1e-3 * expected.norm()  # GR matters here
-    if CASES[case][0] in ("GRPO", "RLOO"):
+    if CASES[case][0] in GENERATE:
         starts = [theta for theta, *_ in seen.steps[: 1 if case == "GRPO, iterations" else 2]]
         assert len(seen.generated) == len(starts) and all(map(torch.equal, seen.generated, starts))
 
