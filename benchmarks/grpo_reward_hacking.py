@@ -45,17 +45,17 @@ ARMS = {
 
 
 class Run(NamedTuple):
-    """One run and its path, entries of (step, true reward, proxy reward)."""
+    """One run and its path, entries of (step, true reward, proxy reward, norm of the gradient)."""
 
     stage: str
     arm: str
     value: float
     seed: int
-    path: list[tuple[int, float, float]]
+    path: list[tuple[float, ...]]
 
-    def end(self) -> tuple[float, float]:
-        """True and proxy reward at the end."""
-        return tuple(statistics.mean(entry[i] for entry in self.path[-LAST:]) for i in (1, 2))  # type: ignore[return-value]
+    def end(self) -> list[float]:
+        """True reward, proxy reward and norm of the gradient at the end."""
+        return [round(statistics.mean(column), 4) for column in list(zip(*self.path[-LAST:], strict=True))[1:]]
 
 
 def run(stage: str, key: str, value: float, seed: int, steps: int, folder: Path) -> Run:
@@ -65,19 +65,22 @@ def run(stage: str, key: str, value: float, seed: int, steps: int, folder: Path)
     flags = {"max_steps": steps, "logging_steps": EVERY, "seed": seed, "disable_tqdm": True, "use_cpu": True}
     config = grpo_gr.Config(output_dir=str(folder / "run"), **flags, **arm.flags, **{arm.setting: value})
     logs = grpo_gr.train(start, config, HACKABLE)
-    path = [(entry["step"], entry["rewards/true_reward/mean"], entry["reward"]) for entry in logs]
+    keys = ("step", "rewards/true_reward/mean", "reward", "gr_grad_norm" if key == "gr" else "grad_norm")
+    path = [tuple(entry[name] for name in keys) for entry in logs]
     done = Run(stage, key, value, seed, path)
-    print(f"{stage} {arm.name}, {arm.setting}={value:g}, seed {seed}: true, proxy = {done.end()}", flush=True)
+    print(f"{stage} {arm.name}, {arm.setting}={value:g}, seed {seed}: true, proxy, norm = {done.end()}", flush=True)
     return done
 
 
 def write(runs: list[Run], file: Path) -> None:
     with file.open("w", newline="", encoding="utf-8") as out:
         writer = csv.writer(out, lineterminator="\n")
-        writer.writerow(["stage", "arm", "setting", "value", "seed", "step", "true_reward", "proxy_reward"])
+        writer.writerow(
+            ["stage", "arm", "setting", "value", "seed", "step", "true_reward", "proxy_reward", "grad_norm"]
+        )
         for each in runs:
             facts = [each.stage, each.arm, ARMS[each.arm].setting, each.value, each.seed]
-            writer.writerows([*facts, step, round(true, 4), round(proxy, 4)] for step, true, proxy in each.path)
+            writer.writerows([*facts, step, *(round(value, 4) for value in values)] for step, *values in each.path)
 
 
 def draw(runs: list[Run], file: Path) -> None:
@@ -93,7 +96,7 @@ def draw(runs: list[Run], file: Path) -> None:
             if which == 1:
                 over_time.fill_between(steps, list(map(min, values)), list(map(max, values)), color=f"C{i}", alpha=0.15)
         for path in paths:
-            against.plot([p for *_, p in path], [t for _, t, _ in path], color=f"C{i}", alpha=0.6,
+            against.plot([entry[2] for entry in path], [entry[1] for entry in path], color=f"C{i}", alpha=0.6,
                          label=arm.name if path is paths[0] else None)  # fmt: skip
             against.plot(path[-1][2], path[-1][1], "o", color=f"C{i}")
     over_time.set(xlabel="step", ylabel="reward", title="Mean over the seeds; range of the true reward")
@@ -111,7 +114,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--tuning_seed", type=int, default=100)
+    parser.add_argument("--try_only", nargs="+", default=[], metavar=("ARM", "VALUE"),
+                        help="Run other values of one arm on the tuning seed, and nothing else.")  # fmt: skip
     args = parser.parse_args()
+    if args.try_only:
+        key, *values = args.try_only
+        tried = [run("tried", key, float(v), args.tuning_seed, args.steps, args.output_dir) for v in values]
+        write(tried, args.output_dir / "grpo-reward-hacking-tried.csv")
+        return
     tuning = [run("tuning", key, value, args.tuning_seed, args.steps, args.output_dir)
               for key, arm in ARMS.items() for value in arm.values]  # fmt: skip
     best = {key: max((r for r in tuning if r.arm == key), key=lambda r: r.end()[0]).value for key in ARMS}

@@ -69,6 +69,7 @@ ASCENT_CASES = {
         "between": {"gr_interval": 2, "gr_momentum_r": 0.3},
         "reuse": {"gr_interval": 2, "gr_reuse": 0.7},
         "gradient": {"gr_radius_rule": "gradient"},
+        "clip": {"gr_radius_rule": "gradient", "gr_clip": 0.5, "gr_lambda": 0.2},
         "loss": {"gr_radius_rule": "loss", "gr_r_max": 0.05},
         "functional": {"gr_second_pass_kind": "functional", "gr_lambda": 0.05},
         "functional, micro": {"gr_second_pass_kind": "functional", "gr_scope": "micro"},

@@ -3,18 +3,22 @@
 import ast
 import copy
 import importlib
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import LlamaForSequenceClassification, Trainer, TrainerCallback, set_seed
 
-from helpers import ROOT, toys
+from helpers import ROOT, TESTS, toys
 from helpers.training import with_gr
 from hf_gr import GRConfig, GRMixin
 from hf_gr.trainer.compatibility import GENERATING_TRAINERS
 
+os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
 trl = pytest.importorskip("trl")
 pytest.importorskip("peft")
 from datasets import Dataset
@@ -49,7 +53,9 @@ CASES = {
     "GRPO, KL": ("GRPO", {"beta": 0.1}),
     "GRPO, new adapter": ("GRPO", {"beta": 0.1, "adapter": "new"}),
     "RLOO": ("RLOO", {"beta": 0.1}),
+    "GMPO": ("GMPO", {}),  # a subclass of GRPO
 }
+GENERATE = ("GRPO", "RLOO", "GMPO")
 
 
 #: One case of each trainer.
@@ -80,7 +86,8 @@ def data_for(name):
     def text(length):
         return "".join(f" word{int(i)}" for i in torch.randint(2, toys.VOCABULARY, (length,), generator=generator))
 
-    rows = [{key: text(length) for key, length in COLUMNS[name].items()} for _ in range(12)]
+    lengths = COLUMNS.get(name, COLUMNS["GRPO"])
+    rows = [{key: text(length) for key, length in lengths.items()} for _ in range(12)]
     return Dataset.from_list([row | ({"label": i % 3 != 0} if name == "KTO" else {}) for i, row in enumerate(rows)])
 
 
@@ -105,7 +112,7 @@ def make(case, output_dir, folder, has_gr=True, cls_of=lambda cls: cls, **flags)
     cls, config = getattr(source, f"{name}Trainer"), getattr(source, f"{name}Config")
     if has_gr:
         cls, config = with_gr(cls, config)
-    generates = name in ("GRPO", "RLOO")
+    generates = name in GENERATE
     settings = {"max_length": 16} if not generates else GENERATING
     settings = {**settings, "optim": "sgd", "learning_rate": 0.1, "lr_scheduler_type": "constant", "max_grad_norm": 0.0,
                 "gradient_accumulation_steps": 2, "max_steps": 2, "bf16": False, "gradient_checkpointing": False,
@@ -168,11 +175,11 @@ class Seen(TrainerCallback):
         self.steps[-1][2] = flat(p.grad for p in model.parameters() if p.requires_grad)
 
 
-def by_hand(plain, theta, batches, r, ratio):
-    """(1 - lambda/r) g1 + (lambda/r) g2 at `theta`, with TRL's own loss and nothing of hf_gr."""
+def by_hand(plain, theta, batches, r, ratio, reduce=lambda g: g):
+    """(1 - lambda/r) g1 + (lambda/r) g2 at `theta`, with TRL's own loss and nothing of hf_gr. `reduce` averages a
+    gradient over the processes."""
     params = trained(plain)
     plain.current_gradient_accumulation_steps = len(batches)
-    # What it does at the end of a step, it does after its last batch.
     plain._prepare_inputs = lambda inputs: inputs
 
     def gradient(weights):
@@ -180,7 +187,7 @@ def by_hand(plain, theta, batches, r, ratio):
         plain.model.zero_grad()
         for inputs, items in batches:
             plain.training_step(plain.model, copy.copy(inputs), items)
-        return flat(p.grad for p in params)
+        return reduce(flat(p.grad for p in params))
 
     g1 = gradient(theta)
     g2 = gradient(theta + r * g1 / g1.norm())
@@ -200,7 +207,7 @@ def test_g_is_that_of_two_passes_by_hand_and_text_is_generated_once(case, folder
         g1, expected = by_hand(plain, theta, batches, R, 0.5)
         assert (g - expected).norm() <= 1e-5 * expected.norm()
         assert (g1 - expected).norm() > 1e-3 * expected.norm()  # GR matters here
-    if CASES[case][0] in ("GRPO", "RLOO"):
+    if CASES[case][0] in GENERATE:
         starts = [theta for theta, *_ in seen.steps[: 1 if case == "GRPO, iterations" else 2]]
         assert len(seen.generated) == len(starts) and all(map(torch.equal, seen.generated, starts))
 
@@ -249,6 +256,21 @@ def test_without_gr_it_is_trl_bit_for_bit(case, folder, tmp_path):
     off, plain = trainers
     assert torch.equal(toys.weights(off.model), toys.weights(plain.model))
     assert comparable(off.state.log_history) == comparable(plain.state.log_history)
+
+
+@pytest.mark.distributed
+def test_grpo_on_two_processes(tmp_path):
+    toys.llama().save_pretrained(tmp_path)
+    worker = TESTS / "helpers" / "trl_worker.py"
+    command = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(worker), str(tmp_path)]
+    done = subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-4000:]
+    ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]
+    for rank in ranks:
+        assert max(rank["errors"]) <= 1e-5 and rank["generated"] == 2
+        assert rank["logs"][0] == rank["logs"][1]
+    assert torch.equal(ranks[0]["weights"], ranks[1]["weights"])
+    assert not all(map(torch.equal, *(rank["completions"] for rank in ranks)))
 
 
 # ---- What is generated, and what it is compared with ----
