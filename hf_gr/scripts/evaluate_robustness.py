@@ -173,7 +173,7 @@ def check(options: argparse.Namespace) -> None:
         for bits in options.bits:
             check_value("bits", bits, Limit(2, 8, rule="torchao has 2 to 8. Change it, or leave quantizer out."))
         with extra("quantization"):
-            importlib.import_module("torchao.quantization")
+            importlib.import_module("torchao")
     if not options.noise:
         script.refuse(options, ("noise_samples",), "an empty --noise")
 
