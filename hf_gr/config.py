@@ -57,8 +57,8 @@ IRE_PRESETS: dict[str, dict[str, float]] = {
     "cnn": {"ire_kappa": 1.0, "ire_gamma": 0.9},
 }
 #: Named settings of GR. Their r is where to begin, and is tuned to nothing. Late SAM is "Sharpness-Aware Minimization
-#: Efficiently Selects Flatter Minima Late in Training", Zhou et al., ICLR 2025. The r of lora_sam was best for A and B in
-#: arXiv:2409.14396.
+#: Efficiently Selects Flatter Minima Late in Training", Zhou et al., ICLR 2025. The r of lora_sam is the best one for
+#: both factors of LoRA in arXiv:2409.14396.
 GR_PRESETS: dict[str, GRPreset] = {
     "gr_paper": GRPreset("GR with zero-warmup, as in the GR paper", {"gr_r": 0.1, "gr_warmup": "zero"}),
     "sam": GRPreset("SAM in every step", {"gr_r": 0.05, "gr_warmup": "none"}),

@@ -7,7 +7,7 @@ embeddings that are plain parameters, and buffers such as BatchNorm's statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -53,6 +53,26 @@ def quantize(weight: Tensor, bits: int, granularity: str = "channel") -> Tensor:
     return (steps * largest / levels).to(weight.dtype)
 
 
+def quantize_by_torchao(weight: Tensor, bits: int, granularity: str = "channel") -> Tensor:
+    """`weight` as torchao stores it to `bits` bits (2 to 8) with `IntxWeightOnlyConfig`, and multiplies by it.
+
+    Its grid has one more value, below zero, and so a smaller scale than that of `quantize`: max|weight| /
+    (2^(bits - 1) - 1 / 2). There is one scale per channel; `granularity` is only for `quantize`.
+
+    Raises:
+        ModuleNotFoundError: torchao is not installed.
+    """
+    from torchao.quantization import IntxWeightOnlyConfig, quantize_
+
+    layer = nn.Linear(1, 1, bias=False)
+    layer.weight = nn.Parameter(weight.flatten(1).clone(), requires_grad=False)
+    quantize_(layer, IntxWeightOnlyConfig(weight_dtype=getattr(torch, f"int{bits}")))
+    return cast(Any, layer.weight).dequantize().to(weight.dtype).view_as(weight)
+
+
+QUANTIZERS = {"nearest": quantize, "torchao": quantize_by_torchao}
+
+
 def add_noise(weight: Tensor, scale: float, generator: torch.Generator) -> Tensor:
     """`weight + scale * std(weight) * z` with z ~ N(0, 1), and the standard deviation of the whole tensor.
 
@@ -85,6 +105,7 @@ def robustness(
     granularity: str = "channel",
     noise_samples: int = 5,
     seed: int = 0,
+    quantizer: str = "nearest",
 ) -> Iterator[tuple[str, list[Metrics]]]:
     """The result of `evaluate()` for the model as it is, and under each disturbance: (name, one result per draw).
 
@@ -93,6 +114,7 @@ def robustness(
         bits: see `quantize`, as for `granularity`; one draw each.
         noise: scales of `add_noise`; `noise_samples` draws each, which are the same for all scales and, given `seed`,
             for all models of one architecture.
+        quantizer: a key of `QUANTIZERS`.
 
     Raises:
         ValueError: the model has no weights to disturb.
@@ -107,7 +129,7 @@ def robustness(
 
     yield "none", [evaluate()]
     for count in bits:
-        yield f"{count} bits", [under(partial(quantize, bits=count, granularity=granularity))]
+        yield f"{count} bits", [under(partial(QUANTIZERS[quantizer], bits=count, granularity=granularity))]
     for scale in noise:
         generator = torch.Generator().manual_seed(seed)
         draw = partial(add_noise, scale=scale, generator=generator)

@@ -21,7 +21,7 @@ from .. import __version__
 
 FILE = "run.json"
 STATE = "trainer_state.json"
-FRONTIER = "forgetting.json"  # of a run with final_forgetting
+FRONTIER = "forgetting_frontier.json"  # of a run with final_forgetting
 FORMAT = 1
 #: Packages that can affect a result.
 PACKAGES = ("transformers", "torch", "accelerate", "datasets", "peft")

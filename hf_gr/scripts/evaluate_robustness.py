@@ -13,13 +13,15 @@ language models by loss per token and perplexity. (Losses of models with differe
 --bits rounds weights to the nearest value of a symmetric grid: scale * round(w / scale), where scale = max|w| /
 (2^(bits - 1) - 1) of each output channel. --noise adds s * std(w) * z, with z ~ N(0, 1) and the standard deviation of
 each weight matrix; results are means and standard deviations over several draws. Both act on linear, convolutional and
-embedding layers, and leave biases and norms alone.
+embedding layers, and leave biases and norms alone. With --quantizer torchao the rounding is that of torchao's
+IntxWeightOnlyConfig, for 2 to 8 bits, whose grid has one more value, below zero.
 
 Without a test split, the evaluation data are what the run held out of its training data, by the seed in its run.json.
 With --output_dir the table is also written to robustness.md, and all results to robustness.json.
 """
 
 import argparse
+import importlib
 import json
 import statistics
 from collections.abc import Callable, Iterable
@@ -33,7 +35,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import EvalPrediction, PreTrainedModel, default_data_collator
 
-from ..analysis.robustness import GRANULARITIES, Metrics, robustness, weight_matrices
+from ..analysis.robustness import GRANULARITIES, QUANTIZERS, Metrics, robustness, weight_matrices
 from ..checks import COUNT, POSITIVE, Limit, check_ranges, check_value
 from ..cli import script
 from ..cli.checkpoints import (
@@ -49,6 +51,7 @@ from ..cli.checkpoints import (
 )
 from ..cli.output_folder import require_writable
 from ..cli.trainers import perplexity
+from ..errors import extra
 from ..evaluation import classification_metrics, rank_classes
 
 
@@ -83,7 +86,7 @@ def evaluate(name: str, kind: Kind, options: argparse.Namespace) -> dict[str, An
     model = checkpoint.model
     data, split = kind.load_data(checkpoint, options, False)
     loader = DataLoader(data, options.batch_size, collate_fn=default_data_collator)
-    how = {key: getattr(options, key) for key in ("bits", "noise", "granularity", "noise_samples", "seed")}
+    how = {key: getattr(options, key) for key in ("bits", "noise", "granularity", "noise_samples", "seed", "quantizer")}
     steps = robustness(model, partial(MEASURES[kind.name], model, loader), **how)
     total = 1 + len(options.bits) + len(options.noise)
     with np.errstate(invalid="ignore"):  # noise can make outputs overflow; the results say so
@@ -108,7 +111,8 @@ def report(options: argparse.Namespace, checkpoints: dict[str, Any]) -> str:
         for name, found in checkpoints.items()
     ]
     if options.bits:
-        lines.append(f"- Bits: weights rounded to nearest, one scale per {options.granularity}.")
+        by = "to nearest" if options.quantizer == "nearest" else f"by {options.quantizer}"
+        lines.append(f"- Bits: weights rounded {by}, one scale per {options.granularity}.")
     if options.noise:
         lines.append(
             "- Noise: Gaussian, in units of each weight matrix's standard deviation; mean ± standard deviation of "
@@ -139,6 +143,7 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, Kind]:
     parser = script.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_checkpoints(parser)
     parser.add_argument("--bits", type=int, nargs="*", default=[8, 4, 3, 2], help="default: 8 4 3 2")
+    parser.add_argument("--quantizer", choices=tuple(QUANTIZERS), help="what rounds the weights (default: nearest)")
     parser.add_argument("--granularity", choices=GRANULARITIES, help="what has a scale of its own (default: channel)")
     parser.add_argument("--noise", type=float, nargs="*", default=[0.1, 0.25, 0.5, 1.0], help="default: 0.1 0.25 0.5 1")
     parser.add_argument("--noise_samples", type=int, help="draws of each noise (default: 5)")
@@ -147,7 +152,7 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, Kind]:
     options = parser.parse_args(argv)
     check(options)
     kind = resolve_kind(options)
-    defaults = {"granularity": "channel", "noise_samples": 5}
+    defaults = {"granularity": "channel", "noise_samples": 5, "quantizer": "nearest"}
     for name, default in defaults.items():
         if getattr(options, name) is None:
             setattr(options, name, default)
@@ -162,7 +167,13 @@ def check(options: argparse.Namespace) -> None:
     check_ranges(options, {"noise_samples": COUNT})
     check_data(options)
     if not options.bits:
-        script.refuse(options, ("granularity",), "an empty --bits")
+        script.refuse(options, ("granularity", "quantizer"), "an empty --bits")
+    if options.quantizer == "torchao":
+        script.refuse(options, ("granularity",), "quantizer=torchao")
+        for bits in options.bits:
+            check_value("bits", bits, Limit(2, 8, rule="torchao has 2 to 8. Change it, or leave quantizer out."))
+        with extra("quantization"):
+            importlib.import_module("torchao")
     if not options.noise:
         script.refuse(options, ("noise_samples",), "an empty --noise")
 
@@ -176,7 +187,9 @@ def main(argv: list[str] | None = None) -> None:
     print(text)
     if options.output_dir is not None:
         folder = Path(options.output_dir)
-        shared = {key: getattr(options, key) for key in ("dataset_name", "granularity", "noise_samples", "seed")}
+        shared = {
+            key: getattr(options, key) for key in ("dataset_name", "granularity", "noise_samples", "seed", "quantizer")
+        }
         content = json.dumps({**shared, "checkpoints": checkpoints}, indent=2)
         (folder / "robustness.json").write_text(content + "\n", encoding="utf-8")
         (folder / "robustness.md").write_text(text + "\n", encoding="utf-8")

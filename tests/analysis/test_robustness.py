@@ -9,7 +9,14 @@ from torch.nn import functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from helpers import toys
-from hf_gr.analysis.robustness import add_noise, disturbed, quantize, robustness, weight_matrices
+from hf_gr.analysis.robustness import (
+    add_noise,
+    disturbed,
+    quantize,
+    quantize_by_torchao,
+    robustness,
+    weight_matrices,
+)
 
 
 def normal(*shape, seed=0):
@@ -71,6 +78,19 @@ def test_rows_of_zeros_and_half_precision():
     weight = normal(3, 4).bfloat16()
     new = quantize(weight, 8)
     assert new.dtype == torch.bfloat16 and torch.equal(new, quantize(weight.double(), 8).bfloat16())
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_quantization_by_torchao(bits):
+    """One value more than ours: no error above half of its smaller scale, apart from its clipping at the top."""
+    pytest.importorskip("torchao")
+    weight = normal(6, 4, 3, 3) * torch.arange(1.0, 7.0).view(-1, 1, 1, 1)
+    quantized = quantize_by_torchao(weight, bits)
+    scale = weight.flatten(1).abs().amax(1) / (2 ** (bits - 1) - 0.5)
+    assert quantized.dtype == weight.dtype and quantized.shape == weight.shape
+    assert ((quantized - weight).flatten(1).abs() <= 0.51 * scale[:, None]).all()
+    assert all(len(row.unique()) <= 2**bits for row in quantized.flatten(1))
+    assert not torch.equal(quantized, quantize(weight, bits))
 
 
 # ---- Noise ----

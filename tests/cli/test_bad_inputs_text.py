@@ -3,6 +3,7 @@
 import json
 import shlex
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -234,6 +235,10 @@ ROBUSTNESS = [
     ("--bits 4.5", "--bits", "'4.5'", WHOLE),
     ("--noise much", "--noise", "'much'", NUMBER),
     ("--granularity row", "--granularity", "'row'", "channel", "tensor"),
+    ("--quantizer round", "--quantizer", "'round'", "nearest", "torchao"),
+    ("--quantizer torchao --bits 16", "bits=16", "torchao has 2 to 8"),
+    ("--quantizer torchao --granularity tensor", "granularity=tensor", "no effect with quantizer=torchao"),
+    ("--bits --quantizer nearest", "quantizer=nearest", "no effect with an empty --bits"),
     ("--bits --granularity tensor", "granularity=tensor", "no effect with an empty --bits", "Leave one of them out"),
     ("--noise --noise_samples 3", "noise_samples=3", "no effect with an empty --noise", "Leave one of them out"),
     ("--image_column_name x", "image_column_name=x", "no effect with a causal language model"),
@@ -411,6 +416,13 @@ def test_evaluating_robustness(command, words, folder):
     argv = argv if alone else [folder / "base", *argv]
     for flag, value in (("--dataset_name", folder / "good.txt"), ("--device", "cpu")):
         argv = argv if flag in argv else [*argv, flag, value]
+    check(load_script("evaluate_robustness").main, argv, *words)
+
+
+def test_torchao_that_is_not_installed(folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchao", None)
+    argv = [folder / "base", "--dataset_name", folder / "good.txt", "--quantizer", "torchao", "--bits", 8]
+    words = ("torchao is not installed", "pip install 'hf_gr[quantization]'")
     check(load_script("evaluate_robustness").main, argv, *words)
 
 

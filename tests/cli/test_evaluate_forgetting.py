@@ -115,7 +115,7 @@ def test_at_the_end_of_pretraining(folder, tmp_path, caplog):
     pretrain(folder, tmp_path, "--forgetting_target_loss", 0.01)
     results = json.loads((tmp_path / "all_results.json").read_text())
     assert results["forgetting"] is None and "does not reach the target in 4 steps" in caplog.text
-    points = points_of(json.loads((tmp_path / "forgetting.json").read_text()))
+    points = points_of(json.loads((tmp_path / "forgetting_frontier.json").read_text()))
     assert [point.step for point in points] == [0, 2, 4]
     assert results["forgetting_pretraining_loss_before"] == points[0].pretraining_loss
     assert points[0].pretraining_loss == pytest.approx(results["eval_loss"], rel=1e-5)

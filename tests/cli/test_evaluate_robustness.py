@@ -52,6 +52,7 @@ def test_classifiers_side_by_side_on_what_each_run_held_out(images, tmp_path, ca
     found = evaluate(tmp_path, *runs, *data, "--bits", 8, 2, "--noise", 0.5, "--noise_samples", 3, "--seed", 7)
     assert capsys.readouterr().out == (tmp_path / "robustness.md").read_text()
     shared = {"granularity": "channel", "noise_samples": 3, "seed": 7, "dataset_name": str(data[1])}
+    shared["quantizer"] = "nearest"
     assert found == {**shared, "checkpoints": found["checkpoints"]}
     for run in runs:
         checkpoint = found["checkpoints"][str(run)]

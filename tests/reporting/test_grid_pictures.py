@@ -211,7 +211,7 @@ def test_frontiers_of_forgetting(tmp_path, drawn):
             {"step": 5 * i, "finetuning_loss": 6.0 - i, "pretraining_loss": run.point["seed"] + i} for i in range(4)
         ]
         points = points if run.point["seed"] else points[:3]
-        (run.folder / "forgetting.json").write_text(json.dumps({"target_loss": 4.5, "frontier": points}))
+        (run.folder / "forgetting_frontier.json").write_text(json.dumps({"target_loss": 4.5, "frontier": points}))
     PICTURES["forgetting"].draw(grid, runs, tmp_path / "forgetting.png")
     (axis,) = drawn[0].axes
     lines = {line.get_label(): line.get_xydata().tolist() for line in axis.get_lines()}
