@@ -26,6 +26,8 @@ import grpo_gr
 HACKABLE, SUPERVISED_STEPS, EVERY = 1.5, 80, 5
 #: The end of a run: its last log entries, whose mean is compared.
 LAST = 4
+#: Of a path.
+COLUMNS = ("step", "true_reward", "proxy_reward", "grad_norm")
 
 
 class Arm(NamedTuple):
@@ -45,11 +47,12 @@ ARMS = {
 
 
 class Run(NamedTuple):
-    """One run and its path, entries of (step, true reward, proxy reward, norm of the gradient)."""
+    """One run and its path, whose entries have `COLUMNS`."""
 
     stage: str
     arm: str
     value: float
+    learning_rate: float
     seed: int
     path: list[tuple[float, ...]]
 
@@ -58,16 +61,16 @@ class Run(NamedTuple):
         return [round(statistics.mean(column), 4) for column in list(zip(*self.path[-LAST:], strict=True))[1:]]
 
 
-def run(stage: str, key: str, value: float, seed: int, steps: int, folder: Path) -> Run:
+def run(stage: str, key: str, value: float, seed: int, steps: int, folder: Path, **more: Any) -> Run:
     arm, start = ARMS[key], folder / f"supervised-{seed}"
     if not start.is_dir():
         grpo_gr.save_supervised(start, SUPERVISED_STEPS, seed)
     flags = {"max_steps": steps, "logging_steps": EVERY, "seed": seed, "disable_tqdm": True, "use_cpu": True}
-    config = grpo_gr.Config(output_dir=str(folder / "run"), **flags, **arm.flags, **{arm.setting: value})
+    config = grpo_gr.Config(output_dir=str(folder / "run"), **{**flags, **arm.flags, **more, arm.setting: value})
     logs = grpo_gr.train(start, config, HACKABLE)
     keys = ("step", "rewards/true_reward/mean", "reward", "gr_grad_norm" if key == "gr" else "grad_norm")
     path = [tuple(entry[name] for name in keys) for entry in logs]
-    done = Run(stage, key, value, seed, path)
+    done = Run(stage, key, value, config.learning_rate, seed, path)
     print(f"{stage} {arm.name}, {arm.setting}={value:g}, seed {seed}: true, proxy, norm = {done.end()}", flush=True)
     return done
 
@@ -75,11 +78,9 @@ def run(stage: str, key: str, value: float, seed: int, steps: int, folder: Path)
 def write(runs: list[Run], file: Path) -> None:
     with file.open("w", newline="", encoding="utf-8") as out:
         writer = csv.writer(out, lineterminator="\n")
-        writer.writerow(
-            ["stage", "arm", "setting", "value", "seed", "step", "true_reward", "proxy_reward", "grad_norm"]
-        )
+        writer.writerow(["stage", "arm", "setting", "value", "learning_rate", "seed", *COLUMNS])
         for each in runs:
-            facts = [each.stage, each.arm, ARMS[each.arm].setting, each.value, each.seed]
+            facts = [each.stage, each.arm, ARMS[each.arm].setting, each.value, each.learning_rate, each.seed]
             writer.writerows([*facts, step, *(round(value, 4) for value in values)] for step, *values in each.path)
 
 
@@ -96,14 +97,13 @@ def draw(runs: list[Run], file: Path) -> None:
             if which == 1:
                 over_time.fill_between(steps, list(map(min, values)), list(map(max, values)), color=f"C{i}", alpha=0.15)
         for path in paths:
-            against.plot([entry[2] for entry in path], [entry[1] for entry in path], color=f"C{i}", alpha=0.6,
-                         label=arm.name if path is paths[0] else None)  # fmt: skip
+            against.plot([entry[2] for entry in path], [entry[1] for entry in path], color=f"C{i}", alpha=0.6)
             against.plot(path[-1][2], path[-1][1], "o", color=f"C{i}")
     over_time.set(xlabel="step", ylabel="reward", title="Mean over the seeds; range of the true reward")
     against.set(xlabel="proxy reward", ylabel="true reward", title="Each seed; the dot is the end")
     for axes in (over_time, against):
         axes.grid(alpha=0.3)
-        axes.legend(fontsize="small")
+    figure.legend(*over_time.get_legend_handles_labels(), loc="outside lower center", ncols=len(ARMS), fontsize="small")
     figure.savefig(file, dpi=150)
     plt.close(figure)
 
@@ -114,12 +114,15 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--tuning_seed", type=int, default=100)
+    parser.add_argument("--learning_rate", type=float, default=3e-4, help="Of the runs of --try_only.")
     parser.add_argument("--try_only", nargs="+", default=[], metavar=("ARM", "VALUE"),
-                        help="Run other values of one arm on the tuning seed, and nothing else.")  # fmt: skip
+                        help="Run other values of one arm on the seeds, and nothing else.")  # fmt: skip
     args = parser.parse_args()
     if args.try_only:
         key, *values = args.try_only
-        tried = [run("tried", key, float(v), args.tuning_seed, args.steps, args.output_dir) for v in values]
+        flags = {"learning_rate": args.learning_rate}
+        tried = [run("tried", key, float(value), seed, args.steps, args.output_dir, **flags)
+                 for value in values for seed in args.seeds]  # fmt: skip
         write(tried, args.output_dir / "grpo-reward-hacking-tried.csv")
         return
     tuning = [run("tuning", key, value, args.tuning_seed, args.steps, args.output_dir)

@@ -19,7 +19,7 @@ from hf_gr import GRConfig, GRMixin
 from hf_gr.trainer.compatibility import GENERATING_TRAINERS
 
 os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
-trl = pytest.importorskip("trl")
+trl = pytest.importorskip("trl", minversion="1.16")
 pytest.importorskip("peft")
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
