@@ -31,6 +31,7 @@ from ..data.images import (
     preprocess,
     split_train_eval,
 )
+from ..data.streams import PackedStream
 from ..data.text import (
     features_of,
     find_text_column,
@@ -155,8 +156,8 @@ def load_blocks(checkpoint: Checkpoint, options: argparse.Namespace, is_training
     if is_training:
         documents, split = training, "train"
     blocks = pack(documents, load_tokenizer(checkpoint), column, block_size(checkpoint, options.block_size))
-    if is_stream:
-        return Dataset.from_list(list(blocks.take(options.max_examples or MAX_STREAMED_EXAMPLES))), split
+    if isinstance(blocks, PackedStream):
+        return blocks.take(options.max_examples or MAX_STREAMED_EXAMPLES), split
     return keep_first(blocks, options.max_examples, options.seed, "max_examples"), split
 
 

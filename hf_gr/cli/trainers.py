@@ -2,6 +2,7 @@
 budgets; BatchNorm statistics."""
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -15,8 +16,10 @@ from transformers.trainer_utils import has_length
 
 from ..data.augmentation import Augmentation, Mixing
 from ..data.images import IS_WRONG
+from ..data.streams import PackedStream
 from ..errors import extra
 from ..trainer import GRTrainer
+from .streaming import StreamPosition
 
 with extra("scripts"):
     from datasets import Dataset
@@ -146,9 +149,26 @@ class ImageTrainer(FullEvaluation):
 
 
 class CausalLMTrainer(FullEvaluation):
-    """`GRTrainer` that logs `eval_perplexity` with `eval_loss`, over every evaluation example."""
+    """`GRTrainer` that logs `eval_perplexity` with `eval_loss`, over every evaluation example.
+
+    It also trains on a `PackedStream`. Each process then reads its own share of it, and a resumed run continues with
+    the next token without reading the documents before.
+    """
 
     processing_class: PreTrainedTokenizerBase
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._stream = StreamPosition(self)
+        self.parts = (*self.parts, self._stream)
+
+    def get_train_dataloader(self) -> DataLoader:
+        if isinstance(self.train_dataset, PackedStream):
+            return self._stream.loader(self.train_dataset)
+        return super().get_train_dataloader()
+
+    def get_batch_samples(self, epoch_iterator: Iterator[dict[str, Any]], *args, **kwargs) -> tuple:
+        return super().get_batch_samples(map(self._stream.see, epoch_iterator), *args, **kwargs)
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         if "eval_loss" in logs:

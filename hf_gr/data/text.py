@@ -4,16 +4,18 @@ import logging
 import sysconfig
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
 import pyarrow.compute as pc
-from datasets import Dataset, DatasetDict, Features, IterableDataset, IterableDatasetDict, Sequence, Value, load_dataset
+from datasets import Dataset, DatasetDict, Features, IterableDatasetDict, List, Value, load_dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from ..errors import explained
+from .streams import DocumentStream, PackedStream, cut
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +28,7 @@ SKIPPED_PACKAGES = frozenset(
 TEXT_FILES = {".parquet": "parquet", ".txt": "text", ".json": "json", ".jsonl": "json"}
 
 TextDatasets: TypeAlias = DatasetDict | IterableDatasetDict
+Documents: TypeAlias = DatasetDict | dict[str, DocumentStream]
 
 
 def load_text_dataset(
@@ -112,7 +115,7 @@ def used_splits(dataset: TextDatasets) -> list[str]:
     return [name for name in ("train", *evaluation[:1]) if name in dataset]
 
 
-def without_null_documents(dataset: TextDatasets, column: str, skipped: Counter[str] | None) -> TextDatasets:
+def without_null_documents(dataset: TextDatasets, column: str, skipped: Counter[str] | None) -> Documents:
     """The splits in use, without rows that have no text in `column`.
 
     Args:
@@ -120,13 +123,7 @@ def without_null_documents(dataset: TextDatasets, column: str, skipped: Counter[
     """
     splits = {name: dataset[name] for name in used_splits(dataset)}
     if isinstance(dataset, IterableDatasetDict):
-        arguments = {"column": column, "skip": skipped is not None}
-        return IterableDatasetDict(
-            {
-                name: split.filter(_has_text, with_indices=True, fn_kwargs={**arguments, "split": name})
-                for name, split in splits.items()
-            }
-        )
+        return {name: DocumentStream(split, column, name, skipped is not None) for name, split in splits.items()}
     return DatasetDict(
         {name: leave_out(split, name, null_rows(split, [column]), skipped) for name, split in splits.items()}
     )
@@ -168,18 +165,7 @@ def skipped_metrics(skipped: Counter[str] | None, eval_split: str) -> dict[str, 
     return {"train_skipped_examples": skipped["train"], "eval_skipped_examples": skipped[eval_split]}
 
 
-def _has_text(example: dict[str, Any], row: int, column: str, split: str, skip: bool) -> bool:
-    if isinstance(example[column], str):
-        return True
-    kind = "null" if example[column] is None else f"a {type(example[column]).__name__}"
-    where = f"split {split!r}, row {row} of the stream: column {column!r} is {kind}"
-    if not skip:
-        raise ValueError(f"{where}. Fix or remove such documents, or leave them out with --skip_bad_examples.")
-    logger.warning(f"{where}. It is left out.")
-    return False
-
-
-def require_train_split(dataset: TextDatasets) -> None:
+def require_train_split(dataset: Documents) -> None:
     """Raise `ValueError` if there is no split `train`."""
     if "train" not in dataset:
         raise ValueError(
@@ -188,13 +174,13 @@ def require_train_split(dataset: TextDatasets) -> None:
 
 
 def split_documents(
-    dataset: TextDatasets, eval_documents: int | None, seed: int, flag: str = "eval_documents"
+    dataset: Documents, eval_documents: int | None, seed: int, flag: str = "eval_documents"
 ) -> tuple[Any, Any, str]:
     """(train, evaluation, name of the evaluation split): whole documents, none of them in both.
 
     The evaluation split is the first of `validation`, `valid` and `test` that exists. If there is none, it is
-    `eval_documents` documents of `train`, by default 1 %, drawn with `seed`; or the first ones of a stream, by default
-    1000. `flag` is named in errors.
+    `eval_documents` documents of `train`, by default 1 %, drawn with `seed`; or the first ones of the shards of a
+    stream, by default 1000, rounded up to the same number in each. `flag` is named in errors.
     """
     require_train_split(dataset)
     if eval_documents is not None and eval_documents < 1:
@@ -208,9 +194,11 @@ def split_documents(
                     "Leave it out."
                 )
             return train, dataset[name], name
-    if isinstance(train, IterableDataset):
-        count = 1000 if eval_documents is None else eval_documents
-        return train.skip(count), train.take(count), f"first {count} documents of train"
+    if isinstance(train, DocumentStream):
+        shards = train.num_shards
+        count = -(-(1000 if eval_documents is None else eval_documents) // shards)
+        name = f"first {count} documents of " + ("train" if shards == 1 else f"each of the {shards} shards of train")
+        return replace(train, first=count), replace(train, stop=count), name
     count = max(1, len(train) // 100) if eval_documents is None else eval_documents
     if count >= len(train):
         raise ValueError(
@@ -248,16 +236,18 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int, max_length: int) 
 
 
 def pack(
-    documents: Dataset | IterableDataset,
+    documents: Dataset | DocumentStream,
     tokenizer: PreTrainedTokenizerBase,
     text_column: str,
     block_size: int,
     num_proc: int | None = None,
-) -> Dataset | IterableDataset:
+    seed: int = 0,
+) -> Dataset | PackedStream:
     """Blocks of `block_size` tokens: the documents one after the other, each followed by the end-of-text token.
 
     No token is lost or repeated, but an incomplete last block is dropped. There is no padding, so every position but
-    the first of a block is predicted. `num_proc` processes tokenize the documents; a stream is tokenized as it is read.
+    the first of a block is predicted. `num_proc` processes tokenize the documents. A stream is tokenized as it is read,
+    shuffled with `seed`, and endless.
 
     Returns:
         a dataset with the columns `input_ids` and `labels`, which are equal.
@@ -275,18 +265,16 @@ def pack(
         ids = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
         return {"input_ids": [[*row, tokenizer.eos_token_id] for row in ids]}
 
-    documents = documents.select_columns([text_column])
-    features = Features({name: Sequence(Value("int32"), length=block_size) for name in ("input_ids", "labels")})
-    if isinstance(documents, IterableDataset):
-        tokens = documents.map(tokenize, batched=True, remove_columns=[text_column])
-        if next(_blocks_of_stream(tokens, block_size), None) is None:
+    if isinstance(documents, DocumentStream):
+        stream = PackedStream(documents, tokenizer, block_size, seed)
+        if len(stream.take(1)) == 0:
             raise ValueError(
                 f"block_size={block_size}: the stream has fewer tokens than that, apart from documents set aside for "
                 "evaluation. Look at the data, or set aside fewer."
             )
-        return IterableDataset.from_generator(
-            _blocks_of_stream, gen_kwargs={"tokens": tokens, "block_size": block_size}, features=features
-        )
+        return stream
+    features = Features({name: List(Value("int32"), length=block_size) for name in ("input_ids", "labels")})
+    documents = documents.select_columns([text_column])
     tokens = documents.map(tokenize, batched=True, remove_columns=[text_column], num_proc=num_proc, desc="Tokenizing")
     if next(_blocks(tokens, block_size), None) is None:
         raise ValueError(
@@ -298,25 +286,5 @@ def pack(
 
 def _blocks(tokens: Dataset, block_size: int) -> Iterator[dict[str, np.ndarray]]:
     batches = tokens.with_format("arrow").iter(batch_size=1000)
-    return _cut((table["input_ids"].combine_chunks().flatten().to_numpy() for table in batches), block_size)
-
-
-def _blocks_of_stream(tokens: IterableDataset, block_size: int) -> Iterator[dict[str, list[int]]]:
-    for block in _cut((np.asarray(row["input_ids"], dtype=np.int32) for row in tokens), block_size):
-        yield {name: ids.tolist() for name, ids in block.items()}
-
-
-def _cut(pieces: Iterable[np.ndarray], block_size: int) -> Iterator[dict[str, np.ndarray]]:
-    """Cut a stream of tokens, in pieces of any length, into blocks."""
-    waiting: list[np.ndarray] = []
-    count = 0
-    for piece in pieces:
-        waiting.append(piece)
-        count += len(piece)
-        if count < block_size:
-            continue
-        joined = np.concatenate(waiting)
-        whole = len(joined) // block_size * block_size
-        for block in joined[:whole].reshape(-1, block_size):
-            yield {"input_ids": block, "labels": block}
-        waiting, count = [joined[whole:]], len(joined) - whole
+    for block in cut((table["input_ids"].combine_chunks().flatten().to_numpy() for table in batches), block_size):
+        yield {"input_ids": block, "labels": block}

@@ -14,7 +14,9 @@ ire_*, optim*) is used: the data never changes the method.
 
 import sys
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import NamedTuple
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, default_data_collator
@@ -26,6 +28,7 @@ from ..cli.script import ScriptConfig
 from ..cli.shipped import RECIPES
 from ..cli.trainers import CausalLMTrainer, steps_for_tokens
 from ..data.images import keep_first
+from ..data.streams import DocumentStream, PackedStream
 from ..data.text import (
     features_of,
     find_text_column,
@@ -41,7 +44,7 @@ from ..evaluation import generate_text
 from ..models.presets import LLAMA_PRESETS, create_llama
 
 with extra("scripts"):
-    from datasets import Dataset, IterableDataset
+    from datasets import Dataset
 
 DEFAULT_RECIPE = RECIPES / "llama_tiny_python.yaml"
 #: Of `FineTuning`; the flags have forgetting_ in front.
@@ -150,9 +153,10 @@ def create_tokenizer(args: ModelArguments, documents, text_column: str) -> PreTr
         remedy = "Give a folder that a tokenizer was saved to, or a name on the Hub."
         with explained(f"tokenizer_name={args.tokenizer_name!r} could not be loaded", remedy):
             return AutoTokenizer.from_pretrained(args.tokenizer_name)
-    if isinstance(documents, IterableDataset):
-        documents = documents.take(10_000)
-    texts = (row[text_column] for row in documents.select_columns([text_column]))
+    if isinstance(documents, DocumentStream):
+        texts: Iterable[str] = islice(documents, 10_000)
+    else:
+        texts = (row[text_column] for row in documents.select_columns([text_column]))
     context = LLAMA_PRESETS[args.model].context
     return train_tokenizer(texts, 4096 if args.vocab_size is None else args.vocab_size, context)
 
@@ -169,8 +173,8 @@ def tokens_per_example(model_args: ModelArguments, data_args: DataArguments, arg
 
 
 class Data(NamedTuple):
-    train: Dataset | IterableDataset
-    evaluation: Dataset | IterableDataset
+    train: Dataset | PackedStream
+    evaluation: Dataset
     eval_split: str
     tokenizer: PreTrainedTokenizerBase
     counts: dict[str, int]  # skipped examples, as metrics; a stream logs them
@@ -184,11 +188,10 @@ def load_data(model_args: ModelArguments, args: DataArguments, training: ScriptC
     train, evaluation, eval_split = split_documents(dataset, args.eval_documents, training.seed)
     tokenizer = create_tokenizer(model_args, train, text_column)
     train, evaluation = (
-        pack(documents, tokenizer, text_column, block_size, args.preprocessing_num_workers)
+        pack(documents, tokenizer, text_column, block_size, args.preprocessing_num_workers, training.seed)
         for documents in (train, evaluation)
     )
-    if args.streaming:
-        train = train.shuffle(seed=training.seed, buffer_size=1000)
+    if isinstance(evaluation, PackedStream):
         evaluation = evaluation.take(1000 if args.max_eval_blocks is None else args.max_eval_blocks)
         return Data(train, evaluation, eval_split, tokenizer, {})
     evaluation = keep_first(evaluation, args.max_eval_blocks, training.seed, "max_eval_blocks")
@@ -228,7 +231,7 @@ def forgetting_of(
 
 
 def in_words(name: str, data: Data, block_size: int) -> str:
-    if isinstance(data.train, IterableDataset):
+    if isinstance(data.train, PackedStream):
         return f"{name}, streamed in blocks of {block_size} tokens, a vocabulary of {len(data.tokenizer):,}"
     return (
         f"{name}, {len(data.train):,} training blocks of {block_size} tokens, a vocabulary of {len(data.tokenizer):,}; "

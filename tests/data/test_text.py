@@ -5,6 +5,7 @@ from collections import Counter
 import pytest
 from datasets import Dataset, DatasetDict, Features, IterableDataset, IterableDatasetDict, Value
 
+from hf_gr.data.streams import DocumentStream
 from hf_gr.data.text import (
     END_OF_TEXT,
     features_of,
@@ -69,10 +70,12 @@ def test_packing_loses_no_token_but_the_last_partial_block(tokenizer, block_size
 
 def test_a_stream_is_packed_alike(tokenizer):
     documents = rows("text", *DOCUMENTS)
-    stream = pack(documents.to_iterable_dataset(num_shards=3), tokenizer, "text", 16)
-    assert isinstance(stream, IterableDataset)
+    stream = pack(DocumentStream(documents.to_iterable_dataset(num_shards=3), "text"), tokenizer, "text", 16)
     expected = pack(documents, tokenizer, "text", 16)
-    assert [row["input_ids"] for row in stream] == [row["input_ids"] for row in expected]
+    taken = stream.take(10_000)
+    assert taken.features == expected.features
+    assert taken[:] == expected[:]
+    assert stream.take(2)[:] == expected[:2]
 
 
 def test_too_little_text_is_named(tokenizer):
@@ -80,9 +83,9 @@ def test_too_little_text_is_named(tokenizer):
         with pytest.raises(ValueError, match=r"block_size=50: the \d documents have fewer tokens than that together"):
             pack(documents, tokenizer, "text", 50)
     stream = rows("text", "a few", "words").to_iterable_dataset()
-    for documents in (stream, stream.skip(9)):
+    for first in (0, 9):
         with pytest.raises(ValueError, match="block_size=50: the stream has fewer tokens than that"):
-            pack(documents, tokenizer, "text", 50)
+            pack(DocumentStream(stream, "text", first=first), tokenizer, "text", 50)
 
 
 def test_packing_needs_an_end_of_text(tokenizer):
@@ -116,11 +119,15 @@ def test_evaluation_is_of_whole_documents_that_are_not_in_train():
 
 
 def test_a_stream_is_split_at_its_beginning():
-    stream = IterableDatasetDict({"train": rows("text", *map(str, range(30))).to_iterable_dataset()})
-    train, evaluation, name = split_documents(stream, 5, seed=0)
-    assert [r["text"] for r in evaluation] == [str(i) for i in range(5)]
-    assert [r["text"] for r in train] == [str(i) for i in range(5, 30)]
-    assert name == "first 5 documents of train"
+    for shards, held_out, expected in (
+        (1, [0, 1, 2, 3, 4], "first 5 documents of train"),
+        (3, [0, 1, 10, 11, 20, 21], "first 2 documents of each of the 3 shards of train"),
+    ):
+        documents = rows("text", *map(str, range(30))).to_iterable_dataset(num_shards=shards)
+        train, evaluation, name = split_documents({"train": DocumentStream(documents, "text")}, 5, seed=0)
+        assert list(evaluation) == [str(i) for i in held_out]
+        assert list(train) == [str(i) for i in range(30) if i not in held_out]
+        assert name == expected
 
 
 def test_a_validation_split_is_taken():
@@ -234,9 +241,9 @@ def test_null_documents_are_left_out_and_counted(caplog):
 def test_null_documents_of_a_stream(caplog):
     stream = IterableDatasetDict({"train": with_nulls()["train"].to_iterable_dataset()})
     kept = without_null_documents(stream, "text", Counter())
-    assert [row["text"] for row in kept["train"]] == ["a", ""]
-    assert "split 'train', row 3 of the stream: column 'text' is null. It is left out." in caplog.text
-    with pytest.raises(ValueError, match="split 'train', row 1 of the stream: column 'text' is null"):
+    assert list(kept["train"]) == ["a"]
+    assert "split 'train', shard 0, row 3: column 'text' is null. It is left out." in caplog.text
+    with pytest.raises(ValueError, match="split 'train', shard 0, row 1: column 'text' is null"):
         list(without_null_documents(stream, "text", None)["train"])
 
 

@@ -13,7 +13,7 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch.distributed.tensor import DTensor
 
-from helpers import own_loop, toys
+from helpers import own_loop, streams, toys
 from helpers.training import Estimates
 from hf_gr import GRConfig, GRTrainer
 from hf_gr.cli.output_folder import claim_output_folder
@@ -356,6 +356,20 @@ def resume(folder: str) -> dict:
     }
 
 
+def stream(folder: str) -> dict:
+    """The documents of each step, of each process, of a run and of one resumed in its middle."""
+    flags = {"ddp_backend": "gloo", "gr_warmup": "none"}
+    results = {}
+    for name, checkpoint in (("whole", None), ("rest", f"{folder}/stream/whole/checkpoint-3")):
+        trainer = streams.train(f"{folder}/stream/{name}", checkpoint, **flags)
+        require_equal_ranks(toys.weights(trainer.model), name)
+        documents = [None] * dist.get_world_size()
+        dist.all_gather_object(documents, trainer.documents)
+        results[name] = {"documents": documents, "weights": toys.weights(trainer.model)}
+        reset_state()
+    return results
+
+
 SUITES = {
     "scopes": lambda folder: {
         case: run(folder, toys.ScaledTrainer if case[3] == "scaled" else GRTrainer, **flags_of(*case)) for case in CASES
@@ -373,6 +387,7 @@ SUITES = {
     "loop": loop,
     "diagnostics": diagnostics_of,
     "sharpness": lambda folder: sharpness_of(folder),
+    "stream": stream,
     "memorization": lambda folder: memorization_of(folder, ddp_backend="gloo"),
 }
 

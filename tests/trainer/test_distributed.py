@@ -38,7 +38,7 @@ pytestmark = pytest.mark.distributed
 RANKS, BATCH, RADIUS = 2, 2, 0.1
 #: Of the worker, that two processes run.
 SUITES = ("scopes", "ascents", "barlow", "ire", "optimizers", "overflow", "resume", "loop", "memorization",
-          "diagnostics", "sharpness")  # fmt: skip
+          "diagnostics", "sharpness", "stream")  # fmt: skip
 #: float32: sums in another order; the scopes themselves differ by more than 1e-3. bf16: 8 bits, in another order.
 TOLERANCE = {"float32": 1e-5, "scaled": 1e-5, "bf16": 2e-2}
 
@@ -120,6 +120,14 @@ def test_diagnostics_are_those_of_one_process(kind, results, sharded, tmp_path):
     assert [entry.keys() for entry in found] == [entry.keys() for entry in alone] and len(found) == STEPS + 1
     for mine, expected in zip(found, alone, strict=True):
         assert mine == pytest.approx(expected, rel=1e-3)
+
+
+def test_processes_read_different_documents_and_resume_with_the_next(results):
+    whole, rest = results["stream"]["whole"], results["stream"]["rest"]
+    documents = [number for rank in whole["documents"] for step in rank for number in step]
+    assert len(documents) == RANKS * 6 * 4 == len(set(documents))
+    assert rest["documents"] == [rank[3:] for rank in whole["documents"]]
+    assert torch.equal(rest["weights"], whole["weights"])
 
 
 @pytest.fixture(scope="module")
