@@ -1,15 +1,16 @@
 """Tokens per second and memory of a packed stream, beside tokenizing everything first.
 
-    python benchmarks/streaming.py --gigabytes 1 10 --seconds 60
+    python benchmarks/streaming.py --gigabytes 1 10 --seconds 30
 
-1. Throughput: one file of the corpus, (a) tokenized by `map`, packed into an Arrow file, and read in batches; (b) read
-   as a stream. In one process, interleaved, in a new order each round; medians, of wall and of CPU time.
-2. Memory: for each size of the corpus, a process of its own reads the stream for `--seconds` seconds, a fifth of them
-   from each of five files that are spread over it, and reports the peak of its resident memory.
-3. Resuming: the seconds to the first block, at the beginning of a file and at its last window.
+1. Throughput, on the first documents of one file: (a) tokenized by `map`, packed into an Arrow file, then read in
+   batches; (b) read as a stream, for as many windows of blocks. In one process, interleaved, in a new order each round;
+   medians of the CPU time, which other processes disturb less than that of a clock.
+2. Memory: for each size of the corpus, a process of its own reads the stream for `--seconds` seconds of CPU time, a
+   fifth of them from each of five files that are spread over it, and reports the peak of its resident memory.
+3. Resuming: the seconds of CPU time to the first block, at the beginning of a file of 100 MB and further on.
 
-The text is synthetic: sentences of English words, drawn anew for each document of about 5 kB. The files are written to
-`--folder` and removed.
+The text is synthetic: each document is a piece of about 5 kB of 20 MB of random sentences. Five files are written, the
+others are copies of them; all are in `--folder`, and removed at the end.
 """
 
 import argparse
@@ -51,15 +52,24 @@ def write_corpus(folder: Path, gigabytes: float) -> None:
     """Parquet files of 100 MB, uncompressed, so that their size is that of the text."""
     draw = random.Random(0)
     words = ["".join(draw.choices("etaoinshrdlcumwfgypbvk", k=draw.randint(2, 9))) for _ in range(20_000)]
-    sentences = [" ".join(draw.choices(words, k=draw.randint(5, 20))).capitalize() + "." for _ in range(50_000)]
-    schema = pa.schema({"text": pa.string()})
+    pool = " ".join(draw.choices(words, k=3_000_000))
     for i in range(round(gigabytes * 1e9 / FILE_BYTES)):
-        with pq.ParquetWriter(folder / f"{i:04}.parquet", schema, compression="none", use_dictionary=False) as writer:
-            written = 0
-            while written < FILE_BYTES:
-                texts = [" ".join(draw.choices(sentences, k=draw.randint(20, 90))) for _ in range(ROWS_PER_GROUP)]
-                writer.write_table(pa.table({"text": texts}, schema))
-                written += sum(map(len, texts))
+        file = folder / f"{i:04}.parquet"
+        if i < 5:
+            write_file(file, pool, draw)
+        else:
+            shutil.copyfile(folder / f"{i % 5:04}.parquet", file)
+
+
+def write_file(file: Path, pool: str, draw: random.Random) -> None:
+    schema = pa.schema({"text": pa.string()})
+    with pq.ParquetWriter(file, schema, compression="none", use_dictionary=False) as writer:
+        written = 0
+        while written < FILE_BYTES:
+            starts = [draw.randrange(len(pool) - 10_000) for _ in range(ROWS_PER_GROUP)]
+            texts = [pool[start : start + draw.randint(1000, 9000)] for start in starts]
+            writer.write_table(pa.table({"text": texts}, schema))
+            written += sum(map(len, texts))
 
 
 def stream_of(folder: Path, tokenizer: PreTrainedTokenizerFast, file: str = "*.parquet") -> PackedStream:
@@ -75,36 +85,28 @@ def batches(data: torch.utils.data.Dataset) -> DataLoader:
 
 
 def by_map(folder: Path, tokenizer: PreTrainedTokenizerFast, documents: int) -> dict[str, float]:
-    """Seconds to tokenize and pack, and to read all blocks once."""
+    """Tokens per second of tokenizing and packing, and of reading all blocks once."""
     data = load_dataset("parquet", data_files=str(folder / "0000.parquet"), split=f"train[:{documents}]")
-    datasets.disable_caching()
-    start = clocks()
+    start = time.process_time()
     blocks = pack(data, tokenizer, "text", BLOCK)
-    packed = clocks()
+    packed = time.process_time()
     tokens = sum(batch["input_ids"].numel() for batch in batches(blocks))
-    return rates("tokenize and pack first", tokens, start, packed) | rates(
-        "read what is packed", tokens, packed, clocks()
-    )
+    read = time.process_time()
+    return {"tokenized and packed first": tokens / (packed - start), "read when packed": tokens / (read - packed)}
 
 
 def by_stream(folder: Path, tokenizer: PreTrainedTokenizerFast, documents: int) -> dict[str, float]:
+    """The same of a stream, which endlessly reads these documents, for as many windows as they fill."""
     stream = stream_of(folder, tokenizer, "0000.parquet")
     stream.documents = DocumentStream(stream.documents.dataset, "text", stop=documents)
-    count = len(stream.take(10**9)) // BATCH
-    start = clocks()
-    tokens = sum(batch["input_ids"].numel() for batch in islice(batches(stream), count))
-    return rates("stream", tokens, start, clocks())
+    windows = round(documents / 500)
+    start = time.process_time()
+    tokens = sum(batch["input_ids"].numel() for batch in islice(batches(stream), windows * stream.window // BATCH))
+    return {"streamed": tokens / (time.process_time() - start)}
 
 
-def clocks() -> tuple[float, float]:
-    return time.perf_counter(), time.process_time()
-
-
-def rates(name: str, tokens: int, start: tuple[float, float], end: tuple[float, float]) -> dict[str, float]:
-    return {f"{name}, {kind}": tokens / (b - a) for kind, a, b in zip(("wall", "CPU"), start, end, strict=True)}
-
-
-def throughput(folder: Path, tokenizer: PreTrainedTokenizerFast, documents: int, rounds: int) -> dict[str, float]:
+def throughput(folder: Path, tokenizer: PreTrainedTokenizerFast, documents: int, rounds: int) -> dict[str, list[float]]:
+    datasets.disable_caching()
     contestants: list[Callable] = [by_map, by_stream]
     found: dict[str, list[float]] = {}
     for _ in range(rounds):
@@ -112,7 +114,7 @@ def throughput(folder: Path, tokenizer: PreTrainedTokenizerFast, documents: int,
         for contestant in contestants:
             for name, rate in contestant(folder, tokenizer, documents).items():
                 found.setdefault(name, []).append(rate)
-    return {name: statistics.median(values) for name, values in found.items()}
+    return found
 
 
 # ---- Memory and resuming, each in a process of its own ----
@@ -128,10 +130,10 @@ def read_for(folder: Path, tokenizer: PreTrainedTokenizerFast, seconds: float) -
     stream, blocks, files = stream_of(folder, tokenizer), 0, stream_of(folder, tokenizer).documents.num_shards
     for part in np.linspace(0, files - 1, min(5, files)).astype(int):
         stream.resume({0: Position(part=int(part))}, 0, BATCH)
-        end = time.perf_counter() + seconds / min(5, files)
+        end = time.process_time() + seconds / min(5, files)
         for batch in batches(stream):
             blocks += len(batch["input_ids"])
-            if time.perf_counter() > end:
+            if time.process_time() > end:
                 break
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
     return {"files": files, "tokens": blocks * BLOCK, "MB before": before, "MB peak": peak}
@@ -143,9 +145,9 @@ def resume_times(folder: Path, tokenizer: PreTrainedTokenizerFast) -> dict[str, 
     rows = pq.read_metadata(folder / "0000.parquet").num_rows
     for name, row in (("beginning", 0), ("middle", rows // 2), ("nine tenths", rows * 9 // 10)):
         stream.resume({0: Position(row=row)}, 0, 1)
-        start = time.perf_counter()
+        start = time.process_time()
         next(iter(stream))
-        found[name] = time.perf_counter() - start
+        found[name] = time.process_time() - start
     return found
 
 
@@ -158,8 +160,8 @@ def in_own_process(kind: str, folder: Path, tokenizer: Path, seconds: float) -> 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gigabytes", type=float, nargs="+", default=[1.0])
-    parser.add_argument("--seconds", type=float, default=60, help="how long the stream is read for the memory")
-    parser.add_argument("--documents", type=int, default=3000, help="how many the throughput is measured on")
+    parser.add_argument("--seconds", type=float, default=30, help="of CPU time, of reading for the memory")
+    parser.add_argument("--documents", type=int, default=2000, help="how many the throughput is measured on")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "hf_gr_streaming")
     parser.add_argument("--worker", choices=["memory", "resume"], help=argparse.SUPPRESS)
@@ -190,8 +192,9 @@ def main() -> None:
             tokenizer = train_tokenizer(sample, 4096, BLOCK)
             tokenizer.save_pretrained(saved)
             if i == 0:
-                for name, rate in throughput(args.folder, tokenizer, args.documents, args.rounds).items():
-                    print(f"{name}: {rate:,.0f} tokens/s", flush=True)
+                for name, rates in throughput(args.folder, tokenizer, args.documents, args.rounds).items():
+                    low, middle, high = min(rates), statistics.median(rates), max(rates)
+                    print(f"{name}: {middle:,.0f} tokens/s ({low:,.0f} to {high:,.0f})", flush=True)
                 print("seconds to the first block:", in_own_process("resume", args.folder, saved, 0), flush=True)
             print(f"{gigabytes} GB:", in_own_process("memory", args.folder, saved, args.seconds), flush=True)
         finally:

@@ -133,7 +133,7 @@ PRETRAIN = [
     ("--streaming maybe", "--streaming", "maybe"),
     ("--streaming True --dataset_name @good.txt", "streaming=True", "Set max_train_tokens or max_steps"),
     ("--streaming True --preprocessing_num_workers 2", "preprocessing_num_workers=2", "Leave one of them out"),
-    ("--streaming True --max_steps 2 --dataset_name @null.parquet --max_eval_blocks 1",
+    ("--streaming True --max_steps 2 --dataset_name @null.parquet --eval_documents 1",
      "row 1", "'text'", "--skip_bad_examples"),
     ("--tokenizer_name gpt2 --vocab_size 300", "vocab_size=300", "Leave one of them out"),
     ("--tokenizer_name @none --dataset_name @good.txt", "tokenizer_name=", "/none'", "Give a folder"),
