@@ -331,7 +331,7 @@ class GRArguments(IREArguments, OptimizerArguments):
     )
     gr_clip: float = flag(
         0.0,
-        "Clip g1 and g2, each to this norm, before they are mixed; with gr_radius_rule=gradient the radius follows the "
+        "Clip g1 and g2, each to this norm, before they are mixed. With gr_radius_rule=gradient the radius follows the "
         "clipped norm. For reinforcement learning the literature has 10. 0 turns it off.",
         NOT_NEGATIVE,
     )
