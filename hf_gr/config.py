@@ -326,9 +326,7 @@ class GRArguments(IREArguments, OptimizerArguments):
         "fixed", "How the radius of a step is computed from r. lambda / r stays as set.", RADIUS_RULES
     )
     gr_r_max: float = flag(1.0, "Upper bound of the radius, for gr_radius_rule=gradient and loss; > 0.", POSITIVE)
-    gr_second_pass_kind: str = flag(
-        "full", "Which gradient the second pass takes at the perturbed weights.", SECOND_PASSES
-    )
+    gr_second_pass_kind: str = flag("full", "The gradient of the second pass, at the perturbed weights.", SECOND_PASSES)
     gr_clip: float = flag(
         0.0,
         "Clip g1 and g2, each to this norm, before they are mixed. With gr_radius_rule=gradient the radius follows the "
