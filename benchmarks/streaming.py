@@ -9,15 +9,14 @@
    fifth of them from each of five files that are spread over it, and reports the peak of its resident memory.
 3. Resuming: the seconds of CPU time to the first block, at the beginning of a file of 100 MB and further on.
 
-The text is synthetic: each document is a piece of about 5 kB of 20 MB of random sentences. Five files are written, the
-others are copies of them; all are in `--folder`, and removed at the end.
+The text is synthetic: each document is a piece of about 5 kB of 20 MB of random words. One file is written, the others
+are links to it; all are in `--folder`, and removed at the end. `--rounds 0` measures the memory alone.
 """
 
 import argparse
 import json
 import os
 import random
-import resource
 import shutil
 import statistics
 import subprocess
@@ -55,10 +54,10 @@ def write_corpus(folder: Path, gigabytes: float) -> None:
     pool = " ".join(draw.choices(words, k=3_000_000))
     for i in range(round(gigabytes * 1e9 / FILE_BYTES)):
         file = folder / f"{i:04}.parquet"
-        if i < 5:
+        if i == 0:
             write_file(file, pool, draw)
         else:
-            shutil.copyfile(folder / f"{i % 5:04}.parquet", file)
+            file.hardlink_to(folder / "0000.parquet")
 
 
 def write_file(file: Path, pool: str, draw: random.Random) -> None:
@@ -120,13 +119,15 @@ def throughput(folder: Path, tokenizer: PreTrainedTokenizerFast, documents: int,
 # ---- Memory and resuming, each in a process of its own ----
 
 
-def resident_megabytes() -> float:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
+def megabytes(entry: str) -> float:
+    """Resident memory: now (VmRSS), or at its peak (VmHWM). The peak that `getrusage` has may be that of the parent."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(entry)) * 1024 / 1e6
 
 
 def read_for(folder: Path, tokenizer: PreTrainedTokenizerFast, seconds: float) -> dict[str, float]:
     """What a process that reads `seconds` of the stream in all, in five files, needs."""
-    before = resident_megabytes()
+    before = megabytes("VmRSS")
     stream, blocks, files = stream_of(folder, tokenizer), 0, stream_of(folder, tokenizer).documents.num_shards
     for part in np.linspace(0, files - 1, min(5, files)).astype(int):
         stream.resume({0: Position(part=int(part))}, 0, BATCH)
@@ -135,8 +136,7 @@ def read_for(folder: Path, tokenizer: PreTrainedTokenizerFast, seconds: float) -
             blocks += len(batch["input_ids"])
             if time.process_time() > end:
                 break
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
-    return {"files": files, "tokens": blocks * BLOCK, "MB before": before, "MB peak": peak}
+    return {"files": files, "tokens": blocks * BLOCK, "MB before": before, "MB peak": megabytes("VmHWM")}
 
 
 def resume_times(folder: Path, tokenizer: PreTrainedTokenizerFast) -> dict[str, float]:
@@ -191,7 +191,7 @@ def main() -> None:
             sample = islice(DocumentStream(stream_of(args.folder, None).documents.dataset, "text"), 2000)
             tokenizer = train_tokenizer(sample, 4096, BLOCK)
             tokenizer.save_pretrained(saved)
-            if i == 0:
+            if i == 0 and args.rounds:
                 for name, rates in throughput(args.folder, tokenizer, args.documents, args.rounds).items():
                     low, middle, high = min(rates), statistics.median(rates), max(rates)
                     print(f"{name}: {middle:,.0f} tokens/s ({low:,.0f} to {high:,.0f})", flush=True)
