@@ -15,10 +15,12 @@ import yaml
 from matplotlib.figure import Figure
 from PIL import Image
 
-from helpers import SCRIPTS
+from helpers import SCRIPTS, TESTS
 from helpers.scripts import load_script
 from hf_gr.cli.shipped import GRIDS, RECIPES, find
+from hf_gr.data.text import train_tokenizer
 from hf_gr.errors import Failure
+from hf_gr.models.presets import create_llama
 from hf_gr.reporting.comparison import (
     _key_of_row,
     _published,
@@ -640,12 +642,26 @@ def compare(*arguments) -> str:
     return done.stdout
 
 
+def local(grid: str, folder: Path) -> list:
+    """What stands in for data and models on the Hub."""
+    if grid == "forgetting":
+        text = "\n\n".join(f"{i} brown foxes jump over {i % 9} lazy dogs." for i in range(800))
+        (folder / "text.txt").write_text(text)
+        return ["--dataset_name", folder / "text.txt"]
+    if grid == "lora-radius":
+        data, base = TESTS / "fixtures" / "instructions.jsonl", folder / "base"
+        create_llama("llama-tiny", 300).save_pretrained(base)
+        train_tokenizer([data.read_text()], 300, 256).save_pretrained(base)
+        return ["--dataset_name", data, "--model_name_or_path", base, "--eval_examples", 4]
+    return []
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("path", sorted(GRIDS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_presets_run(path, tmp_path):
-    (tmp_path / "text.txt").write_text("\n\n".join(f"{i} brown foxes jump over {i % 9} lazy dogs." for i in range(800)))
-    data = ("--dataset_name", tmp_path / "text.txt") if path.stem == "forgetting" else ()  # else it is on the Hub
-    compare("--preset", path.stem, "--scale", "smoke", "--seeds", 0, "--output_dir", tmp_path, *data)
+    compare(
+        "--preset", path.stem, "--scale", "smoke", "--seeds", 0, "--output_dir", tmp_path, *local(path.stem, tmp_path)
+    )
     assert (tmp_path / "table.md").is_file() and any(tmp_path.glob("*.png"))
 
 
