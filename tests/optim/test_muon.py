@@ -11,6 +11,7 @@ from hf_gr import create_optimizer
 from hf_gr.optim import Muon
 from hf_gr.optim.muon import hidden_matrices
 
+pytestmark = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch has Muon since 2.9")
 LR, DECAY = 0.02, 0.1
 FLAGS = {"optim": "muon", "learning_rate": LR, "weight_decay": DECAY, "lr_scheduler_type": "constant",
          "max_grad_norm": 0.0, "max_steps": 4}  # fmt: skip
