@@ -114,6 +114,7 @@ def write_card(folder: str | Path) -> None:
     if has_curves(log.history):
         plot_curves(log.history, folder / PICTURE)
     _write_eval_results(folder, record.publication, evaluation.metrics)
+    clips = [s.settings.get("gr_clip", 0) != 0 for s in record.segments_with("gr_lambda")]
     text = ENVIRONMENT.get_template("card_template.md").render(
         metadata=metadata(record, evaluation.metrics).to_yaml(),
         record=record,
@@ -125,6 +126,8 @@ def write_card(folder: str | Path) -> None:
         ascents=used(record, "gr_ascent", ASCENTS),
         radius_rules=used(record, "gr_radius_rule", RADIUS_RULES),
         second_passes=used(record, "gr_second_pass_kind", SECOND_PASSES),
+        clips=any(clips),
+        clips_always=all(clips),
         warmups=used(record, "gr_warmup", GR_WARMUPS),
         ire_method=IRE,
         own_optimizer=own_optimizer(record),

@@ -311,6 +311,7 @@ def test_reuse_is_counted_and_on_the_card(tmp_path):
         ("adaptive", ["kwon2021asam", r"$$d = \frac{T^2 g_1}", "in 10 of 10 steps"]),
         ("momentum", ["becker2024momentum", r"$$g = g_2 = \nabla L", "in 9 of 10 steps"]),
         ("rule gradient", ["karakida2023", "With lambda = r this is SAM", "lambda followed it"]),
+        ("clip", ["g1 and g2 were each clipped to the norm `gr_clip`.", "| `gr_clip` |"]),
         ("functional", ["singh2025avoiding", r"$$g_2 = J(\theta')^\top \nabla \ell(z(\theta))$$", "in 10 of 10 steps"]),
     ],
 )
@@ -319,7 +320,7 @@ def test_the_card_names_what_was_used(method, words, tmp_path):
     trainer.create_model_card()
     card = (tmp_path / "README.md").read_text()
     assert not [word for word in words if word not in card]
-    assert ("foret2021" in card) == (method == "rule gradient")
+    assert ("foret2021" in card) == (method in ("rule gradient", "clip"))
 
 
 @pytest.mark.parametrize("scope", ["global", "micro"])
