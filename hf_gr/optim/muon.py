@@ -53,8 +53,12 @@ class Muon(Optimizer):
             is one.
         lr: learning rate of both.
         weight_decay: of both, decoupled.
-        momentum, nesterov, ns_steps, match_rms_adamw: of Muon.
-        betas, eps: of AdamW.
+        momentum: Muon's momentum.
+        nesterov: whether Muon looks ahead by one step of its momentum.
+        ns_steps: number of Newton-Schulz iterations.
+        match_rms_adamw: whether a step of Muon has the size of one of AdamW.
+        betas: decay rates of AdamW's two averages.
+        eps: AdamW's term in the denominator.
         hidden: the parameters that Muon trains, see `hidden_matrices`. Default: all matrices.
 
     Raises:
