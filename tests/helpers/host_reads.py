@@ -1,4 +1,4 @@
-"""Counts what makes a GPU wait: operations whose result the host reads. On a CPU they cost nothing and show all the same.
+"""Counts what makes a GPU wait: operations whose result the host reads. A CPU pays nothing for them and shows them.
 
     with HostReads() as reads:
         optimizer.step()
