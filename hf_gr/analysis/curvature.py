@@ -148,7 +148,7 @@ def sam_sharpness(
         ascent = ASCENTS["adaptive" if adaptive else "gradient"]
         directions, size = ascent.direction(loss.params, gradient_norm(loss.params), None)
         before = loss.value()
-        return Estimate(loss.value(cast(list[Tensor], list(directions)), r / size) - before, 0.0)
+        return Estimate(loss.value(cast(list[Tensor], list(directions)), r / as_float(size)) - before, 0.0)
 
 
 def average_sharpness(
@@ -294,7 +294,7 @@ class _Loss:
         return self._take_gradients()
 
     def _difference(self, v: list[Tensor]) -> list[Tensor]:
-        if length(v) == 0:
+        if as_float(length(v)) == 0:
             return [torch.zeros_like(p) for p in self.params]
         scale = difference_scale(self.params, v)
         pairs = zip(self.gradient(v, scale), self.gradient(v, -scale), strict=True)
@@ -358,7 +358,7 @@ def difference_scale(params: Sequence[Tensor], v: Sequence[Tensor]) -> float:
     count = sum(p.numel() for p in params)
     eps = max(torch.finfo(p.dtype).eps for p in params)
     largest = max(as_float(x.abs().max()) for x in v)
-    return 0.1 * eps ** (1 / 3) * (1 + length(params)) / math.sqrt(count) / largest
+    return 0.1 * eps ** (1 / 3) * (1 + as_float(length(params))) / math.sqrt(count) / largest
 
 
 @contextmanager

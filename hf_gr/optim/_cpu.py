@@ -91,6 +91,8 @@ def suits_blockwise_adamw(optimizer: Optimizer) -> bool:
     """Whether it is a fused AdamW on the CPU, without hooks on its step, that has already created its state."""
     if type(optimizer) is not AdamW or optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
         return False
+    if hasattr(optimizer, "found_inf"):  # a step that it may skip
+        return False
     if any(not g["fused"] or g["amsgrad"] or isinstance(g["lr"], Tensor) for g in optimizer.param_groups):
         return False
     params = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]

@@ -3,8 +3,9 @@
 An ascent is a function `f(params, norm, optimizer) -> (directions, length)`. It gets the parameters that have a
 gradient, with g1 in their `.grad`, norm = ||g1|| over all parameters that share the radius, and the optimizer, if there
 is one. It returns a direction for each parameter, or None for one that stays where it is, and a length that they are
-all divided by: d = directions / length. The directions may come from a generator: each is used before the next is asked
-for, so that only one of them is in memory.
+all divided by: d = directions / length. The directions may come from a generator: a block of them is used before the
+next is asked for. Norms and lengths are 0-dimensional tensors on the device, and no ascent may read them: a GPU would
+have to wait.
 
 An ascent that does not need g1, such as `momentum`, has `passes=1`: the step is then the gradient at theta + r d alone,
 and `f` gets all parameters, whatever is in their `.grad`.
@@ -13,11 +14,13 @@ To add an ascent, write the function and give it an entry in `ASCENTS`: the comm
 rule, the model card, the docs and the tests read that table.
 """
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
+
+from .blocks import blocks_of
 
 #: Added to the length that divides a direction. The released code of GR adds nothing: a zero gradient becomes NaN.
 NORM_EPS = 1e-12
@@ -26,45 +29,62 @@ ADAPTIVE_ETA = 0.01
 #: Where optimizers keep their first moment: the Adam family, and SGD with momentum.
 FIRST_MOMENTS = ("exp_avg", "momentum_buffer")
 
-Directions = tuple[Iterable[Tensor | None], float]
+Directions = tuple[Iterable[Tensor | None], Tensor]
 
 
 class Ascent(NamedTuple):
-    """An ascent: its function, what `--help` says of it, d as an equation, the BibTeX of its source, and how many
-    passes over a batch a regularized step takes."""
+    """An ascent: its function, what `--help` says of it, d as an equation, the BibTeX of its source, how many passes
+    over a batch a regularized step takes, and whether d = M g1 / sqrt(g1 . M g1) with a positive diagonal M: the slope
+    g1 . d is then the length."""
 
-    direction: Callable[[Sequence[Tensor], float, Any], Directions]
+    direction: Callable[[Sequence[Tensor], Tensor, Any], Directions]
     help: str
     latex: str
     citation: str
     passes: int = 2
+    is_metric: bool = False
 
 
-def gradient(params: Sequence[Tensor], norm: float, optimizer: Any = None) -> Directions:
+def gradient(params: Sequence[Tensor], norm: Tensor, optimizer: Any = None) -> Directions:
     """d = g1 / ||g1||, the direction in which the loss climbs fastest."""
     return (p.grad for p in params), norm + NORM_EPS
 
 
-def adaptive(params: Sequence[Tensor], norm: float, optimizer: Any = None) -> Directions:
+def adaptive(params: Sequence[Tensor], norm: Tensor, optimizer: Any = None) -> Directions:
     """d = T^2 g1 / ||T g1|| with T = |theta| + eta, for every parameter: ASAM, Kwon et al., ICML 2021, Eq. 3 and 4.
 
     Multiplying a weight by a constant, and what follows it by the inverse, does not change r. So r is not that of SAM,
     but some ten times as large: 0.5 to 2.
     """
-    return _scaled(params, lambda p: p.detach().abs() + ADAPTIVE_ETA)
+    return _scaled(params, lambda p: True)
 
 
-def adaptive_weights(params: Sequence[Tensor], norm: float, optimizer: Any = None) -> Directions:
+def adaptive_weights(params: Sequence[Tensor], norm: Tensor, optimizer: Any = None) -> Directions:
     """`adaptive` with T = 1 for biases and the scales of norms, the parameters with at most one dimension."""
-    return _scaled(params, lambda p: p.detach().abs() + ADAPTIVE_ETA if p.ndim > 1 else torch.ones_like(p))
+    return _scaled(params, lambda p: p.ndim > 1)
 
 
-def _scaled(params: Sequence[Tensor], scale: Callable[[Tensor], Tensor]) -> Directions:
-    scaled = (scale(p) * p.grad for p in params if p.grad is not None)
-    return (None if p.grad is None else scale(p).square_() * p.grad for p in params), length(scaled) + NORM_EPS
+def _scaled(params: Sequence[Tensor], is_scaled: Callable[[Tensor], bool]) -> Directions:
+    """T^2 g1 and ||T g1||, where T is 1 for parameters that are not scaled."""
+
+    def times(power: int) -> Iterator[Tensor | None]:
+        for block in blocks_of(params):
+            values = [p.grad for p in block]
+            chosen = [i for i, p in enumerate(block) if values[i] is not None and is_scaled(p)]
+            if chosen:
+                scales = torch._foreach_abs([block[i].detach() for i in chosen])
+                torch._foreach_add_(scales, ADAPTIVE_ETA)
+                if power == 2:
+                    torch._foreach_mul_(scales, scales)
+                torch._foreach_mul_(scales, cast(list[Tensor], [values[i] for i in chosen]))
+                for i, scale in zip(chosen, scales, strict=True):
+                    values[i] = scale
+            yield from values
+
+    return times(2), length(t for t in times(1) if t is not None) + NORM_EPS
 
 
-def momentum(params: Sequence[Tensor], norm: float, optimizer: Any) -> Directions:
+def momentum(params: Sequence[Tensor], norm: Tensor, optimizer: Any) -> Directions:
     """d = -m / ||m|| with m the optimizer's first moment, one vector over all parameters: MSAM, Becker et al., 2024.
 
     m is a mean of gradients, so theta moves along the coming update. (The bias correction of Adam is one factor, and
@@ -81,15 +101,29 @@ def first_moment(optimizer: Any, p: Tensor) -> Tensor | None:
     return next((m for m in moments if m.shape == p.shape), None)
 
 
-def length(tensors: Iterable[Tensor]) -> float:
-    """The norm of all tensors as one vector, of which only one is in memory at a time; 0.0 if there are none."""
-    norms = [torch.linalg.vector_norm(t.detach()) for t in tensors]
-    return as_float(torch.linalg.vector_norm(torch.stack([n.to(norms[0].device) for n in norms]))) if norms else 0.0
+def length(tensors: Iterable[Tensor]) -> Tensor:
+    """The norm of all tensors as one vector; 0 if there are none. Of a generator, a block is in memory at a time."""
+    blocks = [tensors] if isinstance(tensors, list) else blocks_of(tensors)
+    with torch.no_grad():
+        norms = [norm for block in blocks if block for norm in torch._foreach_norm(block)]
+    if not norms:
+        return torch.zeros(())
+    return whole(torch.linalg.vector_norm(torch.stack([n.to(norms[0].device) for n in norms])))
+
+
+def whole(value: Tensor) -> Tensor:
+    """A 0-dimensional tensor, reduced over all processes if it is sharded."""
+    return value.full_tensor() if hasattr(value, "full_tensor") else value
+
+
+def as_tensor(value: Tensor | float) -> Tensor:
+    """A number as a 0-dimensional tensor in double precision; a tensor as it is."""
+    return value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
 
 
 def as_float(value: Tensor | float) -> float:
-    """Of one element, gathered from all processes if it is sharded."""
-    return float(value.full_tensor() if hasattr(value, "full_tensor") else value)
+    """Of one element, reduced over all processes if it is sharded. A GPU has to finish its work first."""
+    return float(whole(value) if isinstance(value, Tensor) else value)
 
 
 SAM_CITATION = """\
@@ -118,18 +152,20 @@ MSAM_CITATION = """\
 }"""
 
 ASCENTS: dict[str, Ascent] = {
-    "gradient": Ascent(gradient, "along the gradient, as in SAM", r"\frac{g_1}{\|g_1\|}", SAM_CITATION),
+    "gradient": Ascent(gradient, "along the gradient, as in SAM", r"\frac{g_1}{\|g_1\|}", SAM_CITATION, is_metric=True),
     "adaptive": Ascent(
         adaptive,
         "each coordinate scaled by its weight (ASAM), with r about 0.5 to 2",
         r"\frac{T^2 g_1}{\|T g_1\|}, \ T = |\theta| + 0.01",
         ASAM_CITATION,
+        is_metric=True,
     ),
     "adaptive_weights": Ascent(
         adaptive_weights,
         "as adaptive, with biases and norms left unscaled",
         r"\frac{T^2 g_1}{\|T g_1\|}, \ T = |\theta| + 0.01 \ \mathrm{or} \ 1",
         ASAM_CITATION,
+        is_metric=True,
     ),
     "momentum": Ascent(
         momentum,

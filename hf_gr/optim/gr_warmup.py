@@ -43,10 +43,6 @@ class GRStrength(NamedTuple):
         """lambda_t/r_t, what the sum of both is multiplied by."""
         return self.lambda_t / self.r_t
 
-    def with_radius(self, radius: float) -> "GRStrength":
-        """The radius that a radius rule makes of r_t, and the degree that goes with it: lambda_t/r_t stays."""
-        return GRStrength(self.g2_weight * radius, radius)
-
 
 def _ramp(t: int, warmup_steps: int) -> float:
     """w(t) = min(t / T_w, 1). The first step already has 1/T_w: the released code starts at 0 and lags one step."""

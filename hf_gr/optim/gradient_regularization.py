@@ -24,12 +24,14 @@ which needs no g1 after the perturbation, has `.grad` free until the second back
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from .ascents import ASCENTS, as_float
+from .ascents import ASCENTS, NORM_EPS, as_float, as_tensor, length, whole
+from .blocks import blocks_of
 
 CITATION = """\
 @inproceedings{zhao2024when,
@@ -48,21 +50,20 @@ def grad_of(p: Tensor) -> Tensor:
     return p.grad
 
 
-def gradient_norm(params: Iterable[Tensor]) -> float:
-    """||g||_2 over the `.grad` of all `params`, taken as one vector; 0.0 if none of them has a gradient.
+@torch.no_grad()
+def gradient_norm(params: Iterable[Tensor]) -> Tensor:
+    """||g||_2 over the `.grad` of all `params`, taken as one vector; 0 if none of them has a gradient.
 
-    Of sharded parameters (DTensor) it is the norm of the whole, for which the processes communicate.
+    It stays on the device: nothing waits for it. Of sharded parameters (DTensor) it is the norm of the whole, for which
+    the processes communicate.
     """
-    return _total_norm([p.grad for p in params if p.grad is not None])
+    return length([p.grad for p in params if p.grad is not None])
 
 
 @torch.no_grad()
-def _total_norm(tensors: list[Tensor]) -> float:
-    return as_float(torch.nn.utils.get_total_norm(tensors)) if tensors else 0.0
-
-
-@torch.no_grad()
-def gradient_cosine(params: Iterable[Tensor], first: Iterable[Tensor | None], ratio: float = 0.0) -> float | None:
+def gradient_cosine(
+    params: Iterable[Tensor], first: Iterable[Tensor | None], ratio: Tensor | float = 0.0
+) -> float | None:
     """The cosine of g1 and g2, each taken as one vector, where `.grad` holds ratio * g1 + g2 and `first` is g1.
 
     A gradient that is missing is 0. None if one of both vectors is 0 or not finite.
@@ -88,25 +89,33 @@ def are_finite(tensors: Iterable[Tensor]) -> bool:
 
 def _local(tensor: Tensor) -> Tensor:
     """What this process holds of a sharded tensor, as memory that can be written to; else the tensor itself."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return tensor if type(tensor) in (Tensor, nn.Parameter) else getattr(tensor, "to_local", lambda: tensor)()
 
 
-def clip_factor(norm: float, max_norm: float) -> float:
-    """What a gradient of this norm is multiplied by so that its norm is at most `max_norm`; 0 is no bound.
+def has_direction(norm: Tensor) -> Tensor:
+    """Whether a vector of this norm points anywhere. One that is not finite is for a gradient scaler or a guard."""
+    return (norm > 0) & norm.isfinite()
+
+
+def clip_factor(norm: Tensor, max_norm: Tensor | float) -> Tensor:
+    """What a gradient of this norm is multiplied by so that its norm is at most `max_norm`.
 
     A norm that is not finite is not clipped: a factor of 0 would hide the overflow.
     """
-    return max_norm / norm if 0 < max_norm < norm < math.inf else 1.0
+    return torch.where((norm > max_norm) & norm.isfinite(), max_norm / norm, 1.0)
 
 
 @torch.no_grad()
-def scale_gradients_(params: Iterable[Tensor], factor: float) -> None:
+def scale_gradients_(params: Iterable[Tensor], factor: Tensor | float) -> None:
     """`.grad *= factor`, in place. A factor of 0 writes zeros: a gradient that is present stays present."""
-    if factor == 1:
-        return
-    for p in params:
-        if p.grad is not None:
-            p.grad.zero_() if factor == 0 else p.grad.mul_(factor)
+    _scale_([p.grad for p in params], factor)
+
+
+def _scale_(grads: list[Tensor | None], factor: Tensor | float) -> None:
+    is_number = not isinstance(factor, Tensor)
+    present = [] if is_number and factor == 1 else [_local(grad) for grad in grads if grad is not None]
+    if present:
+        torch._foreach_zero_(present) if is_number and factor == 0 else torch._foreach_mul_(present, factor)
 
 
 @torch.no_grad()
@@ -163,50 +172,83 @@ class Perturbation:
         params: the trainable parameters, with g in their `.grad`.
         ascent: a key of `ASCENTS`.
         optimizer: the optimizer of the parameters, for an ascent that follows its state.
+        scratch: keeps the memory of the copies from one perturbation to the next on a CPU, where fresh memory costs
+            more than the arithmetic. Elsewhere it is given back.
 
     Attributes:
         slope: g1 . d, the rise of the loss per unit of r to first order; ||g1|| for `gradient`.
     """
 
-    def __init__(self, params: Iterable[Tensor], ascent: str = "gradient", optimizer: Any = None):
+    def __init__(
+        self,
+        params: Iterable[Tensor],
+        ascent: str = "gradient",
+        optimizer: Any = None,
+        scratch: dict[int, Tensor] | None = None,
+    ):
         self._ascent = ASCENTS[ascent]
         self._optimizer = optimizer
         self._params = [p for p in params if p.grad is not None or self._ascent.passes == 1]
+        self._scratch = {} if scratch is None else scratch
         self._moved: list[tuple[Tensor, Tensor]] = []  # with theta
         self._dropped: list[Tensor] = []
-        self._step_per_grad = 0.0
+        self._step_per_grad = torch.zeros(())
         self._follows_gradient = True
-        self.slope = 0.0
+        self.slope = torch.zeros(())
 
     @torch.no_grad()
-    def apply(self, radius: float, norm: float = math.nan, grad_scale: float = 1.0) -> None:
+    def apply(self, radius: Tensor | float, norm: Tensor | float = math.nan, grad_scale: Tensor | float = 1.0) -> None:
         """Move the parameters by `radius` along d; `norm` is ||g|| over all parameters that share the radius.
 
-        The gradients are multiplied by `grad_scale` on the way, while each is in the processor's cache. With 0, which
-        is SAM, they are dropped: autograd then need not add to them, and their memory pays for the copy of theta.
+        Where d has no direction, because g is 0 or not finite, finite coordinates stay where they are.
+
+        The gradients are multiplied by `grad_scale` on the way, while each is in the processor's cache. With the number
+        0, which is SAM, they are dropped: autograd then need not add to them, and their memory pays for the copy of
+        theta.
         """
-        directions, length = self._ascent.direction(self._params, norm, self._optimizer)
-        self._step_per_grad = radius / length
+        norm = as_tensor(norm)
+        directions, size = self._ascent.direction(self._params, norm, self._optimizer)
+        size = as_tensor(size)
+        self._step_per_grad = torch.where(size.isfinite(), radius / size, 0.0)
         self._follows_gradient = True
         slopes: list[Tensor] = []
-        for p, direction in zip(self._params, directions, strict=True):
-            grad = p.grad
-            if direction is not None:
-                theta = _local(p.detach())
-                self._moved.append((p, theta.clone()))
-                theta.add_(_local(direction), alpha=self._step_per_grad)
-                if direction is not grad:
-                    self._follows_gradient = False
-                    if grad is not None and self._ascent.passes > 1:
-                        slopes.append(torch.sum(direction * grad))
-            if grad is None or grad_scale == 1:
-                continue
-            if grad_scale == 0:
-                p.grad = None
-                self._dropped.append(p)
-            else:
-                _local(grad).mul_(grad_scale)
-        self.slope = norm if self._follows_gradient else sum(map(as_float, slopes)) / length
+        remaining = iter(directions)
+        for block in blocks_of(self._params):
+            moving = [(p, d) for p, d in zip(block, islice(remaining, len(block)), strict=True) if d is not None]
+            self._move(moving)
+            self._follows_gradient &= all(d is p.grad for p, d in moving)
+            if self._ascent.passes > 1 and not self._ascent.is_metric:
+                slopes += [torch.sum(d * grad_of(p)) for p, d in moving]
+            self._scale_or_drop(block, grad_scale)
+        self.slope = size - NORM_EPS if self._ascent.is_metric else whole(sum(slopes, torch.zeros(()))) / size
+
+    def _move(self, moving: list[tuple[Tensor, Tensor]]) -> None:
+        if not moving:
+            return
+        params = [p for p, _ in moving]
+        thetas, directions = [_local(p) for p in params], [_local(d) for _, d in moving]
+        copies = [self._memory_for(p, theta) for p, theta in zip(params, thetas, strict=True)]
+        torch._foreach_copy_(copies, thetas)
+        self._moved += zip(params, copies, strict=True)
+        step = self._step_per_grad.to(thetas[0].device, torch.promote_types(thetas[0].dtype, torch.float32))
+        if thetas[0].is_cpu:  # without a temporary; on a GPU, one call for each tensor
+            torch._foreach_addcmul_(thetas, directions, [step] * len(thetas))
+        else:
+            torch._foreach_add_(thetas, torch._foreach_mul(directions, step))
+
+    def _memory_for(self, p: Tensor, theta: Tensor) -> Tensor:
+        kept = self._scratch.get(id(p))  # nothing but memory: any other of this size would do
+        fits = kept is not None and kept.dtype is theta.dtype and kept.shape == theta.shape
+        return kept if kept is not None and fits else torch.empty_like(theta)
+
+    def _scale_or_drop(self, block: list[Tensor], grad_scale: Tensor | float) -> None:
+        if isinstance(grad_scale, Tensor) or grad_scale != 0:
+            _scale_([p.grad for p in block], grad_scale)
+            return
+        present = [p for p in block if p.grad is not None]
+        for p in present:
+            p.grad = None
+        self._dropped += present
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -215,11 +257,12 @@ class Perturbation:
         A parameter whose gradient was dropped and that the second pass did not reach gets the gradient 0: the optimizer
         would skip one without.
         """
-        for p, theta in self._moved:
-            _local(p.detach()).copy_(theta)
+        if self._moved:
+            torch._foreach_copy_([_local(p) for p, _ in self._moved], [theta for _, theta in self._moved])
         for p in self._dropped:
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
+        self._scratch.update((id(p), theta) for p, theta in self._moved if theta.is_cpu)
         self._moved, self._dropped = [], []
 
     @contextmanager
@@ -238,17 +281,23 @@ class Perturbation:
                 p.copy_(value)
 
     @torch.no_grad()
-    def second_gradient_norm(self, ratio: float) -> float | None:
+    def second_gradient_norm(self, ratio: Tensor | float) -> Tensor | None:
         """||g2||, where `.grad` holds ratio * g1 + g2 and theta is still perturbed. Follow with `restore`.
 
         For ratio != 0, g1 is recovered from the step that theta really took: in float32 the relative error stays below
         1e-3 for ratios up to 1e3. The perturbed parameters serve as scratch space, which saves another copy of them.
         None if theta moved along something else than g1, which then cannot be recovered.
         """
-        if ratio == 0:
+        if not isinstance(ratio, Tensor) and ratio == 0:
             return gradient_norm(self._params)
         if not self._follows_gradient:
             return None
-        for p, theta in self._moved:
-            _local(p.detach()).sub_(theta).mul_(-ratio / self._step_per_grad).add_(_local(grad_of(p)))
-        return _total_norm([p.detach() for p in self._params])
+        step = self._step_per_grad
+        factor = torch.where(step != 0, -ratio / step, 0.0)
+        copies = dict(self._moved)
+        for block in blocks_of(p for p, _ in self._moved):
+            thetas = [_local(p) for p in block]
+            torch._foreach_sub_(thetas, [copies[p] for p in block])
+            torch._foreach_mul_(thetas, factor.to(thetas[0].device))
+            torch._foreach_add_(thetas, [_local(grad_of(p)) for p in block])
+        return length(self._params)

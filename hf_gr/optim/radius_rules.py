@@ -2,7 +2,8 @@
 
 A rule is a function `f(r_t, norm, r_max) -> radius`. The degree follows the radius, so that lambda / r stays what the
 user and the warmup set. The norm is the one that the ascent divides by, reduced over all processes with
-`gr_scope=global`, so that all of them take the same radius.
+`gr_scope=global`, so that all of them take the same radius. It is a 0-dimensional tensor, which a rule must not read: a
+GPU would have to wait.
 
 To add a rule, write the function and give it an entry in `RADIUS_RULES`.
 """
@@ -10,35 +11,37 @@ To add a rule, write the function and give it an entry in `RADIUS_RULES`.
 from collections.abc import Callable
 from typing import NamedTuple
 
+from torch import Tensor
+
 
 class RadiusRule(NamedTuple):
     """A rule: its function, what `--help` says of it, its equation, and the BibTeX of its source. `is_capped` rules
     read r_max."""
 
-    function: Callable[[float, float, float], float]
+    function: Callable[[float, Tensor, float], Tensor | float]
     help: str
     latex: str
     citation: str = ""
     is_capped: bool = True
 
 
-def fixed(r_t: float, norm: float, r_max: float) -> float:
+def fixed(r_t: float, norm: Tensor, r_max: float) -> Tensor | float:
     """r_t itself: SAM, and the GR paper."""
     return r_t
 
 
-def gradient(r_t: float, norm: float, r_max: float) -> float:
+def gradient(r_t: float, norm: Tensor, r_max: float) -> Tensor | float:
     """min(r_t ||g1||, r_max), so that theta moves by r_t g1.
 
     To first order in r the step is then along the gradient of L + lambda/2 ||grad L||^2, the penalty on the squared
     norm (Karakida et al., ICML 2023; the remark in section 2.1 of the GR paper).
     """
-    return min(r_t * norm, r_max)
+    return (r_t * norm).clamp(max=r_max)
 
 
-def loss(r_t: float, norm: float, r_max: float) -> float:
+def loss(r_t: float, norm: Tensor, r_max: float) -> Tensor | float:
     """min(r_t / ||g1||, r_max), so that the loss rises by r_t, to first order: r has the unit of the loss."""
-    return min(r_t / norm, r_max) if norm > 0 else r_max
+    return (r_t / norm).clamp(max=r_max)
 
 
 KARAKIDA_CITATION = """\

@@ -69,7 +69,7 @@ class Diagnostics(Part, TrainerCallback):
 
     def __init__(self, trainer: Host):
         super().__init__(trainer)
-        self.first_norm: float | None = None
+        self.first_norm: Tensor | float | None = None
         self.cosine: float | None = None
         self._earlier: list[Tensor] | None = None
         self._batches: list[dict[str, Any]] = []
@@ -112,8 +112,8 @@ class Diagnostics(Part, TrainerCallback):
 
     def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
         norm = self._trainer.nonfinite_guard.norm_before_clipping if self.first_norm is None else self.first_norm
-        if norm is not None and math.isfinite(norm := as_float(norm)):
-            self._norms.append(norm)
+        if norm is not None and math.isfinite(value := as_float(norm)):
+            self._norms.append(value)
         if self.is_due:
             self._earlier = self._log_rates()
 

@@ -21,29 +21,30 @@ class Gauge:
     def __init__(self, trainer: Host):
         self._trainer = trainer
         self._sharpness: Tensor | float = 0.0
-        self._rise = 0.0
+        self._rise: Tensor | float = 0.0
         self._steps = 0
         self.forget_step()
 
     def forget_step(self) -> None:
         """Forget the step that is under way."""
         self._step: Tensor | None = None
-        self._step_rise = 0.0
+        self._step_rise: Tensor | float = 0.0
 
     def add_loss(self, loss: Tensor) -> None:
         """The loss of a micro-batch in the second pass, or minus that in the first."""
         loss = loss.detach().to(torch.promote_types(loss.dtype, torch.float32))
         self._step = loss if self._step is None else self._step + loss
 
-    def add_rise(self, rise: float) -> None:
+    def add_rise(self, rise: Tensor | float) -> None:
         """The rise of the loss that a perturbation brings to first order."""
         self._step_rise += rise
 
     def end_step(self) -> None:
         """Count the step. Without a direction to go there was no rise."""
-        if self._step_rise > 0 and self._step is not None:
-            self._sharpness = self._sharpness + self._step
-            self._rise += self._step_rise
+        if isinstance(self._step_rise, Tensor) and self._step is not None:
+            rises = (self._step_rise > 0) & self._step_rise.isfinite()
+            self._sharpness = self._sharpness + torch.where(rises, self._step, 0.0)
+            self._rise = self._rise + torch.where(rises, self._step_rise, 0.0)
         self._steps += 1
         self.forget_step()
 
@@ -52,7 +53,7 @@ class Gauge:
         if self._steps == 0:
             return {}
         accelerator, steps = self._trainer.accelerator, self._steps
-        both = torch.tensor([float(self._sharpness), self._rise], device=accelerator.device)
+        both = torch.tensor([float(self._sharpness), float(self._rise)], device=accelerator.device)
         sharpness, rise = accelerator.reduce(both, "mean").tolist()
         self._sharpness, self._rise, self._steps = 0.0, 0.0, 0
         return {"gr_sharpness": sharpness / steps} | ({"gr_linearity": sharpness / rise} if rise else {})

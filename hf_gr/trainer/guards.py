@@ -13,11 +13,11 @@ from accelerate.logging import get_logger
 from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..optim.ascents import as_float
+from ..optim.ascents import as_tensor, whole
 from ..optim.gradient_regularization import are_finite, gradient_norm
 from ..optim.ire import IRE
 from .layerwise import trainable_parameters
-from .part import Host, Part
+from .part import Host, Part, innermost
 from .recording import Recorder
 
 logger = get_logger(__name__)
@@ -34,7 +34,13 @@ class NonFiniteGuard(Part, TrainerCallback):
     It checks the reduced gradient that the optimizer would use, so all processes decide alike. A gradient scaler (fp16)
     skips such steps itself, and often does until its scale fits: only those it skips at a scale below 1 count.
 
+    On a CPU it sees such a step at once. A GPU would have to wait at each step for the host to look; there the fused
+    optimizers of torch skip the step themselves, and the guard looks at the steps that are logged or saved. It then
+    stops the run if the last `PATIENCE` steps were skipped. Other optimizers cannot skip, and are looked after at each
+    step.
+
     Attributes:
+        looks_at_once: whether it looks at each step; by default, on a CPU.
         norm_before_clipping: the gradient norm of this step, if known. If it overflows, clipping makes the gradient 0,
             which looks finite.
         skipped_steps: the number of skipped steps.
@@ -43,19 +49,23 @@ class NonFiniteGuard(Part, TrainerCallback):
     def __init__(self, trainer: Host, recorder: Recorder):
         super().__init__(trainer)
         self._recorder = recorder
-        self._in_a_row = 0
+        self._in_a_row = self._last_skipped = 0
         self._finite_after = 0  # the last step after which the weights were checked and finite
+        self._unseen: list[tuple[int, torch.Tensor]] = []  # steps, and whether their gradients are finite
+        self.looks_at_once = True
         self.norm_before_clipping: torch.Tensor | float | None = None
         self.skipped_steps = 0
 
     def check(self) -> None:
         self._trainer.add_callback(self)
+        self.looks_at_once = self._trainer.args.device.type == "cpu"
 
     def _is_active(self) -> bool:
         return self._flags.is_active or self._trainer.ire_optimizer is not None
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
         self._in_a_row = self.skipped_steps = 0
+        self._unseen.clear()
         self._finite_after = state.global_step
         self.require_finite_weights()
         if not self._is_active() and self._flags.gr_on_nonfinite != "stop":
@@ -67,40 +77,78 @@ class NonFiniteGuard(Part, TrainerCallback):
         if self._trainer.accelerator.scaler is not None or not self._is_active():
             return
         params = trainable_parameters(self._trainer.optimizer)
-        before = self.norm_before_clipping
-        if math.isfinite(gradient_norm(params)) and (before is None or math.isfinite(as_float(before))):
-            self._in_a_row = 0
-            return
-        for p in params:  # optimizers skip parameters without a gradient
-            p.grad = None
-        self._recorder.segment.skipped_steps += 1
-        self._skip(state.global_step + 1)
+        is_finite = gradient_norm(params).isfinite()
+        if self.norm_before_clipping is not None:
+            is_finite &= whole(as_tensor(self.norm_before_clipping)).isfinite().to(is_finite.device)
+        self._unseen.append((state.global_step + 1, is_finite))
+        if not self.looks_at_once and (fused := self._skipping_optimizer()) is not None:
+            fused.grad_scale, fused.found_inf = None, (~is_finite).float()  # as a gradient scaler does
+        elif not is_finite:
+            for p in params:  # optimizers skip parameters without a gradient
+                p.grad = None
+        if self.looks_at_once:
+            self.look()
+
+    def _skipping_optimizer(self) -> Any:
+        """The optimizer, if it can skip a step without the host; else None."""
+        ire = self._trainer.ire_optimizer
+        optimizer = innermost(self._trainer.optimizer)
+        # IRE subtracts the decay of a step that it takes to be made.
+        is_amplified_whole = ire is None or ire.amplify_weight_decay
+        return optimizer if is_amplified_whole and getattr(optimizer, "_step_supports_amp_scaling", False) else None
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         accelerator = self._trainer.accelerator
         if accelerator.scaler is None or not self._is_active():
+            if self._unseen and not self.looks_at_once:
+                vars(innermost(self._trainer.optimizer)).pop("found_inf", None)
             return
         if not accelerator.optimizer_step_was_skipped:
             self._in_a_row = 0
         elif accelerator.scaler.get_scale() < 1:
             self._skip(state.global_step + 1)
+            self._stop()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if control.should_log or control.should_save or control.should_evaluate or control.should_training_stop:
+            self.look()
+
+    def look(self) -> None:
+        """Read which of the steps since the last call were skipped, and stop the run if it has to be."""
+        if not self._unseen:
+            return
+        steps, flags = zip(*self._unseen, strict=True)
+        self._unseen.clear()
+        for step, is_finite in zip(steps, torch.stack(flags).tolist(), strict=True):
+            if is_finite:
+                self._in_a_row = 0
+            else:
+                self._recorder.segment.skipped_steps += 1
+                self._skip(step)
+        self._stop()
 
     def _skip(self, step: int) -> None:
         self._in_a_row += 1
+        self._last_skipped = step
         self.skipped_steps += 1
-        if self._in_a_row == 1:
-            self.require_finite_weights(done=step - 1)
-        if self._flags.gr_on_nonfinite == "stop" and self._in_a_row >= PATIENCE:
-            first = step - self._in_a_row + 1
-            raise FloatingPointError(
-                f"The gradients of steps {first} to {step} are not finite. The model has the weights of step "
-                f"{first - 1}, and checkpoints up to that step are good. Look at the examples of these steps, lower "
-                "learning_rate or gr_r, or prefer --bf16 to --fp16; with gr_on_nonfinite=skip any number of such steps "
-                "is skipped."
-            )
         logger.warning(f"Step {step}: the gradient is not finite. The step is skipped, the weights stay as they are.")
+
+    def _stop(self) -> None:
+        """Raise `FloatingPointError` if weights that are not finite caused the last skips, or if these are too many."""
+        if self._in_a_row == 0:
+            return
+        first = self._last_skipped - self._in_a_row + 1
+        if self._finite_after < first - 1:
+            self.require_finite_weights(done=first - 1)
+        if self._flags.gr_on_nonfinite == "stop" and self._in_a_row >= PATIENCE:
+            raise FloatingPointError(
+                f"The gradients of steps {first} to {self._last_skipped} are not finite. The model has the weights of "
+                f"step {first - 1}, and checkpoints up to that step are good. Look at the examples of these steps, "
+                "lower learning_rate or gr_r, or prefer --bf16 to --fp16; with gr_on_nonfinite=skip any number of such "
+                "steps is skipped."
+            )
 
     def require_finite_weights(self, done: int | None = None) -> None:
         """Raise `FloatingPointError` on all processes if a trainable weight is not finite after `done` steps.
@@ -128,6 +176,7 @@ class NonFiniteGuard(Part, TrainerCallback):
 
     def require_trained(self) -> None:
         """At the end of a run, raise `FloatingPointError` unless the weights are finite and some step changed them."""
+        self.look()
         self.require_finite_weights()
         steps = self._trainer.state.global_step
         if self._flags.gr_on_nonfinite == "stop" and 0 < steps == self.skipped_steps:

@@ -275,7 +275,8 @@ def _listed(value: str | Iterable[str] | None) -> list[str]:
 
 
 class Recorder(TrainerCallback):
-    """Keeps the record of a trainer. Other parts of the trainer count their own events in `segment`.
+    """Keeps the record of a trainer. Other parts of the trainer count their own events in `segment`; what only the
+    device knows, with `count`.
 
     Attributes:
         segment: the current one.
@@ -290,6 +291,7 @@ class Recorder(TrainerCallback):
         self.resumed_from: str | None = None
         self.best_step: int | None = None
         self.segment = Segment()
+        self._on_device: dict[str, Tensor] = {}
         self._record = Record(segments=[self.segment])
 
     @property
@@ -297,7 +299,20 @@ class Recorder(TrainerCallback):
         """The record of the run so far; before training, of the run to come."""
         if not self.segment.settings:
             self._begin(0)
+        self._settle()
         return self._record
+
+    def count(self, name: str, happened: Tensor | bool) -> None:
+        """Add one to a count of `segment` if `happened`. A tensor is read only when the record is."""
+        if isinstance(happened, Tensor):
+            self._on_device[name] = happened.int() + self._on_device.get(name, 0)
+        else:
+            setattr(self.segment, name, getattr(self.segment, name) + happened)
+
+    def _settle(self) -> None:
+        for name, count in self._on_device.items():
+            setattr(self.segment, name, getattr(self.segment, name) + int(count))
+        self._on_device.clear()
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
         """A second `train()` is a new run, as is a restart with a smaller batch after running out of memory."""
@@ -306,6 +321,7 @@ class Recorder(TrainerCallback):
 
     def _begin(self, done: int) -> None:
         """Begin a new segment after `done` steps."""
+        self._settle()
         trainer = self._trainer
         earlier = read_record(self.resumed_from) if self.resumed_from else None
         sharpness = earlier.sharpness if earlier else self._sharpness_before_training(done)
@@ -355,6 +371,7 @@ class Recorder(TrainerCallback):
 
     def finish(self) -> None:
         """Stop the clock, and write the record if there were any steps."""
+        self._settle()
         if self._stop_clock() and self.segment.steps:
             self.write(self._folder())
             self._has_ended = True

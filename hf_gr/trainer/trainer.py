@@ -288,6 +288,7 @@ class GRMixin(Host):
         """As in `Trainer`, but the record is written first, so that every complete checkpoint contains it."""
         run = self._get_output_dir(trial=trial)
         folder = f"{run}/{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        self.nonfinite_guard.look()
         self.nonfinite_guard.require_finite_weights()
         with explain_failed_save(folder):
             self.recorder.write(run, folder)

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from accelerate.logging import get_logger
 from torch import Tensor, nn
+from transformers.trainer_utils import IntervalStrategy
 
 from ..optim.ascents import ASCENTS, first_moment
 from ..optim.gr_warmup import GRStrength
@@ -34,6 +35,7 @@ from ..optim.gradient_regularization import (
     gradient_cosine,
     gradient_norm,
     gradients_set_aside,
+    has_direction,
     in_float32,
     scale_gradients_,
 )
@@ -65,8 +67,9 @@ class TwoPass(Part):
         self._window: list[MicroBatch] = []
         self._perturbation: Perturbation | None = None
         self._reuse: GradientReuse | None = None
-        self._norms: list[float] = []
-        self._logs: dict[str, float] = {}
+        self._scratch: dict[int, Tensor] = {}  # of the perturbations
+        self._norms: list[Tensor] = []
+        self._logs: dict[str, Tensor | float] = {}
         self._name_of_norm = "gr_grad_norm"  # of the one gradient of a step of one pass
         self._gauge = Gauge(trainer)
         self._functional = FunctionalPass(trainer)
@@ -200,7 +203,7 @@ class TwoPass(Part):
     ) -> Tensor:
         """One micro-batch at theta + r d, of which only the gradient remains. Its inputs are prepared at theta."""
         params, optimizer = self._parameters(model), innermost(self._trainer.optimizer)
-        perturbation = self._perturbation = Perturbation(params, ascent, optimizer)
+        perturbation = self._perturbation = Perturbation(params, ascent, optimizer, self._scratch)
         prepare = self._trainer._prepare_inputs
         is_prepared = False
 
@@ -233,14 +236,13 @@ class TwoPass(Part):
 
     def _add_reused(self, model: nn.Module) -> None:
         """In a plain step with `gr_reuse`: add what the second gradient of the last regularized step added."""
-        if self._reuse is None or not self._reuse.is_ready or not self._trainer.accelerator.sync_gradients:
+        if self._reuse is None or not self._reuse.has_kept or not self._trainer.accelerator.sync_gradients:
             return
         params = self._parameters(model)
         with in_float32(params):
             norm = gradient_norm(params)
-            if norm < math.inf:
-                self._reuse.add_(self._flags.gr_reuse * self._flags.gr_degree / self._flags.gr_r, norm)
-                self._recorder.segment.reused_steps += 1
+            self._reuse.add_(self._flags.gr_reuse * self._flags.gr_degree / self._flags.gr_r, norm)
+        self._recorder.count("reused_steps", self._reuse.is_ready & norm.isfinite())
 
     def _regularized_step(
         self,
@@ -298,26 +300,30 @@ class TwoPass(Part):
     ) -> None:
         """Turn the g1 in `.grad` into (1 - lambda/r) g1 + (lambda/r) g2, added to `earlier_grads`."""
         norm = gradient_norm(params)
-        scaler = self._trainer.accelerator.scaler
-        scale = 1.0 if scaler is None else scaler.get_scale()  # of the gradients
-        if _has_direction(norm):
-            rule = RADIUS_RULES[self._flags.gr_radius_rule]
-            clipped = norm * clip_factor(norm, self._flags.gr_clip * scale)
-            gr = gr.with_radius(rule.function(gr.r_t, clipped / scale, self._flags.gr_r_max))
+        scale = self._gradient_scale(norm)
+        clip = clip_factor(norm, self._flags.gr_clip * scale) if self._flags.gr_clip else 1.0
+        rule = RADIUS_RULES[self._flags.gr_radius_rule]
+        points = has_direction(norm)
+        radius = rule.function(gr.r_t, norm * clip / scale, self._flags.gr_r_max)
+        radius = torch.where(points, radius, gr.r_t) if isinstance(radius, Tensor) else radius
         self._norms.append(norm / scale)
-        self._logs = {"gr_lambda": gr.lambda_t, "gr_r": gr.r_t}
-        # A global norm is the same on all processes, which skip the second pass together. Where it differs between
-        # them, the other processes are waiting for this one in the reduction of g2.
-        if _has_direction(norm) or self._flags.gr_scope != "global":
-            g2_norm = self._run_perturbed(one_pass, model, params, earlier_grads, gr, norm, scale)
-            self._logs |= {} if g2_norm is None else {"gr_perturbed_grad_norm": g2_norm / scale}
-            if ends_window:  # until then the sum keeps the factor r/lambda
-                scale_gradients_(params, gr.g2_weight)
-                self._recorder.segment.regularized_steps += 1
-        if ends_window:
-            self._logs["gr_grad_norm"] = self._diagnostics.first_norm = sum(self._norms) / len(self._norms)
+        self._logs = {"gr_lambda": gr.g2_weight * radius, "gr_r": radius}
+        ratio = gr.grad_scale and gr.grad_scale * clip
+        g2_norm = self._run_perturbed(one_pass, model, params, earlier_grads, radius, norm, ratio, scale)
+        if g2_norm is not None:
+            self._logs["gr_perturbed_grad_norm"] = g2_norm / scale
+        if ends_window:  # until then the sum keeps the factor r/lambda
+            scale_gradients_(params, gr.g2_weight)
+            # Where each process has a direction of its own, the step counts whatever this one has.
+            self._recorder.count("regularized_steps", points if self._flags.gr_scope == "global" else True)
+            self._logs["gr_grad_norm"] = self._diagnostics.first_norm = torch.stack(self._norms).mean()
             self._norms.clear()
             self._gauge.end_step()
+
+    def _gradient_scale(self, like: Tensor) -> Tensor | float:
+        """What a gradient scaler has multiplied the gradients by."""
+        scaler = self._trainer.accelerator.scaler
+        return 1.0 if scaler is None else scaler.scale(torch.ones_like(like))  # `get_scale` would wait for it
 
     def _run_perturbed(
         self,
@@ -325,44 +331,50 @@ class TwoPass(Part):
         model: nn.Module,
         params: list[Tensor],
         earlier_grads: list[Tensor | None] | None,
-        gr: GRStrength,
-        norm: float,
-        scale: float,
-    ) -> float | None:
-        """Turn the g1 in `.grad`, of this norm, into (r/lambda - 1) g1 + g2, added to `earlier_grads`; g1 and g2 are
-        clipped first. Returns ||g2||, times the scale of the gradients, or None if it is not known."""
-        perturbation = self._perturbation = Perturbation(params, self._flags.gr_ascent)
+        radius: Tensor | float,
+        norm: Tensor,
+        ratio: Tensor | float,
+        scale: Tensor | float,
+    ) -> Tensor | None:
+        """Turn the g1 in `.grad`, of this norm, into ratio g1 + g2, added to `earlier_grads`; g2 is clipped first.
+        Returns ||g2||, times the scale of the gradients, or None if it is not known."""
+        perturbation = self._perturbation = Perturbation(params, self._flags.gr_ascent, scratch=self._scratch)
         reuse = self._reuse_for(params)
         is_diagnosed = self._flags.gr_scope == "global" and self._diagnostics.is_due
         first = [None if p.grad is None else p.grad.clone() for p in params] if is_diagnosed else None
-        max_norm = self._flags.gr_clip * scale
-        ratio = gr.grad_scale * clip_factor(norm, max_norm)
         try:
             if reuse is not None:
                 reuse.keep_first()
-            if _has_direction(norm):
-                perturbation.apply(gr.r_t, norm, ratio)
-                self._gauge.add_rise(gr.r_t * perturbation.slope / scale)
+            perturbation.apply(radius, norm, ratio)
+            self._gauge.add_rise(radius * perturbation.slope / scale)
             if earlier_grads is not None:
                 add_gradients_(params, earlier_grads)
-            g2_norm = self._add_second(one_pass, model, params, max_norm)
+            g2_norm = self._add_second(one_pass, model, params, self._flags.gr_clip * scale)
             if reuse is not None:
                 reuse.keep_second()
             if first is not None:
                 self._diagnostics.cosine = gradient_cosine(params, first, ratio)
-            if g2_norm is not None:
+            if g2_norm is not None or not self._is_log_due():
                 return g2_norm
             if self._flags.gr_scope == "global":
                 return perturbation.second_gradient_norm(ratio)
-            return gradient_norm(params) if ratio == 0 else None
+            return gradient_norm(params) if isinstance(ratio, float) and ratio == 0 else None
         finally:
             perturbation.restore()
 
+    def _is_log_due(self) -> bool:
+        """Whether the step under way may be logged."""
+        args, state = self._trainer.args, self._trainer.state
+        step = state.global_step + 1
+        return args.logging_strategy != IntervalStrategy.STEPS or (
+            step % state.logging_steps == 0 or (args.logging_first_step and step == 1)
+        )
+
     def _add_second(
-        self, one_pass: Callable[..., Tensor], model: nn.Module, params: list[Tensor], max_norm: float
-    ) -> float | None:
-        """Add g2 to `.grad`, clipped to `max_norm` if that is not 0. Returns ||g2|| as it was before, if measured."""
-        if max_norm == 0:
+        self, one_pass: Callable[..., Tensor], model: nn.Module, params: list[Tensor], max_norm: Tensor | float
+    ) -> Tensor | None:
+        """Add g2 to `.grad`, clipped to `max_norm` with `gr_clip`. Returns ||g2|| as it was before, if measured."""
+        if not self._flags.gr_clip:
             self._replay(one_pass, model)
             return None
         first = [p.grad for p in params]
@@ -415,6 +427,7 @@ class TwoPass(Part):
             self._perturbation.restore()
             self._perturbation = None
         self._window.clear()
+        self._scratch.clear()
         self._norms.clear()
         self._gauge.forget_step()
         self._reuse = None
@@ -432,7 +445,7 @@ class TwoPass(Part):
         if not self._logs:
             return {}
         norm = {self._name_of_norm: logs["grad_norm"]} if "grad_norm" in logs else {}
-        return norm | self._logs | self._gauge.take()
+        return norm | {name: float(value) for name, value in self._logs.items()} | self._gauge.take()
 
     # ---- Checkpoints ----
 
@@ -456,9 +469,3 @@ class TwoPass(Part):
         reuse = self._reuse_for(trainable_parameters(self._trainer.optimizer))
         assert reuse is not None
         reuse.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-
-
-def _has_direction(norm: float) -> bool:
-    """Whether g1 points anywhere; if not, g2 = g1. A g1 that is not finite is for the gradient scaler or
-    `NonFiniteGuard` to handle."""
-    return 0 < norm < math.inf

@@ -168,8 +168,10 @@ def test_asam_does_not_depend_on_the_scale_of_the_weights():
 @pytest.mark.parametrize("rule", RADIUS_RULES)
 def test_a_radius_is_capped_or_what_the_warmup_gives(rule):
     entry = RADIUS_RULES[rule]
-    radii = [entry.function(0.1, norm, 0.2) for norm in (0.0, 1e-30, 0.5, 1.0, 2.0, 1e30)]
-    assert all(0 <= radius <= 0.2 for radius in radii) and entry.function(0.1, 1.0, 0.2) == pytest.approx(0.1)
+    radii = [entry.function(0.1, norm, 0.2) for norm in torch.tensor([0.0, 1e-30, 0.5, 1.0, 2.0, 1e30])]
+    assert all(0 <= radius <= 0.2 for radius in radii) and entry.function(0.1, torch.ones(()), 0.2) == pytest.approx(
+        0.1
+    )
     assert entry.is_capped == (radii != [0.1] * 6)
 
 

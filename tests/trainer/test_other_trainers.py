@@ -250,12 +250,12 @@ def test_sentence_transformers_with_gr_is_a_loop_of_two_passes_bit_for_bit(kind,
     for _ in range(4):
         batch = next(batches)
         backward(batch)
-        norm = torch.nn.utils.get_total_norm([p.grad for p in params if p.grad is not None]).item()
+        norm = torch.nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
         theta = [p.detach().clone() for p in params]
         with torch.no_grad():
             for p in params:
                 if p.grad is not None:
-                    p.add_(p.grad, alpha=r / (norm + 1e-12))
+                    p.addcmul_(p.grad, r / (norm + 1e-12))
         optimizer.zero_grad()
         backward(batch)
         with torch.no_grad():

@@ -287,32 +287,37 @@ def test_an_interrupted_restore_is_repeated(monkeypatch, recorder, tmp_path):
     assert torch.equal(toys.weights(trainer.model), recorder.path[0])
 
 
-def test_zero_gradient_needs_no_second_pass(tmp_path):
-    passes = []
-
+def test_a_zero_gradient_has_nowhere_to_go(tmp_path):
     class Flat(nn.Module):
         def __init__(self):
             super().__init__()
             self.weight = nn.Parameter(torch.ones(3))
 
         def forward(self, x):
-            passes.append(1)
+            assert torch.equal(self.weight, torch.ones(3))
             return {"loss": (self.weight * 0).sum() + x.sum()}
 
     trainer = run(Flat(), [{"x": torch.ones(1)}] * 4, tmp_path, max_steps=2, gr_warmup="none")
-    assert len(passes) == 2 and torch.equal(trainer.model.weight, torch.ones(3))
+    segment = trainer.recorder.segment
+    assert (segment.steps, segment.passes, segment.regularized_steps) == (2, 4, 0)
+    logs = trainer.state.log_history[0]
+    assert logs["gr_grad_norm"] == logs["gr_perturbed_grad_norm"] == 0 and "gr_linearity" not in logs
 
 
-def test_a_gradient_that_is_not_finite_is_seen_and_not_replayed(tmp_path):
-    class Overflows(FailsInSecondPass):
-        def compute_loss(self, model, inputs, *args, **kwargs):
-            assert not self.gr_second_pass
-            return super().compute_loss(model, inputs, *args, **kwargs) * float("inf")
+@pytest.mark.parametrize("degree", [0.1, 0.08])
+def test_a_gradient_that_is_not_finite_is_seen_and_changes_nothing(degree, tmp_path):
+    class Overflows(GRTrainer):
+        def compute_loss(self, *args, **kwargs):
+            loss = super().compute_loss(*args, **kwargs)
+            return loss if self.gr_second_pass else loss * float("inf")
 
-    flags = {"max_steps": 1, "gr_warmup": "none", "gr_on_nonfinite": "skip"}
+    flags = {"max_steps": 1, "gr_warmup": "none", "gr_on_nonfinite": "skip", "gr_lambda": degree}
     trainer = run(toys.vit(), toys.images(), tmp_path, cls=Overflows, **flags)
     (entry,) = [e for e in trainer.state.log_history if "gr_grad_norm" in e]
-    assert not np.isfinite(entry["gr_grad_norm"]) and "gr_perturbed_grad_norm" not in entry
+    assert not np.isfinite(entry["gr_grad_norm"])
+    assert torch.equal(toys.weights(trainer.model), toys.weights(toys.vit()))
+    segment = trainer.recorder.segment
+    assert (segment.regularized_steps, segment.skipped_steps) == (0, 1)
 
 
 # ---- The Trainer's own options ----
