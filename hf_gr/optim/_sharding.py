@@ -50,9 +50,10 @@ def part_like(p: Any, whole: Tensor) -> Tensor:
 def sum_over_parts_(values: Tensor, layout: Layout) -> Tensor:
     """Sum `values` in place over the processes that hold different parts of tensors of that layout: one all-reduce for
     each dimension of the mesh along which they are sharded. FSDP2, also with replicas, has one such dimension."""
-    mesh, dims = layout or (None, ())
-    for dim in dims:
-        dist.all_reduce(values, group=mesh.get_group(dim))
+    if layout is not None:
+        mesh, dims = layout
+        for dim in dims:
+            dist.all_reduce(values, group=mesh.get_group(dim))
     return values
 
 

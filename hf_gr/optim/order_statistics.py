@@ -93,9 +93,13 @@ def _precision(tensors: Iterable[Tensor]) -> torch.dtype:
 def kth_smallest_of_each(rows: list[list[Tensor]], ks: list[int]) -> list[float] | list[Tensor]:
     """For each row of tensors the k-th smallest (k = 1, 2, ...) absolute value of all its elements together; -inf for
     k = 0. Exact. On a GPU, and of sharded tensors, 0-dimensional tensors, equal on all processes."""
-    if all(t.is_cpu and layout_of(t) is None for row in rows for t in row):
+    if all(is_ordinary(t) for row in rows for t in row):
         return [kth_smallest(row, k) for row, k in zip(rows, ks, strict=True)]
     return list(_kth_by_digits(rows, ks).unbind())
+
+
+def is_ordinary(t: Tensor) -> bool:
+    return t.is_cpu and layout_of(t) is None
 
 
 def _kth_by_digits(rows: list[list[Tensor]], ks: list[int]) -> Tensor:

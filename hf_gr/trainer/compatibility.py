@@ -89,6 +89,15 @@ def refuse_unsupported_optimizer(trainer: Host) -> None:
         raise ValueError(f"optim={name} cannot be used with {reason}, or use another optimizer.")
 
 
+def refuse_layer_statistics(trainer: Host) -> None:
+    """Raise `ValueError` where the main process, which keeps them, has no whole layers."""
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        raise ValueError(
+            f"layer_statistics_steps={trainer.gr_args.layer_statistics_steps} cannot be used with FSDP or DeepSpeed: "
+            "each process holds only a part of a layer. Use DDP, or set layer_statistics_steps=0."
+        )
+
+
 def refuse_separate_processes(trainer: Host) -> None:
     """Raise `ValueError` if the processes of this run would each train a model of their own.
 

@@ -5,6 +5,7 @@ perturbed then, there are no gradients yet, and the loop has not yet suspended g
 each process would choose different coordinates.
 """
 
+import json
 import math
 from contextlib import nullcontext
 from pathlib import Path
@@ -306,9 +307,9 @@ class FlatCoordinates(Part):
     def save(self, folder: str) -> None:
         """Under FSDP2, whose checkpoints keep of an optimizer the state of each parameter alone, write IRE's own."""
         if self.optimizer is not None and self._is_sharded and not self._trainer.args.save_only_model:
-            state = self.optimizer.state_dict()["ire"]
-            tensors = {f"{kind}.{i}": t for kind in SHARDED_STATE for i, t in state.pop(kind).items()}
-            checkpoint.save({**tensors, "ire": state}, checkpoint_id=Path(folder, IRE_STATE))
+            numbers = self.optimizer.state_dict()["ire"]
+            tensors = {f"{kind}.{i}": t for kind in SHARDED_STATE for i, t in numbers.pop(kind).items()}
+            checkpoint.save({**tensors, "numbers": json.dumps(numbers)}, checkpoint_id=Path(folder, IRE_STATE))
 
     def load(self, folder: str) -> None:
         """Restore it. In a checkpoint of a run without IRE there is none, and the first choice is then made at once."""
@@ -316,15 +317,15 @@ class FlatCoordinates(Part):
         if ire is None or not self._is_sharded or not path.is_dir():
             return
         params = [p for group in ire.param_groups for p in group["params"]]
-        saved: dict[str, Any] = {"ire": {}}
+        saved: dict[str, Any] = {"numbers": ""}
         for key in checkpoint.FileSystemReader(path).read_metadata().state_dict_metadata.keys() - saved.keys():
             kind, _, i = key.partition(".")
             saved[key] = torch.zeros_like(params[int(i)], dtype=SHARDED_STATE[kind])
         checkpoint.load(saved, checkpoint_id=path)
-        state = {kind: {} for kind in SHARDED_STATE} | saved.pop("ire")
-        for key, value in saved.items():
-            kind, _, i = key.partition(".")
-            state[kind][int(i)] = value
+        state = json.loads(saved.pop("numbers"))
+        state["flat_counts"] = {int(i): count for i, count in state["flat_counts"].items()}
+        for kind in SHARDED_STATE:
+            state[kind] = {int(key.partition(".")[2]): t for key, t in saved.items() if key.startswith(f"{kind}.")}
         ire.load_state_dict({**ire.base_optimizer.state_dict(), "ire": state})
 
     @property

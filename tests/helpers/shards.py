@@ -62,7 +62,7 @@ def full(t: torch.Tensor) -> torch.Tensor:
 
 
 def relative_error(parts, whole) -> float:
-    """The largest of a parameter; the parameters moved by as much as they are large."""
+    """The largest of a parameter. The rates are such that the parameters move by some hundredths of their size."""
     return max(((full(a) - b).norm() / b.norm()).item() for a, b in zip(parts, whole, strict=True))
 
 
@@ -125,13 +125,14 @@ def compare_masks(settings: dict, layout: tuple) -> dict[str, bool]:
 
 
 def shards(folder: str) -> dict:
-    """Each comparison, by case and layout. All four processes together are slow, and take what two cannot."""
+    """Each comparison, by case and layout. Four processes at once are slow, and take what two cannot."""
     found = layouts()
     if dist.get_world_size() == 4:
-        found = {where: found[where] for where in ("rows", "copies of rows", "blocks")}
+        found = {where: found[where] for where in ("copies of rows", "blocks")}
+    of_masks = {where: layout for where, layout in found.items() if where not in ("last dimension", "copies")}
     return {
         "optimizers": {(name, where): compare_optimizer(make, layout)
                        for name, make in OPTIMIZERS.items() for where, layout in found.items()},
         "masks": {(name, where): compare_masks(settings, layout)
-                  for name, settings in MASKS.items() for where, layout in found.items()},
+                  for name, settings in MASKS.items() for where, layout in of_masks.items()},
     }  # fmt: skip
