@@ -16,6 +16,7 @@ from torch.optim.adam import adam
 from torch.optim.adamw import adamw
 from torch.optim.sgd import sgd
 
+from ._sharding import layout_of
 from .gradient_regularization import grad_of
 
 Group = dict[str, Any]
@@ -99,6 +100,7 @@ def suits_blockwise_adamw(optimizer: Optimizer) -> bool:
     return all(
         (state := optimizer.state.get(p))
         and p.is_cpu
+        and layout_of(p) is None
         and p.dtype == params[0].dtype
         and p.is_contiguous()
         and p.grad.is_contiguous()

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.optim import ASGD, LBFGS, Optimizer
 
+from ._sharding import require_parts
+
 
 def require_own_weights(optimizer: Optimizer) -> None:
     """Raise `ValueError` for an optimizer whose step is not a displacement of the parameters that it was given."""
@@ -38,10 +40,7 @@ def require_decoupled_decay(optimizer: Optimizer) -> None:
 def require_amplifiable(group: dict[str, Any], excluded: Collection[Tensor]) -> None:
     """Raise `ValueError` for a parameter that cannot be amplified, or for a setting that is not a number."""
     for p in group["params"]:
-        if hasattr(p, "device_mesh"):
-            raise ValueError(
-                "IRE compares all coordinates, and cannot do so where they are sharded (DTensor). Use DDP."
-            )
+        require_parts(p, "IRE")
         if p.requires_grad and p not in excluded and p.dtype in (torch.float16, torch.bfloat16):
             raise ValueError(
                 f"IRE around {p.dtype} parameters: what it adds to a step is lost in their rounding. Keep the "

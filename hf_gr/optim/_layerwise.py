@@ -12,6 +12,10 @@ take the optimizer's plain step, without trust ratio or weight decay, unless `ex
 implementations recognize a bias by its weight decay of zero, and are plain SGD wherever there is no decay.)
 
 Half-precision parameters have their state and arithmetic in float32; only the stored parameter is rounded.
+
+Sharded parameters (DTensor, as FSDP2 makes them) take the same steps: the squares of the norms are summed over the
+processes, in one all-reduce per step and parameter group, and each process updates its part. Their state is sharded as
+they are.
 """
 
 import math
@@ -23,7 +27,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from . import _cpu
-from .gradient_regularization import grad_of
+from ._sharding import Layout, layout_of, local, local_grad, part_like, require_parts, sum_over_parts_
 
 Group = dict[str, Any]
 State = dict[str, Any]
@@ -64,8 +68,7 @@ class LayerwiseOptimizer(Optimizer):
         for p in group["params"]:
             if p.is_complex():
                 raise ValueError(f"{name} takes real parameters, and one is {p.dtype}. Use torch.view_as_real.")
-            if hasattr(p, "device_mesh"):
-                raise ValueError(f"{name} takes the norm of whole layers, and cannot where they are sharded (DTensor).")
+            require_parts(p, name)
         if isinstance(group["lr"], Tensor) and group["lr"].numel() != 1:
             raise ValueError(f"lr={group['lr']}: a tensor must have one element. Give groups for several rates.")
         for key in ("lr", "weight_decay"):
@@ -101,21 +104,26 @@ class LayerwiseOptimizer(Optimizer):
                         f"{type(self).__name__} cannot read sparse gradients. Use sparse=False in embeddings."
                     )
                 moments = self._prepare_state(p, group)
-                is_layer = p.ndim > 1 or not group["exclude_1d"]
-                if not group["foreach"] and _cpu.suits_fused_kernels(p, p.grad, *moments):
+                is_layer, layout = p.ndim > 1 or not group["exclude_1d"], layout_of(p)
+                if layout is None and not group["foreach"] and _cpu.suits_fused_kernels(p, p.grad, *moments):
                     (layers if is_layer else others).append(p)
                 else:
-                    alike = (is_layer, p.device, p.dtype, self.state[p].get("step"))
+                    alike = (is_layer, layout, p.device, p.dtype, self.state[p].get("step"))
                     together.setdefault(alike, []).append(p)
             self._record(layers, group, self._step_each(layers, others, group))
-            for (is_layer, *_), params in together.items():
-                dtype = precision(params[0])
-                weights, grads = [p.to(dtype) for p in params], [grad_of(p).to(dtype) for p in params]
-                factors = self._step_together(weights, grads, [self.state[p] for p in params], group, is_layer)
-                self._record(params if is_layer else [], group, factors)
-                if weights[0] is not params[0]:
-                    torch._foreach_copy_(params, weights)
+            for (is_layer, layout, *_), params in together.items():
+                self._record(params if is_layer else [], group, self._step_parts(params, group, is_layer, layout))
         return loss
+
+    def _step_parts(self, params: list[Tensor], group: Group, are_layers: bool, layout: Layout) -> Tensors:
+        """`_step_together`, on what this process holds of the parameters."""
+        dtype, parts = precision(params[0]), [local(p) for p in params]
+        weights, grads = [part.to(dtype) for part in parts], [local_grad(p).to(dtype) for p in params]
+        states = [{key: local(value) for key, value in self.state[p].items()} for p in params]
+        factors = self._step_together(weights, grads, states, group, are_layers, layout)
+        if weights[0] is not parts[0]:
+            torch._foreach_copy_(parts, weights)
+        return factors
 
     def _record(self, layers: list[Tensor], group: Group, factors: Iterable[Any]) -> None:
         if self.rates is not None:
@@ -144,10 +152,16 @@ class LayerwiseOptimizer(Optimizer):
         raise NotImplementedError
 
     def _step_together(
-        self, weights: list[Tensor], grads: list[Tensor], states: list[State], group: Group, are_layers: bool
+        self,
+        weights: list[Tensor],
+        grads: list[Tensor],
+        states: list[State],
+        group: Group,
+        are_layers: bool,
+        layout: Layout,
     ) -> Tensors:
-        """Parameters of one device and type, at one step; a plain step if they are not layers. Returns what multiplied
-        lr for each layer."""
+        """Parameters of one device, type and layout, at one step; a plain step if they are not layers. Returns what
+        multiplied lr for each layer."""
         raise NotImplementedError
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -201,7 +215,8 @@ class LayerwiseOptimizer(Optimizer):
             own.setdefault("foreach", self.defaults["foreach"])
             for p, index in zip(own["params"], saved["params"], strict=True):
                 for key in self.state[p].keys() & set(self._moments(own)) if p in self.state else ():
-                    self.state[p][key] = state_dict["state"][index][key].to(p.device, precision(p))
+                    value = part_like(p, state_dict["state"][index][key].to(p.device))
+                    self.state[p][key] = value.to(precision(p))
 
 
 # ---- Norms and their ratio ----
@@ -220,9 +235,12 @@ def trust_factors(
     return torch.where(w_norms.isfinite() & u_norms.isfinite(), ratios, 0.0)
 
 
-def norms(tensors: Tensors) -> Tensor:
-    """The norms as one vector."""
-    return torch.stack(torch._foreach_norm(tensors))
+def norms(layout: Layout, *lists: Tensors) -> tuple[Tensor, ...]:
+    """The norms of each list as a vector; of parts, those of the wholes, in one all-reduce for all lists."""
+    found = torch.stack(torch._foreach_norm([t for tensors in lists for t in tensors])).view(len(lists), -1)
+    if layout is not None:  # a square may overflow where the norm does not
+        found = sum_over_parts_(found.double().square_(), layout).sqrt_().to(found.dtype)
+    return found.unbind()
 
 
 def precision(p: Tensor) -> torch.dtype:

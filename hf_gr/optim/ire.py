@@ -20,6 +20,9 @@ own distribution. With AdamW as the base this is AdmIRE. kappa = 0 is the base o
         optimizer.step()
         optimizer.zero_grad()
 
+Sharded parameters (DTensor, as FSDP2 makes them) have the masks that the whole ones would have: the processes add up
+counts, and each amplifies the step of its part.
+
 Like the released code, and unlike the paper's box, IRE scales the step that was really taken: momentum and decoupled
 weight decay are part of it (`amplify_weight_decay=False` takes the decay out), and a gradient is clipped before. Unlike
 the released code it never replaces the storage of a parameter, leaves `.grad` as it is, and saves its masks.
@@ -27,9 +30,11 @@ the released code it never replaces the storage of a parameter, leaves `.grad` a
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any, overload
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
@@ -37,7 +42,8 @@ from torch.optim import Optimizer
 from ..checks import Limit, check_value
 from . import _cpu
 from ._ire_bases import require_amplifiable, require_decoupled_decay, require_own_weights
-from .order_statistics import Scan, kth_smallest, replace_masks
+from ._sharding import Layout, layout_of, local, part_like, sum_over_parts_
+from .order_statistics import Scan, kth_smallest_of_each, replace_masks
 
 logger = logging.getLogger(__name__)
 
@@ -101,8 +107,6 @@ class IRE(Optimizer):
         active: set to False while IRE should not act yet.
         kappa_scale: factor of kappa, 1 at first; saved. `GRTrainer` halves it where training diverges.
         updates: how many times the mask has been chosen.
-        flat_counts: how many coordinates of each parameter are amplified.
-        mask_overlap: |A and B| / |A or B| of the last two masks (Jaccard index), None before the second.
 
     Raises:
         ValueError: an argument is out of its range, or the base optimizer or a parameter is one of those refused above.
@@ -135,9 +139,9 @@ class IRE(Optimizer):
         if isinstance(base_optimizer, IRE):
             raise ValueError("IRE around IRE amplifies twice. Give the base optimizer, and one kappa.")
         require_own_weights(base_optimizer)
-        self._excluded = set(exclude)
+        excluded = set(exclude)
         for group in base_optimizer.param_groups:
-            require_amplifiable(group, self._excluded)
+            require_amplifiable(group, excluded)
         if gamma < 0.5 and mask == "flat":
             logger.warning(f"IRE with gamma={gamma}: the paper calls more than half of the coordinates flat.")
         if not amplify_weight_decay:
@@ -152,10 +156,12 @@ class IRE(Optimizer):
         self.kappa_schedule, self.seed = kappa_schedule, seed
         self.active = True
         self.kappa_scale = 1.0
-        self.flat_counts: dict[Tensor, int] = {}
-        self.mask_overlap: float | None = None
+        self._excluded: set[int] = set()
+        self._awaited = excluded
+        self._find_excluded()
         self._masks: dict[Tensor, Tensor] = {}
         self._averages: dict[Tensor, Tensor] = {}
+        self._counts = _Counts()
         self._steps = self.updates = 0
 
     def _share(self, *_: Any) -> None:
@@ -169,10 +175,20 @@ class IRE(Optimizer):
             return
         self.base_optimizer.add_param_group(param_group)
         try:
-            require_amplifiable(self.param_groups[-1], self._excluded)
+            require_amplifiable(self.param_groups[-1], self._awaited)
         except ValueError:
             del self.param_groups[-1]
             raise
+        self._find_excluded()
+
+    def _find_excluded(self) -> None:
+        """Remember their positions: accelerate replaces parameters by sharded ones, and the memory is then freed."""
+        found = {i: p for i, p in enumerate(self._parameters()) if p in self._awaited}
+        self._excluded |= found.keys()
+        self._awaited -= set(found.values())
+
+    def _parameters(self) -> list[Tensor]:
+        return [p for group in self.param_groups for p in group["params"]]
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__.copy()
@@ -210,11 +226,12 @@ class IRE(Optimizer):
             # A closure computes the gradients later.
             moving = [p for p in group["params"] if p.grad is not None or closure is not None]
             lists = _by_size([p for p in moving if p in self._masks])
-            amplified += [(params, [p.clone() for p in params], kappa, decay) for params in lists]
+            amplified += [(params, [local(p).clone() for p in params], kappa, decay) for params in lists]
         result = self.base_optimizer.step(closure)
         while amplified:  # each copy is freed as soon as it has been used
             params, old, kappa, decay = amplified.pop()
-            _amplify_(params, old, [self._masks[p].to(p.dtype) for p in params], kappa, decay)
+            masks = [local(self._masks[p]).to(p.dtype) for p in params]
+            _amplify_([local(p) for p in params], old, masks, kappa, decay)
         return result
 
     def _kappa_of(self, group: dict[str, Any]) -> float:
@@ -249,9 +266,18 @@ class IRE(Optimizer):
         """The share of the coordinates that is amplified; 0 before the first mask."""
         return sum(self.flat_counts.values()) / max(1, sum(p.numel() for p in self.flat_counts))
 
+    @property
+    def flat_counts(self) -> dict[Tensor, int]:
+        """How many coordinates of each parameter are amplified."""
+        return self._counts.read().flat
+
+    @property
+    def mask_overlap(self) -> float | None:
+        """|A and B| / |A or B| of the last two masks (Jaccard index), None before the second."""
+        return self._counts.read().overlap
+
     def _amplifiable(self) -> list[Tensor]:
-        params = [p for group in self.param_groups for p in group["params"]]
-        return [p for p in params if p.requires_grad and p not in self._excluded]
+        return [p for i, p in enumerate(self._parameters()) if p.requires_grad and i not in self._excluded]
 
     @torch.no_grad()
     def update_mask(self) -> bool:
@@ -261,54 +287,53 @@ class IRE(Optimizer):
         value equals the largest of those. A parameter without a gradient counts as zero. Constant factors, such as the
         batch size in the Gauss-Newton-Bartlett estimator, do not change the order and are left out.
 
-        Returns False, and keeps the current mask, if the gradient is not finite.
+        Returns False, and keeps the current mask, if the gradient is not finite. To know that is the one number that
+        travels from a GPU to the host.
         """
         params = self._amplifiable()
-        if self.needs_estimate:
-            if any(p.grad is not None and p.grad.is_sparse for p in params):
-                raise RuntimeError("IRE cannot read sparse gradients. Build embeddings with sparse=False.")
-            grads = [p.grad for p in params if p.grad is not None]
-            if grads and not torch.isfinite(torch.nn.utils.get_total_norm(grads)):
-                return False
+        if self.needs_estimate and not _are_finite(params):
+            return False
         self.updates += 1
-        sizes, thresholds = self._estimate(params) if self.needs_estimate else (params, [math.nan] * len(params))
-        is_first, old_count = not self._masks, sum(self.flat_counts.values())
+        values, thresholds = self._values(params)
+        is_first = not self._masks
         for p in params:
             if p not in self._masks:
                 self._masks[p] = torch.zeros_like(p, dtype=torch.uint8)
         scan = Scan(params)
-        masks = [self._masks[p] for p in params]
-        counts, common_count = replace_masks(scan, masks, sizes, thresholds, self._chooser(scan))
-        self.flat_counts = dict(zip(params, counts, strict=True))
-        union = old_count + sum(counts) - common_count
-        self.mask_overlap = None if is_first or not union else common_count / union
+        found = replace_masks(scan, [self._masks[p] for p in params], values, thresholds, self._chooser(scan))
+        self._counts = self._counts.followed_by(params, found, is_first)
         return True
 
-    def _estimate(self, params: list[Tensor]) -> tuple[list[Tensor], list[float]]:
+    def _values(self, params: list[Tensor]) -> tuple[list[Tensor], Sequence[float | Tensor]]:
         """For each parameter the values whose magnitudes are compared, and the threshold."""
+        if self.mask == "random":
+            return [self._draw(i, p) for i, p in enumerate(params)], [self.gamma] * len(params)
+        if not self.needs_estimate:
+            return params, [math.nan] * len(params)
         # |g| has the order of g^2, and does not underflow.
-        sizes = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
+        values = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
         if self.beta > 0:
-            sizes = [self._average(p, size) for p, size in zip(params, sizes, strict=True)]
+            values = [self._average(p, value) for p, value in zip(params, values, strict=True)]
         if self.scope == "per_tensor":
-            return sizes, [kth_smallest([size], math.floor(self.gamma * size.numel())) for size in sizes]
+            return values, kth_smallest_of_each(
+                [[v] for v in values], [math.floor(self.gamma * v.numel()) for v in values]
+            )
         count = math.floor(self.gamma * sum(p.numel() for p in params))
-        return sizes, [kth_smallest(sizes, count)] * len(params)
+        return values, kth_smallest_of_each([values], [count]) * len(params)
 
-    def _chooser(self, scan: Scan) -> Callable[[Tensor, float], Tensor]:
+    def _draw(self, index: int, p: Tensor) -> Tensor:
+        """Uniform numbers, from what is saved: a resumed run draws the same, and so do processes that share `p`."""
+        words = np.random.SeedSequence([self.seed, self.updates, index]).generate_state(1, np.uint64)
+        # A Python int, as NumPy 1 cannot shift a uint64 by one.
+        generator = torch.Generator(p.device).manual_seed(int(words[0]) >> 1)
+        return part_like(p, torch.rand(p.shape, generator=generator, device=p.device))
+
+    def _chooser(self, scan: Scan) -> Callable[[Tensor, float | Tensor], Tensor]:
         """`f(values, threshold)`: True where a coordinate is to be amplified."""
         if self.mask == "uniform":
             return lambda values, _: torch.ones_like(values, dtype=torch.bool)
         if self.mask == "random":
-            generators: dict[torch.device, torch.Generator] = {}
-
-            def draw(values: Tensor, _: float) -> Tensor:
-                device = values.device
-                if device not in generators:  # made anew from numbers that are saved: a resumed run draws the same
-                    generators[device] = torch.Generator(device).manual_seed(1_000_003 * self.seed + self.updates)
-                return torch.rand(values.shape, generator=generators[device], device=device) < self.gamma
-
-            return draw
+            return lambda values, gamma: values < gamma
         if self.mask == "inverted":
             return lambda values, threshold: scan.at_most(values, threshold).logical_not_()
         return scan.at_most
@@ -335,7 +360,7 @@ class IRE(Optimizer):
         return state_dict
 
     def _full_state_dict(self) -> dict[str, Any]:
-        index = {p: i for i, p in enumerate(p for group in self.param_groups for p in group["params"])}
+        index = {p: i for i, p in enumerate(self._parameters())}
         return {
             **self.base_optimizer.state_dict(),
             "ire": {
@@ -366,7 +391,7 @@ class IRE(Optimizer):
     def _load_full_state_dict(self, state_dict: dict[str, Any]) -> None:
         base = {key: value for key, value in state_dict.items() if key != "ire"}
         ire = state_dict.get("ire", {})
-        params = [p for group in self.param_groups for p in group["params"]]
+        params = self._parameters()
         for i, mask in (*ire.get("masks", {}).items(), *ire.get("averages", {}).items()):
             if i >= len(params) or mask.shape != params[i].shape:
                 raise ValueError(
@@ -376,8 +401,8 @@ class IRE(Optimizer):
         self._load_base(base)
         self._masks = {params[i]: _like(params[i], mask) for i, mask in ire.get("masks", {}).items()}
         self._averages = {params[i]: _like(params[i], value) for i, value in ire.get("averages", {}).items()}
-        self.flat_counts = {params[i]: count for i, count in ire.get("flat_counts", {}).items()}
-        self.mask_overlap = ire.get("mask_overlap")
+        flat = {params[i]: count for i, count in ire.get("flat_counts", {}).items()}
+        self._counts = _Counts(flat, ire.get("mask_overlap"))
         self._steps, self.updates = ire.get("step", 0), ire.get("updates", 0)
         self.kappa_scale = ire.get("kappa_scale", 1.0)
 
@@ -427,4 +452,48 @@ def _amplify_(params: list[Tensor], old: list[Tensor], masks: list[Tensor], kapp
 
 def _like(p: Tensor, value: Tensor) -> Tensor:
     """A copy of `value` on the device, and in the memory layout, of `p`."""
-    return torch.empty_like(p, dtype=value.dtype).copy_(value)
+    return torch.empty_like(p, dtype=value.dtype).copy_(part_like(p, value.to(p.device)))
+
+
+def _are_finite(params: list[Tensor]) -> bool:
+    """Whether no gradient is infinite or NaN, on any process."""
+    grads: dict[Layout, list[Tensor]] = {}
+    for p in params:
+        if p.grad is None:
+            continue
+        if p.grad.is_sparse:
+            raise RuntimeError("IRE cannot read sparse gradients. Build embeddings with sparse=False.")
+        grads.setdefault(layout_of(p.grad), []).append(local(p.grad))
+    norms = [sum_over_parts_(torch.nn.utils.get_total_norm(of), layout) for layout, of in grads.items()]
+    return bool(torch.isfinite(torch.stack(norms)).all()) if norms else True
+
+
+@dataclass
+class _Counts:
+    """What the mask holds, read from the device when it is asked for.
+
+    Attributes:
+        flat: how many coordinates of each parameter are amplified.
+        overlap: the Jaccard index of the last two masks.
+    """
+
+    flat: dict[Tensor, int] = field(default_factory=dict)
+    overlap: float | None = None
+    #: The parameters; on the device their counts, and how many coordinates both masks have; how many the last one had.
+    _unread: tuple[list[Tensor], Tensor, Tensor | None] | None = None
+
+    def followed_by(self, params: list[Tensor], found: Tensor, is_first: bool) -> "_Counts":
+        """The counts of the next mask."""
+        before = sum(self.flat.values()) if self._unread is None else self._unread[1][:-1].sum()
+        last = None if is_first else torch.as_tensor(before)
+        return _Counts(_unread=(params, found, last))
+
+    def read(self) -> "_Counts":
+        if self._unread is not None:
+            params, found, last = self._unread
+            *counts, common = found.tolist()
+            self.flat = dict(zip(params, counts, strict=True))
+            union = 0 if last is None else int(last) + sum(counts) - common
+            self.overlap = common / union if union else None
+            self._unread = None
+        return self

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from . import _cpu
 from ._layerwise import Group, LayerwiseOptimizer, State, Tensors, norms, trust_factors
+from ._sharding import Layout
 
 CITATION = """\
 @inproceedings{you2020large,
@@ -44,7 +45,7 @@ class LAMB(LayerwiseOptimizer):
         foreach: treat the layers together on a CPU, too, where one by one is faster. Elsewhere they always are.
 
     Raises:
-        ValueError: an argument is out of its range, a parameter is complex or sharded.
+        ValueError: an argument is out of its range, a parameter is complex, or a DTensor of partial sums.
         RuntimeError: a gradient is sparse.
     """
 
@@ -109,7 +110,13 @@ class LAMB(LayerwiseOptimizer):
         return math.sqrt(correction2) / correction1, group["eps"] * math.sqrt(correction2)
 
     def _step_together(
-        self, weights: list[Tensor], grads: list[Tensor], states: list[State], group: Group, are_layers: bool
+        self,
+        weights: list[Tensor],
+        grads: list[Tensor],
+        states: list[State],
+        group: Group,
+        are_layers: bool,
+        layout: Layout,
     ) -> Tensors:
         c, eps = self._corrections(group, states[0]["step"])
         directions = self._adam_directions(grads, states, group["betas"], eps)
@@ -117,7 +124,8 @@ class LAMB(LayerwiseOptimizer):
         if are_layers:
             torch._foreach_add_(directions, weights, alpha=group["weight_decay"] / c)
             clamp = group["norm_clamp"]
-            factors = trust_factors(norms(weights), norms(directions) * c, clamp, None, 1.0, 1.0).unbind()
+            w_norms, u_norms = norms(layout, weights, directions)
+            factors = trust_factors(w_norms, u_norms * c, clamp, None, 1.0, 1.0).unbind()
             torch._foreach_mul_(directions, list(factors))
         torch._foreach_add_(weights, directions, alpha=-float(group["lr"]) * c)
         return factors

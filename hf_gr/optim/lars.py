@@ -8,6 +8,7 @@ from torch import Tensor
 
 from . import _cpu
 from ._layerwise import Group, LayerwiseOptimizer, State, Tensors, norms, trust_factors
+from ._sharding import Layout
 
 CITATION = """\
 @article{you2017large,
@@ -45,7 +46,7 @@ class LARS(LayerwiseOptimizer):
         foreach: treat the layers together on a CPU, too, where one by one is faster. Elsewhere they always are.
 
     Raises:
-        ValueError: an argument is out of its range, a parameter is complex or sharded.
+        ValueError: an argument is out of its range, a parameter is complex, or a DTensor of partial sums.
         RuntimeError: a gradient is sparse.
     """
 
@@ -112,7 +113,13 @@ class LARS(LayerwiseOptimizer):
         return _cpu.step_lars(layers, others, self.state, group, *self._factors(group))
 
     def _step_together(
-        self, weights: list[Tensor], grads: list[Tensor], states: list[State], group: Group, are_layers: bool
+        self,
+        weights: list[Tensor],
+        grads: list[Tensor],
+        states: list[State],
+        group: Group,
+        are_layers: bool,
+        layout: Layout,
     ) -> Tensors:
         lr, clamp = float(group["lr"]), group["norm_clamp"]
         factor, otherwise = self._factors(group)
@@ -121,7 +128,8 @@ class LARS(LayerwiseOptimizer):
             self._descend(weights, scaled, states, group, lr * group["bias_lr_scale"])
             return []
         directions = torch._foreach_add(grads, weights, alpha=group["weight_decay"])
-        factors = trust_factors(norms(weights), norms(directions), clamp, clamp, factor, otherwise).unbind()
+        w_norms, d_norms = norms(layout, weights, directions)
+        factors = trust_factors(w_norms, d_norms, clamp, clamp, factor, otherwise).unbind()
         torch._foreach_mul_(directions, list(factors))
         self._descend(weights, directions, states, group, lr)
         return factors

@@ -75,11 +75,26 @@ def refuse_unsupported(trainer: Host, flag: str) -> None:
 
 def refuse_unsupported_optimizer(trainer: Host) -> None:
     """Raise `ValueError` if the trainer's optimizer does not support the way the model is sharded."""
-    name = trainer.args.optim
-    if name in OPTIMIZERS and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+    name, reason = trainer.args.optim, None
+    if name not in OPTIMIZERS:
+        return
+    if trainer.is_deepspeed_enabled:
+        reason = "DeepSpeed: it works on whole layers, and each process holds only a part of them. Use DDP or FSDP2"
+    elif trainer.accelerator.distributed_type == DistributedType.FSDP:
+        if name == "muon":
+            reason = "FSDP: it works on whole matrices, and each process holds only a part of them. Use DDP"
+        else:
+            reason = _fsdp(trainer)
+    if reason is not None:
+        raise ValueError(f"optim={name} cannot be used with {reason}, or use another optimizer.")
+
+
+def refuse_layer_statistics(trainer: Host) -> None:
+    """Raise `ValueError` where the main process, which keeps them, has no whole layers."""
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         raise ValueError(
-            f"optim={name} cannot be used with FSDP or DeepSpeed: it works on whole layers, and each process holds "
-            "only a part of them. Use DDP, or another optimizer."
+            f"layer_statistics_steps={trainer.gr_args.layer_statistics_steps} cannot be used with FSDP or DeepSpeed: "
+            "each process holds only a part of a layer. Use DDP, or set layer_statistics_steps=0."
         )
 
 
@@ -170,18 +185,22 @@ def _sharding(trainer: Host, flag: str) -> str | None:
                 f"({accelerator.distributed_type}). Leave FSDP out"
             )
         return None
-    if flag == "ire_kappa":
-        return "FSDP: it compares all coordinates, and each process holds only a part of them. Use DDP"
-    plugin = accelerator.state.fsdp_plugin
-    if plugin.fsdp_version != 2:
-        return "FSDP version 1: not tested. Set fsdp_version: 2"
-    if isinstance(plugin.cpu_offload, CPUOffloadPolicy):
-        return "FSDP's CPU offload: not tested. Leave it out"
+    if (reason := _fsdp(trainer)) is not None or flag == "ire_kappa":
+        return reason
     scope = trainer.gr_args.gr_scope
     if scope != "global":
         return f"gr_scope={scope!r} and FSDP: a process has no gradient of its own to follow. Set gr_scope=global"
     if trainer.gr_args.gr_reuse != 0:
         return "gr_reuse and FSDP: each process holds only a part of what is reused, not tested. Set gr_reuse=0"
+    return None
+
+
+def _fsdp(trainer: Host) -> str | None:
+    plugin = trainer.accelerator.state.fsdp_plugin
+    if plugin.fsdp_version != 2:
+        return "FSDP version 1: not tested. Set fsdp_version: 2"
+    if isinstance(plugin.cpu_offload, CPUOffloadPolicy):
+        return "FSDP's CPU offload: not tested. Leave it out"
     return None
 
 

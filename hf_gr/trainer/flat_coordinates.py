@@ -5,8 +5,10 @@ perturbed then, there are no gradients yet, and the loop has not yet suspended g
 each process would choose different coordinates.
 """
 
+import json
 import math
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,7 @@ from accelerate.logging import get_logger
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import find_batch_size
 from torch import Tensor, nn
+from torch.distributed import checkpoint
 
 from ..optim.fisher import HEADS, IGNORED, Head, first_rows, head_of, layer_kinds, without_randomness
 from ..optim.gradient_regularization import gradients_set_aside, scale_gradients_
@@ -30,6 +33,10 @@ logger = get_logger(__name__)
 
 #: Inputs of a decoder; if a batch has one of them, the model does not make it from the labels.
 DECODER_INPUTS = {"decoder_input_ids", "decoder_inputs_embeds"}
+#: The folder in a checkpoint of FSDP2 with the masks and averages, each process's part, and everything else.
+IRE_STATE = "ire"
+#: What is sharded in it, and its type; None is that of the parameters.
+SHARDED_STATE = {"masks": torch.uint8, "averages": None}
 
 
 class FlatCoordinates(Part):
@@ -90,7 +97,7 @@ class FlatCoordinates(Part):
             if self._divergence is None or self._divergence.ire is not self.optimizer:
                 self._divergence = DivergenceGuard(self.optimizer)
             self._require_support(self.optimizer.needs_estimate)
-            self._kinds = layer_kinds(self._trainer.model)
+            self.optimizer.active = False  # until `choose`; FSDP2 makes the optimizer's state by a step
         return optimizer
 
     def _use_given(self, ire: IRE) -> None:
@@ -287,11 +294,43 @@ class FlatCoordinates(Part):
         flat: dict[str, int] = {}
         size: dict[str, int] = {}
         counts = {} if self.optimizer is None else self.optimizer.flat_counts
+        if not counts.keys() <= self._kinds.keys():  # FSDP2 has replaced the parameters
+            self._kinds = layer_kinds(self._trainer.model)
         for p, count in counts.items():
             kind = self._kinds.get(p, "other")
             flat[kind] = flat.get(kind, 0) + count
             size[kind] = size.get(kind, 0) + p.numel()
         return {kind: flat[kind] / size[kind] for kind in flat}
+
+    # ---- Checkpoints ----
+
+    def save(self, folder: str) -> None:
+        """Under FSDP2, whose checkpoints keep of an optimizer the state of each parameter alone, write IRE's own."""
+        if self.optimizer is not None and self._is_sharded and not self._trainer.args.save_only_model:
+            numbers = self.optimizer.state_dict()["ire"]
+            tensors = {f"{kind}.{i}": t for kind in SHARDED_STATE for i, t in numbers.pop(kind).items()}
+            checkpoint.save({**tensors, "numbers": json.dumps(numbers)}, checkpoint_id=Path(folder, IRE_STATE))
+
+    def load(self, folder: str) -> None:
+        """Restore it. In a checkpoint of a run without IRE there is none, and the first choice is then made at once."""
+        ire, path = self.optimizer, Path(folder, IRE_STATE)
+        if ire is None or not self._is_sharded or not path.is_dir():
+            return
+        params = [p for group in ire.param_groups for p in group["params"]]
+        saved: dict[str, Any] = {"numbers": ""}
+        for key in checkpoint.FileSystemReader(path).read_metadata().state_dict_metadata.keys() - saved.keys():
+            kind, _, i = key.partition(".")
+            saved[key] = torch.zeros_like(params[int(i)], dtype=SHARDED_STATE[kind])
+        checkpoint.load(saved, checkpoint_id=path)
+        state = json.loads(saved.pop("numbers"))
+        state["flat_counts"] = {int(i): count for i, count in state["flat_counts"].items()}
+        for kind in SHARDED_STATE:
+            state[kind] = {int(key.partition(".")[2]): t for key, t in saved.items() if key.startswith(f"{kind}.")}
+        ire.load_state_dict({**ire.base_optimizer.state_dict(), "ire": state})
+
+    @property
+    def _is_sharded(self) -> bool:
+        return self._trainer.accelerator.is_fsdp2
 
     @property
     def probed_fraction(self) -> float:

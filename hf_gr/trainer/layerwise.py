@@ -24,7 +24,7 @@ from ..optimizer_factory import (
     settings_by_flags,
     time_varying_settings,
 )
-from .compatibility import refuse_unsupported_optimizer
+from .compatibility import refuse_layer_statistics, refuse_unsupported_optimizer
 from .part import Host, Part, innermost
 
 logger = get_logger(__name__)
@@ -69,6 +69,7 @@ class Layerwise(Part):
     def check(self) -> None:
         refuse_unsupported_optimizer(self._trainer)
         if self._flags.layer_statistics_steps:
+            refuse_layer_statistics(self._trainer)
             from .layer_statistics import LayerStatisticsCallback  # needs the extra `report`
 
             self._trainer.add_callback(LayerStatisticsCallback(self._flags.layer_statistics_steps))

@@ -14,6 +14,7 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch.distributed.tensor import DTensor
 
 from helpers import own_loop, streams, toys
+from helpers.shards import full, shards
 from helpers.training import Estimates
 from hf_gr import GRConfig, GRTrainer
 from hf_gr.cli.output_folder import claim_output_folder
@@ -92,6 +93,9 @@ OPTIMIZER_CASES = {
     for accumulation in (1, 2)
     for degree in (0, 0.1)
 }
+SHARDED_IRE_CASES = [(1, 0), (2, 0.1)]
+#: One of each optimizer.
+SHARDED_OPTIMIZER_CASES = [("lamb", 1, 0.1), ("lars", 2, 0), ("tvlars", 1, 0.1)]
 
 
 def flags_of(scope: str, accumulation: int, degree: float, precision: str) -> dict:
@@ -101,10 +105,6 @@ def flags_of(scope: str, accumulation: int, degree: float, precision: str) -> di
         "gradient_accumulation_steps": accumulation,
         "bf16": precision == "bf16",
     }
-
-
-def full(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 class RanksAgree(toys.PathRecorder):
@@ -161,10 +161,13 @@ class Choices(Estimates):
         known = len(self.estimates)
         result = super().get_batch_samples(*args, **kwargs)
         for estimate in self.estimates[known:]:
-            masks = [self.ire_optimizer._masks[p].clone() for p in self.model.parameters()]
+            parameters = list(self.model.parameters())
+            masks = [full(self.ire_optimizer._masks[p]).clone() for p in parameters]
+            estimate = [full(g) for g in estimate]
             for tensor in (*masks, *estimate):
                 require_equal_ranks(tensor, "an estimate")
-            choice = {"step": self.state.global_step, "weights": toys.weights(self.model)}
+            weights = torch.cat([full(p.detach()).reshape(-1) for p in parameters]).clone()
+            choice = {"step": self.state.global_step, "weights": weights, "fraction": self.ire_optimizer.flat_fraction}
             self.kept.append({**choice, "estimate": estimate, "masks": masks})
         return result
 
@@ -226,6 +229,45 @@ class Sharded(GRTrainer):
     def training_step(self, model, *args, **kwargs):
         assert self.accelerator.is_fsdp2 and all(isinstance(p, DTensor) for p in model.parameters())
         return super().training_step(model, *args, **kwargs)
+
+
+class ShardedChoices(Choices, Sharded):
+    pass
+
+
+#: What is resumed under FSDP2 in the middle of a run, between two choices of IRE.
+SHARDED_RUNS = {
+    name: {"max_steps": 5, "learning_rate": 1e-2, "save_steps": 3, "ire_kappa": 2.0, "ire_start_step": 1, **flags}
+    for name, flags in {
+        "AdmIRE": {"optim": "adamw_torch", "gr_lambda": 0, "ire_interval": 3, "ire_beta": 0.5, "ire_guard": 3.0},
+        "IRE, random, TVLARS": {"optim": "tvlars", "optim_args": "tv_lambda=0.5,delay_steps=3,momentum=0",
+                                "learning_rate": 100.0, "gr_lambda": 0, "ire_interval": 3, "ire_mask": "random",
+                                "ire_exclude": ["embed"]},
+        "LAMB": {"optim": "lamb", "gr_lambda": 0.1, "ire_kappa": 0.0, "ire_start_step": None},
+    }.items()
+}  # fmt: skip
+
+
+def sharded(folder: str) -> dict:
+    """The optimizers and IRE under FSDP2."""
+    results: dict = {"optimizers": {}, "ire": {}, "whole": {}, "resumed": {}, "refused": {}}
+    for case in SHARDED_OPTIMIZER_CASES:
+        flags = {**OPTIMIZER_CASES[case], "layer_statistics_steps": 0}
+        results["optimizers"][case] = run(f"{folder}/optimizers", Sharded, **flags)
+    for case in SHARDED_IRE_CASES:
+        results["ire"][case] = Choices.kept = []
+        run(folder, ShardedChoices, **IRE_CASES[case])
+    for name, flags in SHARDED_RUNS.items():
+        where = f"{folder}/{name}"
+        results["whole"][name] = run(where, Sharded, **flags, save_strategy="steps")
+        results["resumed"][name] = run(where, Sharded, f"{where}/checkpoint-3", **flags)
+    for name, flags in {"muon": {"optim": "muon"}, "layers": {"layer_statistics_steps": 1}}.items():
+        try:
+            trainer_of(folder, Sharded, **flags)
+        except ValueError as error:
+            results["refused"][name] = str(error)
+        reset_state()
+    return results
 
 
 def loop(folder: str) -> list[dict]:
@@ -384,6 +426,8 @@ SUITES = {
     "overflow": overflow_on_one_rank,
     "resume": resume,
     "fsdp": fsdp,
+    "sharded": sharded,
+    "shards": shards,
     "loop": loop,
     "diagnostics": diagnostics_of,
     "sharpness": lambda folder: sharpness_of(folder),

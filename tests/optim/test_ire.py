@@ -15,7 +15,7 @@ from torch.optim import SGD, Adam, AdamW, RMSprop
 from helpers import pages
 from hf_gr import IRE
 from hf_gr.optim._cpu import STEP_BLOCK
-from hf_gr.optim.order_statistics import SAMPLE, kth_smallest
+from hf_gr.optim.order_statistics import SAMPLE, _kth_by_digits, kth_smallest
 
 BASES = {
     "adamw": lambda params: AdamW(params, lr=1e-2, weight_decay=0.1),
@@ -274,6 +274,9 @@ def test_threshold_is_exact(kind, dtype):
     for k in (1, 2, 1000, x.numel() // 2, math.floor(0.6 * x.numel()), math.floor(0.99 * x.numel()), x.numel()):
         assert kth_smallest(tensors, k) == ordered[k - 1].item()
     assert kth_smallest(tensors, 0) == -math.inf
+    assert _kth_by_digits([tensors], [k := x.numel() // 3]).item() == ordered[k - 1].item()
+    rows, ks = [tensors[:1], tensors[1:2], tensors[5:]], [0, SAMPLE // 2, 1]
+    assert _kth_by_digits(rows, ks).tolist() == [kth_smallest(row, k) for row, k in zip(rows, ks, strict=True)]
 
 
 @pytest.mark.parametrize("kind", ["normal", "mostly zero", "equal"])
@@ -311,25 +314,26 @@ def test_no_weight_decay_is_no_weight_decay():
     torch.testing.assert_close(p.detach(), torch.full((3,), -0.2))
 
 
-def test_the_way_of_a_gpu_gives_the_same(monkeypatch):
-    """Without NumPy, and with counts that are tensors until the end; here on the CPU."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("scope", ["global", "per_tensor"])
+def test_the_way_of_a_gpu_gives_the_same(scope, dtype, monkeypatch):
+    """Without NumPy, thresholds digit by digit, and counts that are tensors until the end; here on the CPU."""
 
     def chosen() -> tuple:
-        params = parameters()
-        ire = IRE(BASES["sgd"](params), gamma=0.7)
-        for step in (0, 1):
+        params = parameters(dtype)
+        ire = IRE(BASES["sgd"](params), gamma=0.7, scope=scope)
+        for step in (0, 1, 2):
             set_gradients(params, step)
+            params[4].grad[:60] = 0.0
             ire.update_mask()
-        return (
-            masks_of(ire),
-            list(ire.flat_counts.values()),
-            ire.mask_overlap,
-            kth_smallest(gradients(3, params), 77_777),
-        )
+        return masks_of(ire), list(ire.flat_counts.values()), ire.mask_overlap
 
     expected = chosen()
+    statistics = sys.modules["hf_gr.optim.order_statistics"]
     monkeypatch.setattr("hf_gr.optim._cpu.suits_numpy", lambda _: False)
-    monkeypatch.setattr("hf_gr.optim.order_statistics.count_true", lambda flags: flags.sum())
+    monkeypatch.setattr(statistics, "count_true", lambda flags: flags.sum())
+    monkeypatch.setattr(statistics, "kth_smallest", None)
+    monkeypatch.setattr(statistics, "is_ordinary", lambda _: False)
     masks, *numbers = chosen()
     assert equal(masks, expected[0])
     assert numbers == list(expected[1:])
@@ -686,13 +690,6 @@ def test_sparse_gradients_are_refused():
     embedding(torch.tensor([1])).sum().backward()
     with pytest.raises(RuntimeError, match="IRE cannot read sparse gradients"):
         IRE(SGD(embedding.parameters(), lr=1.0)).update_mask()
-
-
-def test_sharded_parameters_are_refused():
-    p = nn.Parameter(torch.zeros(2))
-    p.device_mesh = "that of a DTensor"
-    with pytest.raises(ValueError, match=r"where they are sharded \(DTensor\). Use DDP"):
-        IRE(SGD([p], lr=1.0))
 
 
 def test_less_than_half_flat_is_said(caplog):

@@ -23,6 +23,9 @@ from helpers.distributed_worker import (
     OPTIMIZER_CASES,
     RESUME,
     SHARDED_CASES,
+    SHARDED_IRE_CASES,
+    SHARDED_OPTIMIZER_CASES,
+    SHARDED_RUNS,
     STEPS,
     barlow_of,
     diagnostics_of,
@@ -104,7 +107,8 @@ def alone(output_dir: Path, checkpoint: Path | None = None) -> list[torch.Tensor
 @pytest.fixture(scope="module")
 def sharded(tmp_path_factory):
     folder = tmp_path_factory.mktemp("fsdp")
-    return {**launch(folder, 2, "fsdp")["fsdp"], "folder": folder}
+    found = launch(folder, 2, "fsdp", "sharded", "shards")
+    return {**found["fsdp"], "methods": found["sharded"], "shards": found["shards"], "folder": folder}
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
@@ -133,6 +137,12 @@ def test_processes_read_different_documents_and_resume_with_the_next(results):
 @pytest.fixture(scope="module")
 def four(tmp_path_factory):
     return launch(tmp_path_factory.mktemp("four"), 4, "float32", "barlow")
+
+
+@pytest.mark.slow
+def test_sharded_parameters_step_as_ordinary_ones_on_four_processes(tmp_path):
+    """And on a mesh of two by two, replicas of shards (HSDP) or shards of shards."""
+    require_same_as_ordinary(launch(tmp_path, 4, "shards")["shards"])
 
 
 def test_four_processes(four):
@@ -172,17 +182,28 @@ def test_fsdp2_saves_one_model(sharded):
     assert torch.equal(toys.weights(model), sharded["whole"][-1])
 
 
-@pytest.mark.parametrize("case", IRE_CASES, ids=lambda case: f"accumulation {case[0]}, lambda {case[1]}")
-def test_estimate_of_ire_is_that_of_all_processes(case, results):
-    """The worker has compared the ranks; here what they agree on is compared with the reference."""
+@pytest.mark.parametrize(
+    ("kind", "case"),
+    [*(("replicated", case) for case in IRE_CASES), *(("sharded", case) for case in SHARDED_IRE_CASES)],
+    ids=str,
+)
+def test_estimate_of_ire_is_that_of_all_processes(kind, case, request):
+    """The worker has compared the ranks; here what they agree on is compared with the reference. Of sharded parameters
+    it has put together the estimate and the masks."""
     accumulation, data = case[0], toys.text(EXAMPLES)
     batches = [
         {key: torch.stack([e[key] for e in data[k * BATCH : (k + 1) * BATCH]]) for key in data[0]}
         for k in range(len(data) // BATCH)
     ]
-    kept = results["ire"][case]
+    kept = (
+        request.getfixturevalue("results")["ire"][case]
+        if kind == "replicated"
+        else request.getfixturevalue("sharded")["methods"]["ire"][case]
+    )
     assert [update["step"] for update in kept] == [0, 2]
     for update in kept:
+        flat = sum(int(mask.sum()) for mask in update["masks"])
+        assert update["fraction"] == flat / sum(mask.numel() for mask in update["masks"])
         model = toys.llama()
         torch.nn.utils.vector_to_parameters(update["weights"], model.parameters())
         first = update["step"] * accumulation * RANKS
@@ -216,6 +237,45 @@ def test_optimizers_step_as_in_one_process(case, results, tmp_path):
     expected = path_of_one_process(tmp_path, **OPTIMIZER_CASES[case])
     # float32; LAMB divides by the root of second moments that are nearly 0 in places.
     assert relative_error_of_path(results["optimizers"][case], expected) <= (1e-3 if case[0] == "lamb" else 1e-5)
+
+
+@pytest.mark.parametrize("case", SHARDED_OPTIMIZER_CASES, ids=lambda case: "-".join(map(str, case)))
+def test_optimizers_of_sharded_parameters(case, sharded, tmp_path):
+    flags = {**OPTIMIZER_CASES[case], "layer_statistics_steps": 0}
+    found = sharded["methods"]["optimizers"][case]
+    assert relative_error_of_path(found, path_of_one_process(tmp_path, **flags)) <= (
+        1e-3 if case[0] == "lamb" else 1e-5
+    )
+
+
+@pytest.mark.parametrize("name", SHARDED_RUNS)
+def test_methods_of_sharded_parameters_resume_bitwise(name, sharded):
+    whole, resumed = sharded["methods"]["whole"][name], sharded["methods"]["resumed"][name]
+    assert len(whole) == 6 and len(resumed) == 3
+    assert all(torch.equal(a, b) for a, b in zip(whole[3:], resumed, strict=True))
+    assert not torch.equal(whole[3], whole[4])
+
+
+def test_methods_that_need_whole_layers_are_refused(sharded):
+    refused = sharded["methods"]["refused"]
+    assert "optim=muon cannot be used with FSDP: it works on whole matrices" in refused["muon"]
+    assert "layer_statistics_steps=1 cannot be used with FSDP" in refused["layers"]
+
+
+def require_same_as_ordinary(found: dict) -> None:
+    for case, of_optimizer in found["optimizers"].items():
+        errors = [of_optimizer[key] for key in ("weights", "state", "rates")]
+        assert max(errors) < 1e-6, (case, errors)  # float32; a norm is summed in another order
+        # LARS and its like reduce once per step and group; a mesh sharded along two dimensions, along each.
+        expected = {"copies": 0, "blocks": 2}.get(case[1], 1)
+        assert of_optimizer["placements"] and of_optimizer["all_reduces"] == expected, case
+    for case, same in found["masks"].items():
+        assert all(same.values()), (case, same)
+
+
+def test_sharded_parameters_step_as_ordinary_ones(sharded):
+    """Rows that do not divide evenly, processes without any, replicas: weights, state, rates; masks bit for bit."""
+    require_same_as_ordinary(sharded["shards"])
 
 
 @pytest.mark.parametrize("processes", [2, 4])
