@@ -9,7 +9,6 @@ TESTS, SCRIPTS = ROOT / "tests", ROOT / "scripts"
 EXTRAS = {"matplotlib", "jinja2", "scipy", "pyarrow", "datasets", "evaluate", "peft", "PIL", "sklearn", "optuna"}
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 os.environ["PYTHONPATH"] = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])  # for workers
 
 import torch
