@@ -1,30 +1,24 @@
-"""Images per second and memory of augmentation, beside torchvision's and kornia's, and what these do differently.
+"""Pipelines of augmentation in hf_gr, kornia and torchvision, and what these do differently. `costs.py` times them.
 
-    pip install --target PEERS kornia torchvision
+    pip install --target PEERS kornia
     python benchmarks/augmentation.py --peers PEERS
 
-A peer that is not there is left out. All contestants get images that are already decoded and return a normalized batch.
-hf_gr and kornia get a batch of floats; torchvision gets one image after the other, as in a data loader, as tensors of
-8 bits or as Pillow's. All run in one process and on one thread, interleaved in a new order each round. What is reported
-are medians, of the CPU time, which other processes disturb less than that of a clock.
+All get images that are already decoded and return a normalized batch. hf_gr and kornia get a batch of floats;
+torchvision gets one image after the other, as in a data loader, as tensors of 8 bits or as Pillow's.
 """
 
 import argparse
 import functools
-import os
-import random
 import statistics
-import sys
-import time
-from collections.abc import Callable
 from datetime import date
 from functools import partial
 from typing import Any
 
 import numpy as np
+import peers
 import torch
-from gr_step import LiveBytes
 from PIL import Image
+from timing import Run
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -34,10 +28,9 @@ from hf_gr.data.augmentation import Augmentation, barlow_twins_views, resized_cr
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SCALE, JITTER, SIGMA = (0.08, 1.0), (0.4, 0.4, 0.2, 0.1), (0.1, 2.0)
 KINDS = ("crop and flip", "RandAugment(2, 15)", "color jitter", "blur, half of the images", "a view of Barlow Twins")
-Contestant = Callable[[], Tensor]
 
 
-def ours(images: Tensor) -> dict[str, Contestant]:
+def ours(images: Tensor) -> dict[str, Run]:
     options = (
         {"crop_scale": SCALE, "flip": 0.5},
         {"rand_augment": (2, 15)},
@@ -50,10 +43,9 @@ def ours(images: Tensor) -> dict[str, Contestant]:
     return {kind: partial(augment, batch) for kind, augment in zip(KINDS, augmentations, strict=True)}
 
 
-def kornias(images: Tensor) -> dict[str, Contestant]:
-    from kornia import augmentation as K
-    from kornia.augmentation.auto import RandAugment
-
+def kornias(images: Tensor) -> dict[str, Run]:
+    K = peers.peer("kornia.augmentation")
+    RandAugment = peers.peer("kornia.augmentation.auto").RandAugment
     side = images.shape[-1]
     kernel = 23 if side > 64 else 3  # a tenth of the image, as in BYOL
     crop = [K.RandomResizedCrop((side, side), scale=SCALE, resample="bicubic"), K.RandomHorizontalFlip()]
@@ -77,13 +69,12 @@ def _define_missing_operators() -> torch.library.Library:
     return library
 
 
-def torchvisions(images: Tensor, on_pillows: bool) -> dict[str, Contestant]:
+def torchvisions(images: Tensor, on_pillows: bool) -> dict[str, Run]:
     _define_missing_operators()
-    from torchvision.transforms import InterpolationMode, v2
-
+    v2 = peers.peer("torchvision.transforms.v2")
     side = images.shape[-1]
     kernel = 23 if side > 64 else 3
-    crop = [v2.RandomResizedCrop(side, SCALE, interpolation=InterpolationMode.BICUBIC), v2.RandomHorizontalFlip()]
+    crop = [v2.RandomResizedCrop(side, SCALE, interpolation=v2.InterpolationMode.BICUBIC), v2.RandomHorizontalFlip()]
     blur, jitter = v2.GaussianBlur(kernel, SIGMA), v2.ColorJitter(*JITTER)
     view = [*crop, v2.RandomApply([jitter], 0.8), v2.RandomGrayscale(0.2), blur]
     kinds = (crop, [v2.RandAugment(2, 15)], [jitter], [v2.RandomApply([blur], 0.5)], view)
@@ -107,52 +98,6 @@ def pictures(count: int, side: int) -> Tensor:
     return ((smooth + 0.1 * torch.randn(count, 3, side, side)).clamp(0, 1) * 255).to(torch.uint8)
 
 
-def measured(contestants: dict[str, Contestant], rounds: int) -> dict[str, list[float]]:
-    """Seconds of CPU time of each, after one warm-up."""
-    seconds: dict[str, list[float]] = {name: [] for name in contestants}
-    for run in contestants.values():
-        run()
-    for _ in range(rounds):
-        for name in random.sample(list(contestants), len(contestants)):
-            start = time.process_time()
-            contestants[name]()
-            seconds[name].append(time.process_time() - start)
-    return seconds
-
-
-def peak_memory(run: Contestant) -> float:
-    """The peak of the tensors that `run` creates, in units of the batch that it returns."""
-    with LiveBytes() as peak:
-        size = run().nbytes
-    return peak.peak / size
-
-
-def throughput(images: Tensor, rounds: int) -> None:
-    creators = {
-        "hf_gr": ours,
-        "kornia": kornias,
-        "torchvision, tensors": partial(torchvisions, on_pillows=False),
-        "torchvision, Pillow": partial(torchvisions, on_pillows=True),
-    }
-    contestants = {}
-    for name, create in creators.items():
-        try:
-            contestants[name] = create(images)
-        except ImportError as error:
-            print(f"{name}: left out ({error}).\n")
-    n, side = len(images), images.shape[-1]
-    print(f"\n{n} images of {side} x {side} pixels: images per second, and the peak of memory in batches\n")
-    print("| | " + " | ".join(contestants) + " |\n|---|" + "---|" * len(contestants))
-    for kind in KINDS:
-        runs = {name: kinds[kind] for name, kinds in contestants.items()}
-        seconds = measured(runs, rounds)
-        cells = []
-        for name, run in runs.items():
-            memory = "" if name.endswith("Pillow") else f" ({peak_memory(run):.1f})"
-            cells.append(f"{n / statistics.median(seconds[name]):,.0f}{memory}")
-        print(f"| {kind} | " + " | ".join(cells) + " |", flush=True)
-
-
 def differences() -> None:
     """What the peers do differently, measured."""
     images, small = pictures(64, 256), (64, 64)
@@ -165,9 +110,9 @@ def differences() -> None:
     }
     same, drawn = pictures(1, 32).repeat(64, 1, 1, 1), {"hf_gr": ours}
     try:
-        from kornia.augmentation import RandomResizedCrop
-
-        crop = RandomResizedCrop(small, scale=(1, 1), ratio=(1, 1), resample="bicubic")
+        crop = peers.peer("kornia.augmentation").RandomResizedCrop(
+            small, scale=(1, 1), ratio=(1, 1), resample="bicubic"
+        )
         found["kornia"], drawn["kornia"] = crop(images / 255), kornias
     except ImportError:
         pass
@@ -185,26 +130,15 @@ def differences() -> None:
             print(f"- {name}, {kind}: {statistics.median(counts)}")
 
 
-def load() -> str:
-    return ", ".join(f"{load:.1f}" for load in os.getloadavg())
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--peers", help="folder with kornia and torchvision")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--batches", type=int, nargs=2, default=[256, 256], help="of images of 32 and of 224 pixels")
+    parser.add_argument("--peers", help="folder with kornia")
     options = parser.parse_args()
-    if options.peers:
-        sys.path.append(options.peers)
+    peers.folders += [options.peers] if options.peers else []
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    random.seed(0)
-    print(f"{date.today()}, hf_gr {__version__}, torch {torch.__version__}, {os.cpu_count()} CPUs, load {load()}")
-    for side, count in zip((32, 224), options.batches, strict=True):
-        throughput(pictures(count, side), options.rounds)
+    print(f"{date.today()}, hf_gr {__version__}, torch {torch.__version__}, {', '.join(peers.versions())}")
     differences()
-    print(f"\nLoad at the end: {load()}")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
 """What an optimizer of torch promises, checked of ours and of their peers: torch's, timm's, pytorch_optimizer's.
 
-    pip install -c constraints.txt -e ".[bench]" && pip install --no-deps --target outputs/timm timm
-    python benchmarks/optimizer_contract.py --timm outputs/timm
+    pip install -c constraints.txt -e ".[bench]" && pip install --no-deps --target outputs/peers timm
+    python benchmarks/optimizer_contract.py --peers outputs/peers
 
-The checks are those of `tests/optimizer_contract.py`; the table has a row for each that somebody fails, with the error,
-and the count of those that hold. Some are no promise of torch's, and are here because training needs them: half
-precision, NaN as a setting, and the state of another optimizer.
+The checks are those of `tests/helpers/optimizer_contract.py`. The table has a row for each that somebody fails, with
+the error, and the count of those that hold. Some are no promise of torch's, and are here because training needs them:
+half precision, NaN as a setting, and the state of another optimizer.
 """
 
 import argparse
@@ -14,21 +14,22 @@ import io
 import platform
 import sys
 import warnings
-from importlib.metadata import version
 from pathlib import Path
 
-import pytorch_optimizer
+import peers
 import torch
-from optimizer_step import timm_optimizers
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "optim"))
 
-from optimizer_contract import CHECKS, Make
 from test_optimizer_contract import EXCEPT, OURS
 
+from helpers.optimizer_contract import CHECKS, Make
 
-def groups(timm: Path) -> dict[str, dict[str, Make]]:
-    lars, lamb = timm_optimizers(timm)
+
+def groups() -> dict[str, dict[str, Make]]:
+    timm, pytorch_optimizer = peers.peer("timm"), peers.peer("pytorch_optimizer")
+    lars, lamb = timm.lars.Lars, timm.lamb.Lamb
     return {
         "ours": OURS,
         "torch": {
@@ -63,17 +64,13 @@ def failure(check: str, make: Make) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--timm", type=Path, required=True, help="the folder that timm was installed into")
-    options = parser.parse_args()
+    parser.add_argument("--peers", nargs="+", default=[], help="folders with peers that are not installed")
+    peers.folders += parser.parse_args().peers
     torch.set_num_threads(1)
-    timm_version = next(options.timm.glob("timm-*.dist-info")).name.removeprefix("timm-").removesuffix(".dist-info")
-    print(
-        f"torch {torch.__version__}, timm {timm_version}, pytorch_optimizer (p_o) {version('pytorch_optimizer')}, "
-        f"Python {platform.python_version()}, CPU\n"
-    )
+    print(f"torch {torch.__version__}, {', '.join(peers.versions())}, Python {platform.python_version()}, CPU\n")
     failures = {
         group: {name: {check: failure(check, make) for check in CHECKS} for name, make in makers.items()}
-        for group, makers in groups(options.timm).items()
+        for group, makers in groups().items()
     }
     print(f"| | optimizer | of {len(CHECKS)} checks hold |\n|---|---|---|")
     for group, by_name in failures.items():

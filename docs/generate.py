@@ -2,12 +2,14 @@
 
 A page marks a table with two comments, `<!-- flags: gr -->` and `<!-- /flags -->`; what is between them is replaced.
 `flags` are the fields of argument classes, with their help, default and choices; `entries` are the tables of methods
-and presets.
+and presets; `costs` is the newest table of `benchmarks/costs.py` in short.
 """
 
+import csv
 import dataclasses
 import importlib
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -28,6 +30,7 @@ from hf_gr.reporting.arguments import default_of
 from hf_gr.reporting.methods import methods_tables, table
 
 DOCS = Path(__file__).parent
+RESULTS = DOCS.parent / "benchmarks" / "results"
 SCRIPTS = {
     "vit": "train_vit",
     "llama": "pretrain_llama",
@@ -105,15 +108,41 @@ def _presets(name: str) -> Iterator[str]:
         yield f"| `{key}` | {', '.join(f'`{flag}={value}`' for flag, value in zip(flags, values, strict=True))} |"
 
 
+def costs_table(device: str) -> str:
+    """The lines of the newest table of costs, each over all models and numbers of threads."""
+    ending = {"CPU": "costs", "GPU": "costs-gpu"}[device]
+    newest = max(RESULTS.glob(f"*-{ending}.csv"), default=None)
+    if newest is None:
+        return f"Nothing has been measured on a {device} yet."
+    groups: dict[tuple[str, ...], list[dict[str, str]]] = {}
+    for line in csv.DictReader(newest.read_text(encoding="utf-8").splitlines()):
+        if line["against"] or line["bar"]:
+            groups.setdefault(tuple(line[key] for key in ("what", "against", "bar", "unit")), []).append(line)
+    rows = [f"| {' | '.join(_costs_cells(*key, lines))} |" for key, lines in groups.items()]
+    source = f"[{newest.stem}](../benchmarks/results/{newest.stem}.md):\n"
+    return "\n".join([source, "| | compared with | measured | bar | verdict |", "|---|---|---|---|---|", *rows])
+
+
+def _costs_cells(what: str, against: str, bar: str, unit: str, lines: list[dict[str, str]]) -> Iterator[str]:
+    try:
+        values = sorted({f"{float(line['value']):.2f}" for line in lines}, key=float)
+        measured, limit = f"{' to '.join(values[:: max(len(values) - 1, 1)])} {unit}", f"≤ {float(bar or 0):g} {unit}"
+    except ValueError:  # yes, no, or not installed
+        measured, limit = ", ".join(sorted({line["value"] for line in lines})), bar
+    verdicts = Counter(line["verdict"] for line in lines)
+    outcome = next(iter(verdicts)) if len(verdicts) == 1 else ", ".join(f"{n} {name}" for name, n in verdicts.items())
+    yield from (what, against, measured.strip(), limit.strip() if bar else "", outcome)
+
+
 def fill(text: str) -> str:
     """A page with its tables made anew."""
-    tables = {"flags": flags_table, "entries": entries_table}
+    tables = {"flags": flags_table, "entries": entries_table, "costs": costs_table}
 
     def replace(match: re.Match) -> str:
         opening, kind, name = match.groups()
         return f"{opening}\n{tables[kind](name)}\n<!-- /{kind} -->"
 
-    return re.sub(r"(<!-- (flags|entries): ([\w ]+) -->)\n.*?<!-- /\2 -->", replace, text, flags=re.DOTALL)
+    return re.sub(r"(<!-- (flags|entries|costs): ([\w ]+) -->)\n.*?<!-- /\2 -->", replace, text, flags=re.DOTALL)
 
 
 if __name__ == "__main__":
