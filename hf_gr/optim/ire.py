@@ -105,7 +105,8 @@ class IRE(Optimizer):
 
     Attributes:
         active: set to False while IRE should not act yet.
-        kappa_scale: factor of kappa, 1 at first; saved. `GRTrainer` halves it where training diverges.
+        kappa_scale: factor of kappa, a number or a tensor, 1 at first; saved. `GRTrainer` halves it where training
+            diverges.
         updates: how many times the mask has been chosen.
 
     Raises:
@@ -155,7 +156,7 @@ class IRE(Optimizer):
         self.amplify_weight_decay, self.beta, self.mask = amplify_weight_decay, beta, mask
         self.kappa_schedule, self.seed = kappa_schedule, seed
         self.active = True
-        self.kappa_scale = 1.0
+        self.kappa_scale: Tensor | float = 1.0
         self._excluded: set[int] = set()
         self._awaited = excluded
         self._find_excluded()
@@ -234,7 +235,7 @@ class IRE(Optimizer):
             _amplify_([local(p) for p in params], old, masks, kappa, decay)
         return result
 
-    def _kappa_of(self, group: dict[str, Any]) -> float:
+    def _kappa_of(self, group: dict[str, Any]) -> Tensor | float:
         kappa = self.kappa * self.kappa_scale
         if self.kappa_schedule == "lr":
             peak = float(group.get("initial_lr", group["lr"]))
@@ -246,9 +247,15 @@ class IRE(Optimizer):
         return 0.0 if self.amplify_weight_decay else float(group["lr"]) * group.get("weight_decay", 0.0)
 
     @property
-    def kappa_in_force(self) -> float:
-        """kappa_t of the next step, of the first parameter group; 0 while IRE does not act."""
+    def kappa_now(self) -> Tensor | float:
+        """kappa_t of the next step, of the first parameter group; 0 while IRE does not act. A tensor on the device if
+        `kappa_scale` is one."""
         return self._kappa_of(self.param_groups[0]) if self.active and self._masks else 0.0
+
+    @property
+    def kappa_in_force(self) -> float:
+        """`kappa_now` as a number."""
+        return float(self.kappa_now)
 
     # ---- The mask ----
 
@@ -370,7 +377,7 @@ class IRE(Optimizer):
                 "mask_overlap": self.mask_overlap,
                 "step": self._steps,
                 "updates": self.updates,
-                "kappa_scale": self.kappa_scale,
+                "kappa_scale": float(self.kappa_scale),
             },
         }
 
@@ -441,13 +448,19 @@ def _by_size(params: list[Tensor]) -> Iterator[list[Tensor]]:
         yield chunk
 
 
-def _amplify_(params: list[Tensor], old: list[Tensor], masks: list[Tensor], kappa: float, decay: float) -> None:
-    """p += kappa mask (p - old), where `decay` times `old` is first taken out of the difference; overwrites `old`."""
+def _amplify_(
+    params: list[Tensor], old: list[Tensor], masks: list[Tensor], kappa: Tensor | float, decay: float
+) -> None:
+    """p += kappa mask (p - old), where `decay` times `old` is first taken out of the difference; overwrites `old`, and
+    on a GPU the masks."""
+    if isinstance(kappa, Tensor) and not kappa.is_cpu:
+        torch._foreach_mul_(masks, kappa)
+        kappa = 1.0
     if decay:
         torch._foreach_mul_(old, 1 - decay)
     # With the difference negated, the scratch space needs no further pass.
     torch._foreach_sub_(old, params)
-    torch._foreach_addcmul_(params, old, masks, value=-kappa)
+    torch._foreach_addcmul_(params, old, masks, value=-float(kappa))
 
 
 def _like(p: Tensor, value: Tensor) -> Tensor:

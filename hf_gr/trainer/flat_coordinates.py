@@ -24,7 +24,7 @@ from ..optim.gradient_regularization import gradients_set_aside, scale_gradients
 from ..optim.ire import ESTIMATED_MASKS, IRE
 from ..optim.pass_state import RNGState
 from .compatibility import UNLABELED_TRAINERS, class_among, refuse_unsupported
-from .guards import DivergenceGuard
+from .guards import DivergenceGuard, Unread
 from .layerwise import trainable_parameters
 from .part import Host, Part
 from .recording import Recorder
@@ -55,7 +55,8 @@ class FlatCoordinates(Part):
         self._kinds: dict[Tensor, str] = {}
         self._has_probed = False
         self._losses: list[Tensor] = []
-        self._kappa = 0.0
+        self._unread = Unread()  # the losses of steps, and whether kappa was halved
+        self._kappa: Tensor | float = 0.0
 
     def check(self) -> None:
         if self._flags.ire_kappa != 0:
@@ -268,24 +269,34 @@ class FlatCoordinates(Part):
         if self._trainer.accelerator.sync_gradients:
             if self._flags.ire_guard != 0:
                 self._watch(ire, torch.stack(self._losses).sum())
-            self._kappa = ire.kappa_in_force
-            self._recorder.segment.ire_steps += self._kappa != 0
+            self._kappa = ire.kappa_now
+            self._recorder.count("ire_steps", self._kappa != 0)
 
     def _watch(self, ire: IRE, loss: Tensor) -> None:
         # Averaged, so that all processes decide alike.
-        mean = self._trainer.accelerator.reduce(loss.float(), "mean").item()
+        mean = self._trainer.accelerator.reduce(loss.float(), "mean")
         assert self._divergence is not None
-        if self._divergence.observe(mean, self._flags.ire_guard, cooldown=self._flags.ire_interval):
+        is_halved = self._divergence.observe(mean, self._flags.ire_guard, cooldown=self._flags.ire_interval)
+        self._unread.add(self._trainer.state.global_step + 1, mean, is_halved)
+        if self._trainer.nonfinite_guard.looks_at_once:
+            self._tell(ire)
+
+    def _tell(self, ire: IRE) -> None:
+        """Warn of the steps since the last call at which kappa was halved."""
+        halvings = [(step, loss) for step, (loss, is_halved) in self._unread.read() if is_halved]
+        for later, (step, loss) in reversed(list(enumerate(reversed(halvings)))):
+            kappa = ire.kappa * float(ire.kappa_scale) * 2**later
             logger.warning(
-                f"Step {self._trainer.state.global_step}: the loss, {mean:.4g}, has diverged since IRE started. kappa "
-                f"is halved to {ire.kappa * ire.kappa_scale:g}. Set ire_guard=0 to prevent this."
+                f"Step {step}: the loss, {loss:.4g}, has diverged since IRE started. kappa is halved to {kappa:g}. Set "
+                "ire_guard=0 to prevent this."
             )
 
     def logs(self, logs: dict[str, float]) -> dict[str, float]:
         ire = self.optimizer
         if ire is None:
             return {}
-        values = {"ire_kappa": self._kappa, "ire_flat_fraction": ire.flat_fraction}
+        self._tell(ire)
+        values = {"ire_kappa": float(self._kappa), "ire_flat_fraction": ire.flat_fraction}
         values |= {f"ire_flat_fraction_{kind}": fraction for kind, fraction in self.flat_fractions().items()}
         return values if ire.mask_overlap is None else values | {"ire_mask_overlap": ire.mask_overlap}
 

@@ -5,7 +5,7 @@ weights are never saved in a checkpoint. If training diverges under IRE, kappa i
 """
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,6 +25,27 @@ logger = get_logger(__name__)
 PATIENCE = 3
 #: Weight of the newest loss in the running mean, which spans about 50 steps.
 WEIGHT = 0.02
+
+
+class Unread:
+    """Numbers of steps that wait on the device until the host reads all of them in one transfer."""
+
+    def __init__(self) -> None:
+        self._steps: list[tuple[int, torch.Tensor]] = []
+
+    def add(self, step: int, *numbers: torch.Tensor) -> None:
+        self._steps.append((step, torch.stack([number.float() for number in numbers])))
+
+    def read(self) -> list[tuple[int, list[float]]]:
+        """The numbers of each step since the last call."""
+        if not self._steps:
+            return []
+        steps, numbers = zip(*self._steps, strict=True)
+        self._steps.clear()
+        return list(zip(steps, torch.stack(numbers).tolist(), strict=True))
+
+    def clear(self) -> None:
+        self._steps.clear()
 
 
 class NonFiniteGuard(Part, TrainerCallback):
@@ -51,7 +72,7 @@ class NonFiniteGuard(Part, TrainerCallback):
         self._recorder = recorder
         self._in_a_row = self._last_skipped = 0
         self._finite_after = 0  # the last step after which the weights were checked and finite
-        self._unseen: list[tuple[int, torch.Tensor]] = []  # steps, and whether their gradients are finite
+        self._unread = Unread()  # whether the gradients of steps are finite
         self.looks_at_once = True
         self.norm_before_clipping: torch.Tensor | float | None = None
         self.skipped_steps = 0
@@ -65,7 +86,7 @@ class NonFiniteGuard(Part, TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
         self._in_a_row = self.skipped_steps = 0
-        self._unseen.clear()
+        self._unread.clear()
         self._finite_after = state.global_step
         self.require_finite_weights()
         if not self._is_active() and self._flags.gr_on_nonfinite != "stop":
@@ -80,7 +101,7 @@ class NonFiniteGuard(Part, TrainerCallback):
         is_finite = gradient_norm(params).isfinite()
         if self.norm_before_clipping is not None:
             is_finite &= whole(as_tensor(self.norm_before_clipping)).isfinite().to(is_finite.device)
-        self._unseen.append((state.global_step + 1, is_finite))
+        self._unread.add(state.global_step + 1, is_finite)
         if not self.looks_at_once and (fused := self._skipping_optimizer()) is not None:
             fused.grad_scale, fused.found_inf = None, (~is_finite).float()  # as a gradient scaler does
         elif not is_finite:
@@ -102,8 +123,7 @@ class NonFiniteGuard(Part, TrainerCallback):
     ) -> None:
         accelerator = self._trainer.accelerator
         if accelerator.scaler is None or not self._is_active():
-            if self._unseen and not self.looks_at_once:
-                vars(innermost(self._trainer.optimizer)).pop("found_inf", None)
+            vars(innermost(self._trainer.optimizer)).pop("found_inf", None)
             return
         if not accelerator.optimizer_step_was_skipped:
             self._in_a_row = 0
@@ -117,11 +137,7 @@ class NonFiniteGuard(Part, TrainerCallback):
 
     def look(self) -> None:
         """Read which of the steps since the last call were skipped, and stop the run if it has to be."""
-        if not self._unseen:
-            return
-        steps, flags = zip(*self._unseen, strict=True)
-        self._unseen.clear()
-        for step, is_finite in zip(steps, torch.stack(flags).tolist(), strict=True):
+        for step, (is_finite,) in self._unread.read():
             if is_finite:
                 self._in_a_row = 0
             else:
@@ -186,36 +202,11 @@ class NonFiniteGuard(Part, TrainerCallback):
             )
 
 
-@dataclass
-class _Losses:
-    """A summary of the losses so far, saved in checkpoints under these names."""
-
-    mean: float = 0.0
-    count: int = 0
-    mean_at_start: float | None = None  # the mean when IRE started
-    wait: int = 0  # steps until kappa may be halved again
-
-    def is_high(self, loss: float, factor: float) -> bool:
-        if not math.isfinite(loss):
-            return True
-        # The small loss of a nearly converged model can jump by `factor` from batch to batch. Only a loss that also
-        # exceeds the level at which IRE started counts.
-        return (
-            self.mean_at_start is not None
-            and loss > self.mean_at_start
-            and loss - self.mean > (factor - 1) * abs(self.mean)
-        )
-
-    def add(self, loss: float) -> None:
-        self.count += 1
-        self.mean += (loss - self.mean) * max(WEIGHT, 1 / self.count)
-
-
 class DivergenceGuard:
     """Watches the training loss and halves the `kappa_scale` of an `IRE` when training diverges.
 
-    Its state is saved and loaded with the optimizer's, as `state_dict["ire"]["losses"]`, so that a resumed run decides
-    as an uninterrupted one would.
+    Its numbers stay on the device. They are saved and loaded with the optimizer's, as `state_dict["ire"]["losses"]`, so
+    that a resumed run decides as an uninterrupted one would.
 
     Args:
         ire: the optimizer; the guard registers hooks on its `state_dict` and `load_state_dict`.
@@ -227,30 +218,60 @@ class DivergenceGuard:
         ire.register_state_dict_post_hook(self._save, prepend=True)
         ire.register_load_state_dict_pre_hook(self._load)
 
-    def observe(self, loss: float, factor: float = 3.0, cooldown: int = 10) -> bool:
+    def observe(self, loss: torch.Tensor | float, factor: float = 3.0, cooldown: int = 10) -> torch.Tensor:
         """Record the loss of a step, and halve kappa if training diverges.
 
         It diverges if the loss is not finite, or exceeds both `factor` times its running mean and the mean at which
         IRE started. After a halving, the next `cooldown` steps cannot cause another.
 
-        Returns True if kappa was halved.
+        Returns whether kappa was halved, as a tensor.
         """
-        losses = self._losses
+        loss = as_tensor(loss)
+        mean, count, start, wait = self._losses.on_device_of(loss)
         is_acting = self.ire.active and self.ire.has_mask and self.ire.kappa != 0
-        if is_acting and losses.mean_at_start is None and losses.count:
-            losses.mean_at_start = losses.mean
-        losses.wait = max(0, losses.wait - 1)
-        is_high = losses.is_high(loss, factor)
-        if not is_high:
-            losses.add(loss)
-        if not (is_high and is_acting) or losses.wait:
-            return False
-        losses.wait = cooldown
-        self.ire.kappa_scale /= 2
-        return True
+        if is_acting:
+            start = torch.where(start.isnan() & (count > 0), mean, start)
+        wait = (wait - 1).clamp(min=0)
+        # The small loss of a nearly converged model can jump by `factor` from batch to batch. Only a loss that also
+        # exceeds the level at which IRE started counts.
+        is_high = ~loss.isfinite() | ((loss > start) & (loss - mean > (factor - 1) * mean.abs()))
+        count = count + ~is_high
+        mean = torch.where(is_high, mean, mean + (loss - mean) * (1 / count).clamp(min=WEIGHT))
+        is_halved = is_high & (wait == 0) if is_acting else torch.zeros_like(is_high)
+        wait = torch.where(is_halved, cooldown, wait)
+        self._losses = _Losses(mean, count, start, wait)
+        if is_acting:
+            self.ire.kappa_scale = self.ire.kappa_scale * torch.where(is_halved, 0.5, 1.0)
+        return is_halved
 
     def _save(self, _: Optimizer, state_dict: dict[str, Any]) -> None:
-        state_dict["ire"]["losses"] = asdict(self._losses)
+        state_dict["ire"]["losses"] = self._losses.state()
 
     def _load(self, _: Optimizer, state_dict: dict[str, Any]) -> None:
-        self._losses = _Losses(**state_dict.get("ire", {}).get("losses", {}))
+        self._losses = _Losses.of(state_dict.get("ire", {}).get("losses", {}))
+
+
+@dataclass(frozen=True)
+class _Losses:
+    """A summary of the losses so far, saved in checkpoints under these names."""
+
+    mean: torch.Tensor | float = 0.0
+    count: torch.Tensor | float = 0
+    mean_at_start: torch.Tensor | float = math.nan  # the mean when IRE started
+    wait: torch.Tensor | float = 0  # steps until kappa may be halved again
+
+    def on_device_of(self, loss: torch.Tensor) -> list[torch.Tensor]:
+        return [torch.as_tensor(value, dtype=loss.dtype, device=loss.device) for value in vars(self).values()]
+
+    def state(self) -> dict[str, float | None]:
+        mean, count, start, wait = map(float, vars(self).values())
+        return {
+            "mean": mean,
+            "count": int(count),
+            "mean_at_start": None if math.isnan(start) else start,
+            "wait": int(wait),
+        }
+
+    @classmethod
+    def of(cls, state: dict[str, float | None]) -> "_Losses":
+        return cls(**{name: math.nan if value is None else value for name, value in state.items()})

@@ -144,7 +144,7 @@ def facts_of(trainer: Host) -> dict[str, Any]:
         "model": model_facts(trainer.model, has_processor=trainer.processing_class is not None),
         "optimizer": optimizer_facts(trainer),
         "ire_flat_fractions": {} if ire is None else trainer.ire.flat_fractions(),
-        "ire_reduced_kappa": ire.kappa * ire.kappa_scale if ire is not None and ire.kappa_scale != 1 else None,
+        "ire_reduced_kappa": ire.kappa * float(ire.kappa_scale) if ire is not None and ire.kappa_scale != 1 else None,
         # A picture in the folder may be from an earlier run.
         "layer_picture": next((c.picture for c in callbacks if getattr(c, "has_drawn", False)), None),
         "further": dict(trainer.further_facts),

@@ -7,7 +7,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from helpers import toys
 from helpers.host_reads import HostReads
-from hf_gr import GRConfig, GRTrainer
+from hf_gr import IRE, GRConfig, GRTrainer
 from hf_gr.optim.ascents import ASCENTS
 from hf_gr.optim.gradient_regularization import Perturbation, gradient_norm, scale_gradients_
 from hf_gr.optim.radius_rules import RADIUS_RULES
@@ -49,6 +49,8 @@ CASES = {
     "momentum between": {"gr_momentum_r": 0.2, "gr_interval": 2},
     "micro": {"gr_scope": "micro", "gradient_accumulation_steps": 2},
     "functional": {"gr_second_pass_kind": "functional"},
+    "IRE": {"gr_lambda": 0, "ire_kappa": 2.0, "ire_start_step": 0, "ire_interval": 100},
+    "GR and IRE": {"ire_kappa": 2.0, "ire_start_step": 0, "ire_interval": 100},
 }
 
 
@@ -62,8 +64,24 @@ def plain_reads(tmp_path_factory):
 def test_a_step_with_gr_reads_what_a_plain_one_reads(case, plain_reads, tmp_path):
     expected = plain_reads[CASES[case].get("gradient_accumulation_steps", 1)]
     # The first step creates state, and the first one of `functional` looks at the graph.
-    assert reads_of(tmp_path, gr_warmup="none", **CASES[case])[1:] == expected[1:]
+    steps = reads_of(tmp_path, **{"gr_warmup": "none", **CASES[case]})[1:]
+    # On a CPU, where it waits for nothing, IRE reads its kappa.
+    assert [{k: n for k, n in step.items() if "optim/ire.py" not in k} for step in steps] == expected[1:]
     assert any(expected)
+
+
+@pytest.mark.parametrize("scale", [1.0, torch.full((), 0.5, device="meta")])
+def test_a_step_of_ire_needs_no_value(scale):
+    with torch.device("meta"):
+        params = [nn.Parameter(torch.empty(8, 8)) for _ in range(3)]
+        for p in params:
+            p.grad = torch.empty(8, 8)
+    ire = IRE(torch.optim.SGD(params, lr=0.1, momentum=0.9), kappa=2.0, mask="uniform")
+    ire.kappa_scale = scale
+    ire.update_mask()
+    with HostReads() as reads:
+        ire.step()
+    assert reads.total == 0 and ire.has_mask
 
 
 @pytest.mark.parametrize("count", [5, 200])
