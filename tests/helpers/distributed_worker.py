@@ -235,6 +235,24 @@ class ShardedChoices(Choices, Sharded):
     pass
 
 
+class ShardedOverflow(Sharded, OverflowOnOneRank):
+    pass
+
+
+def overflow_seen_late(folder: str) -> None:
+    """The processes skip a step together where the host does not look, as on GPUs."""
+    for base in (OverflowOnOneRank, ShardedOverflow):
+        for second in (False, True):
+            recorder, cls = RanksAgree(), type("Overflow", (base,), {"in_second_pass": second})
+            trainer = trainer_of(folder, cls, [recorder], optim="adamw_torch_fused")
+            trainer.nonfinite_guard.looks_at_once = False
+            trainer.train()
+            reset_state()
+            assert torch.equal(recorder.path[2], recorder.path[1]), (base, second)
+            assert not torch.equal(recorder.path[3], recorder.path[2]), (base, second)
+            assert trainer.nonfinite_guard.skipped_steps == 1, (base, second)
+
+
 #: What is resumed under FSDP2 in the middle of a run, between two choices of IRE.
 SHARDED_RUNS = {
     name: {"max_steps": 5, "learning_rate": 1e-2, "save_steps": 3, "ire_kappa": 2.0, "ire_start_step": 1, **flags}
@@ -424,6 +442,7 @@ SUITES = {
     "ascents": lambda folder: {case: run(folder, **flags) for case, flags in ASCENT_CASES.items()},
     "barlow": barlow,
     "overflow": overflow_on_one_rank,
+    "overflow seen late": overflow_seen_late,
     "resume": resume,
     "fsdp": fsdp,
     "sharded": sharded,

@@ -107,7 +107,7 @@ def alone(output_dir: Path, checkpoint: Path | None = None) -> list[torch.Tensor
 @pytest.fixture(scope="module")
 def sharded(tmp_path_factory):
     folder = tmp_path_factory.mktemp("fsdp")
-    found = launch(folder, 2, "fsdp", "sharded", "shards")
+    found = launch(folder, 2, "fsdp", "sharded", "shards", "overflow seen late")
     return {**found["fsdp"], "methods": found["sharded"], "shards": found["shards"], "folder": folder}
 
 
