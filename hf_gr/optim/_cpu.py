@@ -181,9 +181,12 @@ def _parts(p: Tensor, state: dict[str, Tensor], mask: Tensor | None) -> Iterator
 def suits_fused_kernels(*tensors: Tensor) -> bool:
     """Whether all are on the CPU, in single precision or all in double, and in the same order in memory."""
     dtype = tensors[0].dtype
-    return dtype in (torch.float32, torch.float64) and all(
-        t.is_cpu and t.is_contiguous() and t.dtype == dtype for t in tensors
-    )
+    if dtype not in _SMALLEST:
+        return False
+    for t in tensors:  # noqa: SIM110  a generator would take as long as the checks
+        if not (t.is_cpu and t.is_contiguous() and t.dtype == dtype):
+            return False
+    return True
 
 
 def step_lars(
@@ -192,51 +195,64 @@ def step_lars(
     """Returns q of each layer."""
     lr, weight_decay, clamp = float(group["lr"]), group["weight_decay"], group["norm_clamp"]
     if others:
-        _sgd(others, state, group, otherwise, 0.0, lr * group["bias_lr_scale"])
+        grads, buffers = [grad_of(p) for p in others], [state[p].get("momentum_buffer") for p in others]
+        _sgd(others, grads, buffers, group, otherwise, 0.0, lr * group["bias_lr_scale"])
     factors = []
     for p in layers:
-        w_norm, d_norm = _norms_with_decay(p, grad_of(p), weight_decay)
+        g = grad_of(p)
+        w_norm, d_norm = _norms_with_decay(p.ravel(), g.ravel(), weight_decay)
         ratio = _trust_ratio(w_norm, d_norm, clamp, clamp)
-        factors.append(otherwise if ratio is None else factor * ratio)
-        _sgd([p], state, group, factors[-1], weight_decay, lr)
+        q = otherwise if ratio is None else factor * ratio
+        _sgd([p], [g], [state[p].get("momentum_buffer")], group, q, weight_decay, lr)
+        factors.append(q)
     return factors
 
 
-def _sgd(params: list[Tensor], state: State, group: Group, q: float, weight_decay: float, lr: float) -> None:
+#: The smallest q that is left of 1 - (1 - q), in double precision, to the precision of the parameters.
+_SMALLEST = {t: torch.finfo(torch.float64).eps / torch.finfo(t).eps for t in (torch.float32, torch.float64)}
+
+
+def _sgd(
+    params: list[Tensor],
+    grads: list[Tensor],
+    buffers: list[Any],
+    group: Group,
+    q: float,
+    weight_decay: float,
+    lr: float,
+) -> None:
     """SGD with momentum along q (g + weight_decay w), in one pass."""
     momentum, nesterov = group["momentum"], group["nesterov"]
-    grads = [grad_of(p) for p in params]
-    buffers = [state[p].get("momentum_buffer") for p in params]
-    # torch's Nesterov has the gradient without q in its step. And 1 - dampening, below, is q rounded at 1.
-    if nesterov or q < torch.finfo(torch.float64).eps / torch.finfo(params[0].dtype).eps:
+    # torch's Nesterov has the gradient without q in its step.
+    if nesterov or q < _SMALLEST[params[0].dtype]:
         directions = torch._foreach_add(grads, params, alpha=weight_decay)
         torch._foreach_mul_(directions, q)
-        sgd(
-            params,
-            list(directions),
-            buffers,
-            foreach=True,
-            weight_decay=0.0,
-            momentum=momentum,
-            lr=lr,
-            dampening=0.0,
-            nesterov=nesterov,
-            maximize=False,
-        )
-        return
-    sgd(
-        params,
-        grads,
-        buffers,
-        fused=True,
-        weight_decay=weight_decay,
-        momentum=momentum,
-        lr=lr if momentum else lr * q,
-        # The new direction enters the buffer with the factor 1 - dampening.
-        dampening=1 - q if momentum else 0.0,
-        nesterov=False,
-        maximize=False,
-    )
+        settings = {"momentum": momentum, "dampening": 0.0, "nesterov": nesterov, "maximize": False}
+        sgd(params, list(directions), buffers, foreach=True, weight_decay=0.0, lr=lr, **settings)
+    elif momentum:  # the new direction enters the buffer with the factor 1 - dampening
+        _fused_sgd(params, grads, buffers, weight_decay, momentum, lr, 1 - q)
+    else:
+        _fused_sgd(params, grads, [], weight_decay, 0.0, lr * q, 0.0)
+
+
+def _fused_sgd(
+    params: list[Tensor],
+    grads: list[Tensor],
+    buffers: list[Any],
+    weight_decay: float,
+    momentum: float,
+    lr: float,
+    dampening: float,
+) -> None:
+    """`sgd(fused=True)`, by its private kernel where there is one: the checks of `sgd` are felt in small layers."""
+    settings: Group = {"weight_decay": weight_decay, "momentum": momentum, "lr": lr, "dampening": dampening}
+    if _has_kernel:
+        torch._fused_sgd_(params, grads, buffers, nesterov=False, maximize=False, is_first_step=False, **settings)
+    else:
+        sgd(params, grads, buffers or [None] * len(params), fused=True, nesterov=False, maximize=False, **settings)
+
+
+_has_kernel = hasattr(torch, "_fused_sgd_")
 
 
 def step_lamb(layers: list[Tensor], others: list[Tensor], state: State, group: Group) -> list[float]:
@@ -289,10 +305,10 @@ Clamp = tuple[float, float] | None
 
 def _trust_ratio(w_norm: float, u_norm: float, w_clamp: Clamp, u_clamp: Clamp) -> float | None:
     """||w|| / ||u|| after clamping; None where one of them is 0, and 0 where one is not finite: such a layer stays."""
-    w_norm, u_norm = (
-        norm if clamp is None else min(max(norm, clamp[0]), clamp[1])
-        for norm, clamp in ((w_norm, w_clamp), (u_norm, u_clamp))
-    )
+    if w_clamp is not None:
+        w_norm = min(max(w_norm, w_clamp[0]), w_clamp[1])
+    if u_clamp is not None:
+        u_norm = min(max(u_norm, u_clamp[0]), u_clamp[1])
     if not (math.isfinite(w_norm) and math.isfinite(u_norm)):
         return 0.0
     return w_norm / u_norm if w_norm > 0 and u_norm > 0 else None
@@ -304,11 +320,10 @@ def _norm(t: Tensor) -> float:
 
 
 def _norms_with_decay(w: Tensor, g: Tensor, weight_decay: float) -> tuple[float, float]:
-    """||w|| and ||g + weight_decay w||, the latter without the sum itself."""
-    if weight_decay == 0:
-        return _norm(w), _norm(g)
-    w, g = w.view(-1), g.view(-1)
+    """||w|| and ||g + weight_decay w||, flat, the latter without the sum itself."""
     ww, gg = torch.dot(w, w).item(), torch.dot(g, g).item()
+    if weight_decay == 0:
+        return math.sqrt(ww), math.sqrt(gg)
     square = gg + 2 * weight_decay * torch.dot(g, w).item() + weight_decay**2 * ww
     if not square > 0.01 * (gg + weight_decay**2 * ww):  # what is left of such a difference is rounding
         return math.sqrt(ww), _norm(torch.add(g, w, alpha=weight_decay))

@@ -138,10 +138,13 @@ class LayerwiseOptimizer(Optimizer):
         state = self.state[p]
         if not state:
             state.update({key: torch.zeros_like(p, dtype=precision(p)) for key in self._moments(group)})
+        dtype, tensors = precision(p), []
         for key, value in state.items():
-            if isinstance(value, Tensor) and value.dtype != precision(p):  # `p` was cast since
-                state[key] = value.to(precision(p))
-        return [value for value in state.values() if isinstance(value, Tensor)]
+            if isinstance(value, Tensor):
+                if value.dtype != dtype:  # `p` was cast since
+                    value = state[key] = value.to(dtype)
+                tensors.append(value)
+        return tensors
 
     def _moments(self, group: Group) -> tuple[str, ...]:
         """The names of the state tensors of each parameter."""

@@ -7,6 +7,7 @@ is found digit by digit: two passes, no number travels to the host, and the proc
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -40,7 +41,10 @@ class Scan:
 
     def __init__(self, tensors: Iterable[Tensor]):
         self._dtype = _precision(tensors)
-        self._fast = _cpu.Scan(self._dtype)
+
+    @cached_property
+    def _fast(self) -> _cpu.Scan:
+        return _cpu.Scan(self._dtype)
 
     def _magnitudes(self, block: Tensor) -> Tensor:
         return block.reshape(-1).abs().to(self._dtype)

@@ -216,8 +216,8 @@ class FlatCoordinates(Part):
         # Any scale common to all parts and processes gives the same order. This one makes the loss a mean, like the
         # training loss, to which a gradient scaler is tuned.
         head = head_of(trainer.model)
-        count = sum(_label_count(part, head) for part in parts)
-        total = accelerator.reduce(torch.tensor(float(count), device=trainer.args.device), "sum").item()
+        count = sum(_label_count(part, head).to(trainer.args.device, non_blocking=True) for part in parts)
+        total = accelerator.reduce(count, "sum").item()
         if total == 0:
             return False
         scale = accelerator.num_processes / total
@@ -392,8 +392,8 @@ def _row_count(parts: list[dict[str, Any]]) -> int:
     return sum(find_batch_size(inputs) or 1 for inputs in parts)
 
 
-def _label_count(inputs: dict[str, Any], head: Head | None) -> int:
+def _label_count(inputs: dict[str, Any], head: Head | None) -> Tensor:
     labels = inputs.get("labels")
     if not isinstance(labels, Tensor):
-        return find_batch_size(inputs) or 1
-    return int(((labels if head is None else head.predicted(labels)) != IGNORED).sum())
+        return torch.tensor(find_batch_size(inputs) or 1)
+    return ((labels if head is None else head.predicted(labels)) != IGNORED).sum()

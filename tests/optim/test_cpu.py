@@ -94,3 +94,19 @@ def test_layer_by_layer_equals_all_together(make, dtype, monkeypatch):
     tolerance = 64 * torch.finfo(dtype).eps
     for a, b in zip(fast, trained(), strict=True):
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_the_private_kernel_of_sgd_is_the_public_one_bitwise(momentum, monkeypatch):
+    def trained() -> list[torch.Tensor]:
+        params = [nn.Parameter(w) for w in draw(0, torch.float32)]
+        optimizer = LARS(params, 0.7, weight_decay=0.1, momentum=momentum)
+        for step in range(3):
+            for p, g in zip(params, draw(step + 1, torch.float32), strict=True):
+                p.grad = g
+            optimizer.step()
+        return params
+
+    fast = trained()
+    monkeypatch.setattr(_cpu, "_has_kernel", False)
+    assert all(torch.equal(a, b) for a, b in zip(fast, trained(), strict=True))

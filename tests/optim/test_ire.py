@@ -13,7 +13,8 @@ from torch import nn
 from torch.optim import SGD, Adam, AdamW, RMSprop
 
 from helpers import pages
-from hf_gr import IRE
+from helpers.host_reads import HostReads
+from hf_gr import IRE, LAMB
 from hf_gr.optim._cpu import STEP_BLOCK
 from hf_gr.optim.order_statistics import SAMPLE, _kth_by_digits, kth_smallest
 
@@ -314,11 +315,18 @@ def test_no_weight_decay_is_no_weight_decay():
     torch.testing.assert_close(p.detach(), torch.full((3,), -0.2))
 
 
+def take_the_way_of_a_gpu(monkeypatch) -> None:
+    """Without NumPy, thresholds digit by digit, and counts that are tensors until the end; here on the CPU."""
+    statistics = sys.modules["hf_gr.optim.order_statistics"]
+    monkeypatch.setattr("hf_gr.optim._cpu.suits_numpy", lambda _: False)
+    monkeypatch.setattr(statistics, "count_true", lambda flags: flags.sum())
+    monkeypatch.setattr(statistics, "kth_smallest", None)
+    monkeypatch.setattr(statistics, "is_ordinary", lambda _: False)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("scope", ["global", "per_tensor"])
 def test_the_way_of_a_gpu_gives_the_same(scope, dtype, monkeypatch):
-    """Without NumPy, thresholds digit by digit, and counts that are tensors until the end; here on the CPU."""
-
     def chosen() -> tuple:
         params = parameters(dtype)
         ire = IRE(BASES["sgd"](params), gamma=0.7, scope=scope)
@@ -329,14 +337,43 @@ def test_the_way_of_a_gpu_gives_the_same(scope, dtype, monkeypatch):
         return masks_of(ire), list(ire.flat_counts.values()), ire.mask_overlap
 
     expected = chosen()
-    statistics = sys.modules["hf_gr.optim.order_statistics"]
-    monkeypatch.setattr("hf_gr.optim._cpu.suits_numpy", lambda _: False)
-    monkeypatch.setattr(statistics, "count_true", lambda flags: flags.sum())
-    monkeypatch.setattr(statistics, "kth_smallest", None)
-    monkeypatch.setattr(statistics, "is_ordinary", lambda _: False)
+    take_the_way_of_a_gpu(monkeypatch)
     masks, *numbers = chosen()
     assert equal(masks, expected[0])
     assert numbers == list(expected[1:])
+
+
+@pytest.mark.parametrize("settings", [{}, {"scope": "per_tensor", "beta": 0.5}, {"mask": "random"}], ids=str)
+def test_the_way_of_a_gpu_reads_one_number(settings, monkeypatch):
+    """Whether the gradient is finite. Counts are read when they are asked for, the step reads nothing."""
+    take_the_way_of_a_gpu(monkeypatch)
+    params = parameters()
+    ire = IRE(SGD(params, lr=1.0, foreach=True), **settings)
+    set_gradients(params, 0)
+    with HostReads() as reads:
+        ire.update_mask()
+        ire.update_mask()
+    assert reads.total == 2 * ire.needs_estimate, reads.by_caller
+    with HostReads() as reads:
+        ire.step()
+    assert reads.by_caller == {}
+    with HostReads() as reads:
+        assert ire.flat_fraction > 0 and ire.mask_overlap is not None
+    assert reads.total == 2
+
+
+@pytest.mark.parametrize("make", [lambda ps: AdamW(ps, foreach=True), lambda ps: LAMB(ps, 0.1)], ids=["AdamW", "LAMB"])
+@pytest.mark.parametrize("settings", [{}, {"scope": "per_tensor", "beta": 0.5}, {"mask": "inverted"}], ids=str)
+def test_no_number_is_read_from_another_device(make, settings, monkeypatch):
+    """Tensors of the device "meta" have none, so the one that is read is given here."""
+    monkeypatch.setattr("hf_gr.optim.ire._are_finite", lambda _: True)
+    params = [nn.Parameter(torch.empty(shape, device="meta")) for shape in SHAPES]
+    ire = IRE(make(params), **settings)
+    for p in params:
+        p.grad = torch.empty_like(p)
+    for _ in range(2):
+        assert ire.update_mask()
+        ire.step()
 
 
 def test_ties_are_flat_and_excluded_parameters_do_not_count():

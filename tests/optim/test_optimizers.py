@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 
+from helpers.host_reads import HostReads
 from helpers.reference import lamb_steps, lars_steps, phi
 from hf_gr import IRE, LAMB, LARS, TVLARS
 from hf_gr.optim.tvlars import time_varying_factor
@@ -335,6 +336,20 @@ def test_empty_and_unused_parameters(make, foreach):
     make(params, foreach=foreach).step()
     assert torch.equal(params[3], before)
     assert all(p.isfinite().all() for p in params)
+
+
+@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
+def test_the_way_of_a_gpu_reads_nothing(make):
+    """Whatever the number of layers; a copy to the CPU, which is not seen here, fails in the next test."""
+    weights, gradients = problem()
+    params = [torch.nn.Parameter(w) for w in weights]
+    optimizer = make(params, foreach=True)
+    for p, g in zip(params, gradients[0], strict=True):
+        p.grad = g
+    with HostReads() as reads:
+        optimizer.step()
+        optimizer.step()
+    assert reads.by_caller == {}
 
 
 @pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
