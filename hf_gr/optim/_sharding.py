@@ -9,8 +9,6 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-from .gradient_regularization import grad_of
-
 #: A mesh of processes, and along which of its dimensions a DTensor is sharded; None for an ordinary tensor.
 Layout = tuple[Any, tuple[int, ...]] | None
 
@@ -31,7 +29,7 @@ def local(t: Any) -> Any:
 
 def local_grad(p: Any) -> Tensor:
     """The same part of `.grad` as `local(p)` is of `p`."""
-    grad: Any = grad_of(p)
+    grad: Any = p.grad
     if layout_of(p) is not None and grad.placements != p.placements:
         grad = grad.redistribute(p.device_mesh, p.placements)
     part: Tensor = local(grad)

@@ -23,6 +23,7 @@ from ..optim.fisher import HEADS, IGNORED, Head, first_rows, head_of, layer_kind
 from ..optim.gradient_regularization import gradients_set_aside, scale_gradients_
 from ..optim.ire import ESTIMATED_MASKS, IRE
 from ..optim.pass_state import RNGState
+from ..reporting.record import read_record
 from .compatibility import UNLABELED_TRAINERS, class_among, refuse_unsupported
 from .guards import DivergenceGuard, Unread
 from .layerwise import trainable_parameters
@@ -323,10 +324,18 @@ class FlatCoordinates(Part):
             checkpoint.save({**tensors, "numbers": json.dumps(numbers)}, checkpoint_id=Path(folder, IRE_STATE))
 
     def load(self, folder: str) -> None:
-        """Restore it. In a checkpoint of a run without IRE there is none, and the first choice is then made at once."""
+        """Restore it. Without a record of the run that wrote the checkpoint, that may have been one without IRE: the
+        first choice is then made at once."""
         ire, path = self.optimizer, Path(folder, IRE_STATE)
-        if ire is None or not self._is_sharded or not path.is_dir():
+        if ire is None or not self._is_sharded:
             return
+        if not path.is_dir():
+            if read_record(folder) is None:
+                return
+            raise ValueError(
+                f"resume_from_checkpoint={folder}: the coordinates that IRE had chosen, in the folder {IRE_STATE}, are "
+                "missing. Resume from another checkpoint, or start without it."
+            )
         params = [p for group in ire.param_groups for p in group["params"]]
         saved: dict[str, Any] = {"numbers": ""}
         for key in checkpoint.FileSystemReader(path).read_metadata().state_dict_metadata.keys() - saved.keys():

@@ -4,6 +4,7 @@ torchrun --nproc_per_node N distributed_worker.py FOLDER SUITE...
 """
 
 import os
+import shutil
 import sys
 from typing import Any
 
@@ -279,9 +280,17 @@ def sharded(folder: str) -> dict:
         where = f"{folder}/{name}"
         results["whole"][name] = run(where, Sharded, **flags, save_strategy="steps")
         results["resumed"][name] = run(where, Sharded, f"{where}/checkpoint-3", **flags)
-    for name, flags in {"muon": {"optim": "muon"}, "layers": {"layer_statistics_steps": 1}}.items():
+    lost = f"{folder}/AdmIRE/checkpoint-3"
+    dist.barrier()
+    shutil.rmtree(f"{lost}/ire", ignore_errors=True)
+    dist.barrier()
+    for name, flags, checkpoint in (
+        ("muon", {"optim": "muon"}, None),
+        ("layers", {"layer_statistics_steps": 1}, None),
+        ("lost masks", SHARDED_RUNS["AdmIRE"], lost),
+    ):
         try:
-            trainer_of(folder, Sharded, **flags)
+            trainer_of(folder, Sharded, **flags).train(resume_from_checkpoint=checkpoint)
         except ValueError as error:
             results["refused"][name] = str(error)
         reset_state()

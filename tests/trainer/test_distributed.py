@@ -256,10 +256,11 @@ def test_methods_of_sharded_parameters_resume_bitwise(name, sharded):
     assert not torch.equal(whole[3], whole[4])
 
 
-def test_methods_that_need_whole_layers_are_refused(sharded):
+def test_what_cannot_be_right_with_sharded_parameters_is_refused(sharded):
     refused = sharded["methods"]["refused"]
     assert "optim=muon cannot be used with FSDP: it works on whole matrices" in refused["muon"]
     assert "layer_statistics_steps=1 cannot be used with FSDP" in refused["layers"]
+    assert "the coordinates that IRE had chosen, in the folder ire, are missing" in refused["lost masks"]
 
 
 def require_same_as_ordinary(found: dict) -> None:
