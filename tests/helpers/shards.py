@@ -126,6 +126,8 @@ def compare_masks(settings: dict, layout: tuple) -> dict[str, bool]:
 
 def shards(folder: str) -> dict:
     """Each comparison, by case and layout. Four processes at once are slow, and take what two cannot."""
+    if not dist.is_initialized():
+        dist.init_process_group("gloo")
     found = layouts()
     if dist.get_world_size() == 4:
         found = {where: found[where] for where in ("copies of rows", "blocks")}
