@@ -50,6 +50,6 @@ GROUP = Group(
     "passes.",
     lambda tiny: [
         Comparison(w.name, ROWS, partial(products, w), 5)
-        for w in (Workload("vit-ti", 32).tiny(tiny), Workload("llama-60m", 1, 64).tiny(tiny))
+        for w in (Workload("vit-ti", 16).tiny(tiny), Workload("llama-60m", 1, 64).tiny(tiny))
     ],
 )
