@@ -37,7 +37,8 @@ def products(workload: Workload, device: str) -> Bench:
 
     def error() -> float:
         exact = product("exact")
-        return length([a - b for a, b in zip(product("difference"), exact, strict=True)]) / length(exact)
+        errors = [a - b for a, b in zip(product("difference"), exact, strict=True)]
+        return float(length(errors) / length(exact))
 
     kinds = {PLAIN: plain, **{name: partial(product, method) for method, name in NAMES.items()}}
     return Bench(kinds, facts=[Fact("relative error of the central difference", error)])
