@@ -38,7 +38,7 @@ def ours(images: Tensor) -> dict[str, Run]:
         {"blur": 0.5, "blur_sigma": SIGMA},
     )
     augmentations = [*(Augmentation(MEAN, STD, **each) for each in options), barlow_twins_views(None, MEAN, STD)[0]]
-    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (MEAN, STD))
+    mean, std = (torch.tensor(values, device=images.device).view(-1, 1, 1) for values in (MEAN, STD))
     batch = (images / 255 - mean) / std
     return {kind: partial(augment, batch) for kind, augment in zip(KINDS, augmentations, strict=True)}
 
@@ -52,7 +52,8 @@ def kornias(images: Tensor) -> dict[str, Run]:
     view = [*crop, K.ColorJitter(*JITTER, p=0.8), K.RandomGrayscale(p=0.2), _kornia_blur(K, kernel, 1.0)]
     kinds = (crop, [RandAugment(2, 15)], [K.ColorJitter(*JITTER)], [_kornia_blur(K, kernel, 0.5)], view)
     batch = images / 255
-    pipelines = [torch.nn.Sequential(*each, K.Normalize(torch.tensor(MEAN), torch.tensor(STD))) for each in kinds]
+    end = K.Normalize(torch.tensor(MEAN), torch.tensor(STD))
+    pipelines = [torch.nn.Sequential(*each, end).to(images.device) for each in kinds]
     return {kind: partial(pipeline, batch) for kind, pipeline in zip(KINDS, pipelines, strict=True)}
 
 

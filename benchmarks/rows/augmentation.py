@@ -38,7 +38,7 @@ def comparisons(tiny: bool) -> list[Comparison]:
     sizes = ((4, 32), (2, 48)) if tiny else ((256, 32), (16, 224))
     return [
         Comparison(f"{kind}, {count} images of {side} pixels", ROWS, partial(bench, kind, count, side), rounds)
-        for (count, side), rounds in zip(sizes, (9, 5), strict=True)
+        for (count, side), rounds in zip(sizes, (7, 5), strict=True)
         for kind in KINDS
     ]
 

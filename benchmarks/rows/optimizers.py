@@ -113,9 +113,8 @@ MUON_ROWS = (Row("Muon", (TORCH_MUON,)),)
 
 
 def comparisons(tiny: bool) -> list[Comparison]:
-    vit, resnet, llama = (
-        Workload(preset, 1, length).tiny(tiny) for preset, length in (("vit-ti", 0), ("resnet-18", 0), ("llama-60m", 1))
-    )
+    vit, resnet = Workload("vit-ti", 1).tiny(tiny), Workload("resnet-18", 1).tiny(tiny)
+    llama = Workload("llama-60m", 1, 1).tiny(tiny)
     return [
         *(
             Comparison(w.model_name, LAYERWISE_ROWS, partial(layerwise_steps, w), rounds)
