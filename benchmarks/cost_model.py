@@ -26,6 +26,7 @@ class Method(NamedTuple):
         copies: numbers per parameter at the peak of the memory, beyond weights, gradients and optimizer state.
         arrays: numbers per parameter read or written, beyond the passes and `ADAMW_ARRAYS`.
         each: the arrays are those of a micro-batch, not of the step.
+        counts: bytes that FSDP2 reduces beside gradients.
     """
 
     passes: float = 1
@@ -33,14 +34,16 @@ class Method(NamedTuple):
     copies: float = 0
     arrays: float = 0
     each: bool = False
+    counts: float = 0
 
 
 def admire(interval: int = 10, fraction: float = 1.0) -> Method:
     """AdamW with IRE, estimating from a `fraction` of the batch every `interval` steps.
 
-    The mask is a byte per parameter. The step holds a copy of the weights, except around a fused AdamW on a CPU.
+    The mask is a byte per parameter. The step holds a copy of the weights, except around a fused AdamW on a CPU. Under
+    FSDP2 the processes find the threshold in two histograms of 2^16 counts each.
     """
-    return Method(1 + fraction / interval, 1 + 1 / interval, copies=1.25, arrays=13.25)
+    return Method(1 + fraction / interval, 1 + 1 / interval, copies=1.25, arrays=13.25, counts=2**20 / interval)
 
 
 #: GR with lambda = r; another lambda takes 22 arrays instead of 10.
@@ -130,7 +133,7 @@ class Run:
         if not self.sharded:
             return Traffic(reduced=reduced)
         gathered = method.passes * self.accumulation * (2 * self.parameters - self.root)
-        return Traffic(gathered=FLOAT * gathered, scattered=reduced)
+        return Traffic(method.counts, FLOAT * gathered, reduced)
 
     def seconds(self, method: Method, rates: Rates) -> float:
         """Time of a step: 6 operations per parameter and token and pass, one third of them forward; the communication

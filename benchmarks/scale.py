@@ -61,7 +61,6 @@ PLAIN = {"gr_lambda": 0.0}
 TVLARS = {"tv_lambda": 0.1, "delay_steps": 50}
 #: Coordinates are chosen in every step.
 IRE = PLAIN | {"ire_kappa": 2.0, "ire_start_step": 0, "ire_interval": 1}
-#: The steps of `traffic`. FSDP2 supports those below.
 FLAGS: dict[str, Cells] = {
     "adamw": PLAIN,
     "gr global": {},
@@ -69,8 +68,10 @@ FLAGS: dict[str, Cells] = {
     "gr micro": {"gr_scope": "micro"},
     "gr momentum": {"gr_ascent": "momentum"},
     "admire": IRE,
+    "lars": PLAIN | {"optim": "lars"},
+    "tvlars": PLAIN | {"optim": "tvlars", "optim_args": "tv_lambda=0.1,delay_steps=50"},
+    "lamb": PLAIN | {"optim": "lamb"},
 }
-SHARDED = ("adamw", "gr global", "gr momentum")
 
 
 def llama(name: str, device: str = "cpu") -> LlamaForCausalLM:
@@ -144,13 +145,13 @@ STEPS: dict[str, tuple[Cells, Peak, float | None]] = {
     "GR, λ = r": ({}, Peak(5), 20),
     "GR, λ = 0.8 r": ({"gr_lambda": 0.08}, Peak(5, 1), 32),
     "GR, λ = 0.8 r, `gr_clip`": ({"gr_lambda": 0.08, "gr_clip": 1.0}, Peak(6), 29),
-    "GR, λ = r, `micro`, accumulation 2": ({"gr_scope": "micro", "gradient_accumulation_steps": 2}, Peak(5, 1), 29),
-    "GR, `momentum`": ({"gr_ascent": "momentum"}, Peak(5), 19),
+    "GR, λ = r, `micro`, accumulation 2": (FLAGS["gr micro"] | {"gradient_accumulation_steps": 2}, Peak(5, 1), 29),
+    "GR, `momentum`": (FLAGS["gr momentum"], Peak(5), 19),
     "IRE around a fused AdamW": (IRE, Peak(4.25, megabytes=5), None),
     "IRE around another AdamW": (IRE | {"optim": "adamw_torch"}, Peak(5.25, 2), None),
-    "LARS": (PLAIN | {"optim": "lars"}, Peak(3), 12),
-    "TVLARS": (PLAIN | {"optim": "tvlars", "optim_args": "tv_lambda=0.1,delay_steps=50"}, Peak(3), 12),
-    "LAMB": (PLAIN | {"optim": "lamb"}, Peak(4, 1), 18),
+    "LARS": (FLAGS["lars"], Peak(3), 12),
+    "TVLARS": (FLAGS["tvlars"], Peak(3), 12),
+    "LAMB": (FLAGS["lamb"], Peak(4, 1), 18),
 }
 #: On another device: the optimizer, lambda/r, and the peak. Without memory AdamW has no fused kernel.
 STEPS_WITHOUT_MEMORY: dict[str, tuple[str, float, Peak]] = {
@@ -219,11 +220,13 @@ class Case(NamedTuple):
     accumulation: int
 
 
+#: What refuses FSDP2, or differs from AdamW under FSDP2 alone, is left out.
+SHARINGS = {"DDP": tuple(METHODS), "FSDP2": ("adamw", "gr global", "gr momentum", "admire", "lars", "tvlars", "lamb")}
+
+
 def cases(processes: int) -> list[Case]:
-    found = [Case("DDP", step, accumulation) for accumulation in (1, 4) for step in FLAGS]
-    if processes > 1:
-        found += [Case("FSDP2", step, accumulation) for accumulation in (1, 4) for step in SHARDED]
-    return found
+    sharings = SHARINGS if processes > 1 else ("DDP",)
+    return [Case(sharing, step, n) for sharing in sharings for step in SHARINGS[sharing] for n in (1, 4)]
 
 
 def count_traffic(processes: int, counted: list[Case]) -> dict[Case, Step]:
@@ -275,7 +278,7 @@ def compared(case: Case, processes: int, step: Step) -> Cells:
     n = sum(map(bytes_of, model.parameters()))
     root = sum(map(bytes_of, [*model.lm_head.parameters(), *model.model.norm.parameters()]))
     run = Run(n / FLOAT, 0, processes, case.sharing == "FSDP2", case.accumulation, root / FLOAT)
-    method = admire(interval=1) if case.step == "admire" else METHODS[case.step]
+    method = admire(interval=1) if case.step == "admire" else METHODS.get(case.step, METHODS["adamw"])
     formula = run.traffic(method)
     large = [collective for collective in step.collectives if collective.bytes > SMALL]
     payloads = [sum(collective.bytes for collective in large if collective.kind == kind) for kind in KINDS]
@@ -325,7 +328,10 @@ def time() -> Iterator[Cells]:
     lengths = [("1 M", 1, 2, length) for length in (32, 128, 512)]
     for name, accumulation, rows, length in [*sizes, *accumulations, *lengths]:
         model = llama(name)
-        kinds = {step: stepper(model, rows, length, accumulation, **FLAGS[step]) for step in SHARDED}
+        kinds = {
+            step: stepper(model, rows, length, accumulation, **FLAGS[step])
+            for step in ("adamw", "gr global", "gr momentum")
+        }
         seconds = interleave(kinds, rounds=7)
         yield {
             "parameters": name,

@@ -1,5 +1,6 @@
 """What a step holds and sends is what the formulas of benchmarks/cost_model.py say; and the formulas, by hand."""
 
+import math
 import sys
 from dataclasses import replace
 from types import SimpleNamespace
@@ -121,3 +122,22 @@ def test_predict_prints_every_step_that_the_sharding_supports(modules, monkeypat
         monkeypatch.setattr(sys, "argv", ["scale.py", "predict", "--processes", "1024", *flags])
         modules.scale.main()
         assert len(capsys.readouterr().out.splitlines()) == 2 + count
+
+
+def test_the_guide_has_the_table_of_the_formulas(modules):
+    table = modules.scale.as_table([*modules.scale.outlook()])
+    page = (ROOT / "docs" / "guides" / "scale.md").read_text(encoding="utf-8")
+    assert table in page, "run `python benchmarks/scale.py outlook`, and put the table into docs/guides/scale.md"
+
+
+def test_communication_is_hidden_from_as_many_tokens_as_the_guide_says(modules):
+    """On many processes, with DDP and FSDP2, whatever the size of the model; with half as many tokens it is not."""
+    plain, rates = modules.cost_model.METHODS["adamw"], modules.scale.H100._replace(memory=math.inf)
+    enough = rates.hiding_tokens
+    assert f"{enough:.0f}" == "1538"
+    for parameters in (1e8, 1e10):
+        for sharded, slower in ((False, 5 / 3), (True, 2)):
+            for tokens, factor in ((enough, 1), (enough / 2, slower)):
+                run = modules.cost_model.Run(parameters, tokens, 10**6, sharded)
+                alone = replace(run, processes=1).seconds(plain, rates)
+                assert run.seconds(plain, rates) == pytest.approx(factor * alone, rel=1e-5)
