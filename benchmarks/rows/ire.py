@@ -175,6 +175,6 @@ STEP = Group(
     "it (`ire_probe_fraction=0.5`). The estimate is a pass of its own: with the whole batch, 1.10 is the limit.",
     lambda tiny: [
         Comparison(w.name, STEP_ROWS, partial(whole_steps, w), 4)
-        for w in (Workload("vit-ti", 64).tiny(tiny), Workload("llama-60m", 2, 150).tiny(tiny))
+        for w in (Workload("vit-ti", 64).tiny(tiny), Workload("llama-60m", 4, 150).tiny(tiny))
     ],
 )
