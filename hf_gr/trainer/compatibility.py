@@ -12,6 +12,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy
 from transformers.utils import is_sagemaker_mp_enabled
 
 from ..optim import OPTIMIZERS
+from ..optim._layerwise import LayerwiseOptimizer
 from ..optim.gradient_regularization import HALF_PRECISION
 from .part import Host
 
@@ -81,10 +82,10 @@ def refuse_unsupported_optimizer(trainer: Host) -> None:
     if trainer.is_deepspeed_enabled:
         reason = "DeepSpeed: it works on whole layers, and each process holds only a part of them. Use DDP or FSDP2"
     elif trainer.accelerator.distributed_type == DistributedType.FSDP:
-        if name == "muon":
-            reason = "FSDP: it works on whole matrices, and each process holds only a part of them. Use DDP"
-        else:
+        if issubclass(OPTIMIZERS[name], LayerwiseOptimizer):
             reason = _fsdp(trainer)
+        else:
+            reason = "FSDP: each process holds only a part of a parameter, and it is not made for that. Use DDP"
     if reason is not None:
         raise ValueError(f"optim={name} cannot be used with {reason}, or use another optimizer.")
 

@@ -258,7 +258,7 @@ def test_methods_of_sharded_parameters_resume_bitwise(name, sharded):
 
 def test_what_cannot_be_right_with_sharded_parameters_is_refused(sharded):
     refused = sharded["methods"]["refused"]
-    assert "optim=muon cannot be used with FSDP: it works on whole matrices" in refused["muon"]
+    assert "optim=muon cannot be used with FSDP: each process holds only a part" in refused["muon"]
     assert "layer_statistics_steps=1 cannot be used with FSDP" in refused["layers"]
     assert "the coordinates that IRE had chosen, in the folder ire, are missing" in refused["lost masks"]
 

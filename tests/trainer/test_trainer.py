@@ -839,7 +839,7 @@ def fsdp_on_a_cpu(trainer):
         (fsdp(version=1), {"gr_lambda": 0, "ire_kappa": 1.0}, "IRE cannot be used with FSDP version 1: not tested"),
         (fsdp(version=1), {"optim": "lars"}, "optim=lars cannot be used with FSDP version 1: not tested"),
         (fsdp(cpu_offload=CPUOffloadPolicy()), {"optim": "lamb"}, "optim=lamb cannot be used with FSDP's CPU offload"),
-        (fsdp(), {"optim": "muon"}, "optim=muon cannot be used with FSDP: it works on whole matrices"),
+        (fsdp(), {"optim": "muon"}, "optim=muon cannot be used with FSDP: each process holds only a part"),
         (fsdp(), {"layer_statistics_steps": 1}, "layer_statistics_steps=1 cannot be used with FSDP or DeepSpeed"),
         (fsdp_on_a_cpu, {}, "FSDP here: accelerate shards on accelerators alone"),
         (parallel("tp"), {}, "tensor, context or sequence parallelism: the inputs of a step cannot be replayed"),
