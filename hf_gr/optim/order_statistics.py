@@ -22,7 +22,7 @@ SMALL = 2**12
 #: Size of the sample that narrows the search down.
 SAMPLE = 3 * 2**15
 #: Bits per digit, for one value and for many.
-DIGIT, DIGIT_OF_MANY = 16, 8
+DIGIT, DIGIT_OF_MANY = 16, 11
 
 
 def in_blocks(*tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
@@ -136,17 +136,30 @@ def _digit_counts(rows: list[list[Tensor]], dtype: torch.dtype, shift: int, widt
     """For each row a histogram of the digit at `shift`, of the numbers whose higher digits are the prefix."""
     counts: dict[tuple[torch.device, Layout], Tensor] = {}
     for i, row in enumerate(rows):
+        parts: dict[tuple[torch.device, Layout], list[Tensor]] = {}
         for t in row:
-            part, where = local(t), (t.device, layout_of(t))
+            parts.setdefault((t.device, layout_of(t)), []).append(local(t))
+        for where, of_row in parts.items():
             if where not in counts:
-                counts[where] = torch.zeros(len(rows), 2**width, dtype=torch.int64, device=part.device)
-            prefix = prefixes[i].to(part.device)
-            for block in part.reshape(-1).split(GPU_BLOCK):
+                counts[where] = torch.zeros(len(rows), 2**width, dtype=torch.int64, device=of_row[0].device)
+            prefix = prefixes[i].to(of_row[0].device)
+            for block in _shared_blocks(of_row):
                 number = block.abs().to(dtype).view(_INTEGERS[dtype])
                 is_counted = number >> min(shift + width, _bits(dtype)) == prefix
                 counts[where][i].index_add_(0, (number >> shift) & (2**width - 1), is_counted.long())
     summed = [sum_over_parts_(found, layout).to(prefixes.device) for (_, layout), found in counts.items()]
     return torch.stack(summed).sum(0)
+
+
+def _shared_blocks(tensors: list[Tensor]) -> Iterator[Tensor]:
+    """Flat blocks, of which small tensors share one: on a GPU the number of calls is what costs."""
+    block: list[Tensor] = []
+    for piece in (piece for t in tensors for piece in torch.split(t.reshape(-1), GPU_BLOCK)):
+        if block and sum(map(len, block)) + len(piece) > GPU_BLOCK:
+            yield torch.cat(block)
+            block = []
+        block.append(piece)
+    yield torch.cat(block) if len(block) > 1 else block[0]
 
 
 @torch.no_grad()
