@@ -7,7 +7,7 @@
 #     benchmarks/gpu_check.sh cpu           # a rehearsal with tiny models, written to build/
 #
 # Each part leaves its section in build/gpu_check/, and each call writes the result anew from all sections: on a machine
-# that is lent by the minute, run the parts one by one. The exit code is 1 if a part failed. PYTHON is the interpreter,
+# that is paid by the minute, run the parts one by one. The exit code is 1 if a part failed. PYTHON is the interpreter,
 # and LIMIT the seconds that a part may take.
 
 # shellcheck disable=SC2016  # the backticks are Markdown's

@@ -17,7 +17,7 @@ from torch.optim.adamw import adamw
 from torch.optim.sgd import sgd
 
 from ._sharding import layout_of
-from .gradient_regularization import grad_of
+from .tensors import grad_of
 
 Group = dict[str, Any]
 State = Mapping[Tensor, dict[str, Any]]

@@ -27,7 +27,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from . import _cpu
-from ._sharding import Layout, layout_of, local, local_grad, part_like, require_parts, sum_over_parts_
+from ._sharding import Layout, layout_of, local_grad, part_like, require_parts, sum_over_parts_
+from .tensors import local
 
 Group = dict[str, Any]
 State = dict[str, Any]

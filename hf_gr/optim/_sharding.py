@@ -9,6 +9,8 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
+from .tensors import local
+
 #: A mesh of processes, and along which of its dimensions a DTensor is sharded; None for an ordinary tensor.
 Layout = tuple[Any, tuple[int, ...]] | None
 
@@ -17,14 +19,6 @@ def layout_of(t: Any) -> Layout:
     if not hasattr(t, "device_mesh"):
         return None
     return t.device_mesh, tuple(dim for dim, placement in enumerate(t.placements) if not placement.is_replicate())
-
-
-def local(t: Any) -> Any:
-    """The part of a DTensor that this process holds, as memory that can be written to; anything else as it is.
-
-    To be called without gradients.
-    """
-    return t.to_local() if hasattr(t, "to_local") else t
 
 
 def local_grad(p: Any) -> Tensor:

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from .blocks import blocks_of
+from .tensors import blocks_of
 
 #: Added to the length that divides a direction. The released code of GR adds nothing: a zero gradient becomes NaN.
 NORM_EPS = 1e-12

@@ -28,10 +28,10 @@ from itertools import islice
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .ascents import ASCENTS, NORM_EPS, as_float, as_tensor, length, whole
-from .blocks import blocks_of
+from .tensors import blocks_of, grad_of, local
 
 CITATION = """\
 @inproceedings{zhao2024when,
@@ -42,12 +42,6 @@ CITATION = """\
   url       = {https://arxiv.org/abs/2406.09723}
 }"""
 HALF_PRECISION = (torch.float16, torch.bfloat16)
-
-
-def grad_of(p: Tensor) -> Tensor:
-    """`.grad` of a parameter that has one."""
-    assert p.grad is not None
-    return p.grad
 
 
 @torch.no_grad()
@@ -83,13 +77,8 @@ def gradient_cosine(
 @torch.no_grad()
 def are_finite(tensors: Iterable[Tensor]) -> bool:
     """Whether no element is infinite or NaN; of sharded tensors, those that this process holds. One reduction."""
-    local = [part for t in tensors if (part := _local(t.detach())).numel() > 0]
-    return not local or math.isfinite(torch.nn.utils.get_total_norm(local, norm_type=math.inf))
-
-
-def _local(tensor: Tensor) -> Tensor:
-    """What this process holds of a sharded tensor, as memory that can be written to; else the tensor itself."""
-    return tensor if type(tensor) in (Tensor, nn.Parameter) else getattr(tensor, "to_local", lambda: tensor)()
+    parts = [part for t in tensors if (part := local(t.detach())).numel() > 0]
+    return not parts or math.isfinite(torch.nn.utils.get_total_norm(parts, norm_type=math.inf))
 
 
 def has_direction(norm: Tensor) -> Tensor:
@@ -113,7 +102,7 @@ def scale_gradients_(params: Iterable[Tensor], factor: Tensor | float) -> None:
 
 def _scale_(grads: list[Tensor | None], factor: Tensor | float) -> None:
     is_number = not isinstance(factor, Tensor)
-    present = [] if is_number and factor == 1 else [_local(grad) for grad in grads if grad is not None]
+    present = [] if is_number and factor == 1 else [local(grad) for grad in grads if grad is not None]
     if present:
         torch._foreach_zero_(present) if is_number and factor == 0 else torch._foreach_mul_(present, factor)
 
@@ -226,7 +215,7 @@ class Perturbation:
         if not moving:
             return
         params = [p for p, _ in moving]
-        thetas, directions = [_local(p) for p in params], [_local(d) for _, d in moving]
+        thetas, directions = [local(p) for p in params], [local(d) for _, d in moving]
         copies = [self._memory_for(p, theta) for p, theta in zip(params, thetas, strict=True)]
         torch._foreach_copy_(copies, thetas)
         self._moved += zip(params, copies, strict=True)
@@ -258,7 +247,7 @@ class Perturbation:
         would skip one without.
         """
         if self._moved:
-            torch._foreach_copy_([_local(p) for p, _ in self._moved], [theta for _, theta in self._moved])
+            torch._foreach_copy_([local(p) for p, _ in self._moved], [theta for _, theta in self._moved])
         for p in self._dropped:
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
@@ -269,7 +258,7 @@ class Perturbation:
     @torch.no_grad()
     def suspended(self) -> Iterator[None]:
         """Within, the parameters are theta. Nothing happens when nothing is perturbed."""
-        moved = [(_local(p.data), theta) for p, theta in self._moved]
+        moved = [(local(p.data), theta) for p, theta in self._moved]
         perturbed = [p.clone() for p, _ in moved]
         # Through `.data`, of which autograd takes no notice: a backward pass may be about to use the same values again.
         for p, theta in moved:
@@ -296,8 +285,8 @@ class Perturbation:
         factor = torch.where(step != 0, -ratio / step, 0.0)
         copies = dict(self._moved)
         for block in blocks_of(p for p, _ in self._moved):
-            thetas = [_local(p) for p in block]
+            thetas = [local(p) for p in block]
             torch._foreach_sub_(thetas, [copies[p] for p in block])
             torch._foreach_mul_(thetas, factor.to(thetas[0].device))
-            torch._foreach_add_(thetas, [_local(grad_of(p)) for p in block])
+            torch._foreach_add_(thetas, [local(grad_of(p)) for p in block])
         return length(self._params)

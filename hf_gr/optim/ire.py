@@ -30,7 +30,7 @@ the released code it never replaces the storage of a parameter, leaves `.grad` a
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, overload
 
@@ -42,8 +42,9 @@ from torch.optim import Optimizer
 from ..checks import Limit, check_value
 from . import _cpu
 from ._ire_bases import require_amplifiable, require_decoupled_decay, require_own_weights
-from ._sharding import Layout, layout_of, local, part_like, sum_over_parts_
+from ._sharding import Layout, layout_of, part_like, sum_over_parts_
 from .order_statistics import Scan, kth_smallest_of_each, replace_masks
+from .tensors import blocks_of, local
 
 logger = logging.getLogger(__name__)
 
@@ -72,9 +73,6 @@ Li, Zhiyu and E, Weinan and Wu, Lei},
   year      = {2024},
   url       = {https://arxiv.org/abs/2405.20763}
 }"""
-
-#: Elements updated at a time on a GPU.
-GPU_BLOCK = 2**24
 
 
 class IRE(Optimizer):
@@ -226,7 +224,7 @@ class IRE(Optimizer):
             kappa, decay = self._kappa_of(group), self._decay_of(group)
             # A closure computes the gradients later.
             moving = [p for p in group["params"] if p.grad is not None or closure is not None]
-            lists = _by_size([p for p in moving if p in self._masks])
+            lists = blocks_of([p for p in moving if p in self._masks], _cpu.STEP_BLOCK)
             amplified += [(params, [local(p).clone() for p in params], kappa, decay) for params in lists]
         result = self.base_optimizer.step(closure)
         while amplified:  # each copy is freed as soon as it has been used
@@ -431,21 +429,6 @@ class IRE(Optimizer):
 
 def _unless_none(result: dict[str, Any] | None, otherwise: dict[str, Any]) -> dict[str, Any]:
     return otherwise if result is None else result
-
-
-def _by_size(params: list[Tensor]) -> Iterator[list[Tensor]]:
-    """The parameters in lists of about a block; one that is larger makes a list of its own."""
-    chunk: list[Tensor] = []
-    size = 0
-    for p in params:
-        limit = _cpu.STEP_BLOCK if p.is_cpu else GPU_BLOCK
-        if chunk and (size + p.numel() > limit or p.device != chunk[0].device or p.dtype != chunk[0].dtype):
-            yield chunk
-            chunk, size = [], 0
-        chunk.append(p)
-        size += p.numel()
-    if chunk:
-        yield chunk
 
 
 def _amplify_(

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from . import _cpu
-from ._sharding import Layout, layout_of, local, sum_over_parts_
+from ._sharding import Layout, layout_of, sum_over_parts_
+from .tensors import local
 
 #: Elements compared or counted at a time on a GPU.
 GPU_BLOCK = 2**21
