@@ -84,8 +84,8 @@ fi
     printf '# Tests and times on %s (%s)\n\n' "$device" "$(date +%F)"
     printf 'Command: `benchmarks/gpu_check.sh %s`. Each section names the commit that it ran at.\n\n' "$device"
     "$python" -m hf_gr.cli.command env | sed 's/^/- /'
-    for section in "$sections"/*.md; do
-        [[ $section == "$result" ]] || { echo && cat "$section"; }
+    for section in "$sections"/tests-*.md "$sections"/costs-*.md; do
+        if [[ -f $section ]]; then echo && cat "$section"; fi
     done
 } >"$sections/result"
 mv "$sections/result" "$result"

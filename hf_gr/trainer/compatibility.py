@@ -155,9 +155,9 @@ def _parallelism(trainer: Host) -> str | None:
     accelerator = trainer.accelerator
     if trainer.is_deepspeed_enabled:
         return (
-            "DeepSpeed, at any ZeRO stage: in accelerate it steps inside the backward pass, which would be the second "
-            "one, at the perturbed weights; stages 1 to 3 also keep the gradients out of `.grad`. Use DDP, or FSDP2 "
-            "(fsdp_version: 2) for a model that does not fit"
+            "DeepSpeed, at any ZeRO stage: accelerate steps inside the backward pass, before a second pass could run "
+            "or perturbed weights be restored, and from stage 1 on it steps flat shards instead of parameters. Use "
+            "DDP, or FSDP2 (fsdp_version: 2) for a model that does not fit"
         )
     if accelerator.distributed_type in (DistributedType.MEGATRON_LM, DistributedType.XLA):
         return f"{accelerator.distributed_type}: not tested. Use DDP"

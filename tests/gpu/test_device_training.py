@@ -29,6 +29,9 @@ SHARED = {
     "gr_warmup": "none",
     "gr_lambda": 0.05,
 }
+#: Without an estimate, whose labels each device draws with numbers of its own.
+UNIFORM_IRE = {"ire_kappa": 2.0, "ire_start_step": 0, "ire_mask": "uniform"}
+LARS = {"optim": "lars", "optim_args": None}
 
 
 def train(model: nn.Module, data: list[dict], folder, device: str = "cpu", **flags) -> tuple[GRTrainer, list[Tensor]]:
@@ -98,11 +101,7 @@ def resnet(memory_format: torch.memory_format) -> nn.Module:
     return CifarResNetForImageClassification(config).to(memory_format=memory_format)
 
 
-@pytest.mark.parametrize(
-    "flags",
-    [{}, {"ire_kappa": 2.0, "ire_start_step": 0, "ire_mask": "uniform"}, {"optim": "lars", "optim_args": None}],
-    ids=["GR", "IRE", "LARS"],
-)
+@pytest.mark.parametrize("flags", [{}, UNIFORM_IRE, LARS], ids=["GR", "IRE", "LARS"])
 def test_channels_last(flags, device, tmp_path):
     flags = {"per_device_train_batch_size": 4, **flags}
     trainer, path = train(resnet(torch.channels_last), toys.images(), tmp_path, device, **flags)
@@ -171,11 +170,14 @@ def group_of_one(monkeypatch):
         AcceleratorState._reset_state(reset_partial_state=True)
 
 
-@pytest.mark.parametrize("ascent", ["adaptive", "momentum"])
-def test_fsdp2(ascent, device, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "flags",
+    [{"gr_ascent": "adaptive"}, {"gr_ascent": "momentum", "gr_lambda": None}, UNIFORM_IRE, LARS],
+    ids=["GR", "MSAM", "IRE", "LARS"],
+)
+def test_fsdp2(flags, device, tmp_path, monkeypatch):
     if device == "mps":
         pytest.skip("torch has no process group for MPS")
-    flags = {"gr_ascent": ascent, "gr_lambda": None}
     _, expected = train(toys.llama().double(), toys.text(), tmp_path, **flags)
     backend = "gloo" if device == "cpu" else "nccl"
     with group_of_one(monkeypatch):

@@ -58,7 +58,7 @@ def test_parts_one_by_one_make_the_same_result(checkout):
     assert run(checkout, "cuda", "tests-parity") == 0
     assert run(checkout, "cuda", "costs-step") == 0
     text = (checkout / "benchmarks" / "results" / f"{date.today()}-gpu.md").read_text()
-    assert text.index("## costs-step: done") < text.index("## tests-parity: done")
+    assert text.index("## tests-parity: done") < text.index("## costs-step: done")
     assert len((checkout / "commands").read_text().splitlines()) == 4
 
 

@@ -2,6 +2,7 @@
 
 import warnings
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -35,12 +36,12 @@ def never_waiting(device: str) -> Iterator[None]:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def waits(device: str, function: Callable[[], Any]) -> int:
-    """How often the host waits for the device in `function()`; as above where that is not CUDA."""
+def waits(device: str, function: Callable[[], Any]) -> Counter[str]:
+    """Where, and how often, the host waits for the device in `function()`; as above where that is not CUDA."""
     if device != "cuda":
         with HostReads() as reads:
             function()
-        return reads.total
+        return reads.by_caller
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
@@ -48,7 +49,7 @@ def waits(device: str, function: Callable[[], Any]) -> int:
             function()
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    return sum("synchronizing" in str(warning.message) for warning in caught)
+    return Counter(f"{w.filename}:{w.lineno}" for w in caught if "synchronizing" in str(w.message))
 
 
 def extra_memory(device: str, function: Callable[[], Any]) -> int:
