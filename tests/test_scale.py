@@ -6,6 +6,8 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+from torch.nn.modules.module import register_module_forward_pre_hook
+from transformers import LlamaForCausalLM
 
 from helpers import ROOT
 
@@ -58,11 +60,37 @@ def test_a_step_holds_what_the_formula_says(step, modules):
         peak._replace(weights=peak.weights + 1).require(step, model, counted.peak)
 
 
+def test_timed_steps_take_their_passes(modules, monkeypatch):
+    """In their second round: the first has no momentum to follow."""
+    passes = {}
+
+    def count(kinds, rounds):
+        for kind, step in kinds.items():
+            step()
+            passes[kind] = 0
+
+            def see(module, _, kind=kind):
+                passes[kind] += isinstance(module, LlamaForCausalLM)
+
+            hook = register_module_forward_pre_hook(see)
+            step()
+            hook.remove()
+        return {kind: [1.0] for kind in kinds}
+
+    monkeypatch.setattr(modules.scale, "interleave", count)
+    assert next(modules.scale.time())["AdamW"] == "1.000 s"
+    assert passes == {"adamw": 1, "gr global": 2, "gr momentum": 1}
+
+
 def test_predictions_move_the_arrays_that_were_counted(modules):
+    """Those of a GPU's code; one more checks for overflows. The whole step on a CPU moves 2 fewer."""
     names = {"adamw": "AdamW", "gr global": "GR, λ = r", "gr momentum": "GR, `momentum`"}
     for name, step in names.items():
-        method = modules.cost_model.METHODS[name]
-        assert modules.cost_model.ADAMW_ARRAYS + method.arrays == modules.scale.STEPS[step][2]
+        method, ascent = modules.cost_model.METHODS[name], modules.scale.STEPS_WITHOUT_MEMORY[step][1]
+        _, arrays = modules.scale.without_memory(modules.scale.llama("1 M", "meta"), "adamw", ascent)
+        assert method.arrays + method.each == pytest.approx(arrays + 1 if ascent else 0, abs=0.01)
+        on_cpu = modules.cost_model.ADAMW_ARRAYS + method.arrays + method.each - (2 if ascent else 0)
+        assert on_cpu == modules.scale.STEPS[step][2]
         assert 4 + method.copies == modules.scale.STEPS[step][1].weights
 
 
@@ -96,7 +124,7 @@ def test_seconds_by_hand(modules):
     assert seconds(replace(sharded, root=1.0)) == 18
 
 
-def test_global_never_costs_more_than_twice_a_plain_step_and_its_arrays(modules):
+def test_global_costs_twice_a_plain_step_on_any_number_of_processes(modules):
     Run, METHODS = modules.cost_model.Run, modules.cost_model.METHODS
     rates = modules.cost_model.Rates(flops=3e14, memory=3e12, network=5e10)
     for processes in (1, 8, 1024):
@@ -104,7 +132,7 @@ def test_global_never_costs_more_than_twice_a_plain_step_and_its_arrays(modules)
             for overlap in (0.0, 1.0):
                 run = Run(1e9, 4096, processes, sharded, overlap=overlap, layers=16)
                 plain, gr = (run.seconds(METHODS[step], rates) for step in ("adamw", "gr global"))
-                assert plain < run.seconds(METHODS["gr momentum"], rates) < gr <= 2 * plain + 1e-9
+                assert 1.95 * plain < gr < 2.04 * plain and plain < run.seconds(METHODS["gr momentum"], rates)
 
 
 def test_memory_by_hand(modules):
