@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Tests and times on a GPU, as one dated result: benchmarks/results/DATE-gpu.md.
+# Tests and times on a GPU, as one dated result: DATE-gpu.md in benchmarks/results, and the times in DATE-gpu.csv.
 #
 #     benchmarks/gpu_check.sh               # on CUDA, every part, each within ten minutes
 #     benchmarks/gpu_check.sh cuda costs    # the parts whose names start so
@@ -25,7 +25,7 @@ case $device in
     cpu) tests="not gpu and not mps" result=$sections/result.md rehearsal=(--tiny --rounds 1 --threads 1) ;;
     *) echo "error: $device: give cuda, mps or cpu" >&2 && exit 2 ;;
 esac
-failed=0
+failed=0 ran=0
 
 limited() {
     if command -v timeout >/dev/null; then timeout "$limit" "$@"; else "$@"; fi
@@ -36,6 +36,7 @@ part() {
     local name=$1 outcome="done" status=0
     shift
     [[ $name == "$wanted"* ]] || return 0
+    ran=1
     echo "$name: $*"
     limited "$@" >"$sections/$name.log" 2>&1 || status=$?
     case $status in
@@ -62,9 +63,9 @@ commit() {
 }
 
 costs() {
-    local table=$sections/costs-$1.table
-    rm -f "$table"
-    local peers=()
+    local table=$sections/costs-$1.table peers=()
+    [[ costs-$1 == "$wanted"* ]] || return 0
+    rm -f "$table" "${table%.table}.csv"
     if [[ -d outputs/peers ]]; then peers=(--peers outputs/peers); fi
     part "costs-$1" "$python" benchmarks/costs.py --device "$device" --only "$1" "${peers[@]}" "${rehearsal[@]}" \
         --output "$table"
@@ -79,6 +80,10 @@ if [[ $device != mps ]]; then
         costs "$group"
     done
 fi
+if [[ $ran == 0 ]]; then
+    echo "error: $wanted: no part has a name that starts so" >&2
+    exit 2
+fi
 
 {
     printf '# Tests and times on %s (%s)\n\n' "$device" "$(date +%F)"
@@ -89,5 +94,8 @@ fi
     done
 } >"$sections/result"
 mv "$sections/result" "$result"
+if compgen -G "$sections/costs-*.csv" >/dev/null; then  # as one table, of which the docs show the newest
+    awk 'FNR > 1 || NR == 1' "$sections"/costs-*.csv >"${result%.md}.csv"
+fi
 echo "Written to $result"
 exit "$failed"

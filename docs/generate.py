@@ -110,7 +110,7 @@ def _presets(name: str) -> Iterator[str]:
 
 def costs_table(device: str) -> str:
     """The lines of the newest table of costs, each over all models and numbers of threads."""
-    ending = {"CPU": "costs", "GPU": "costs-gpu"}[device]
+    ending = {"CPU": "costs", "GPU": "gpu"}[device]
     newest = max(RESULTS.glob(f"*-{ending}.csv"), default=None)
     if newest is None:
         return f"Nothing has been measured on a {device} yet."

@@ -17,7 +17,9 @@ case "$*" in
     *training*) echo "1 failed"; exit 1 ;;
     *test_device_costs*) exec sleep 5 ;;
     *env) echo "torch: 2" ;;
-    *"--only step"*) printf '# Title\\n\\n## Steps\\n\\n| a |\\n' > "${@: -1}" ;;
+    *"--only step"*) table=${@: -1}
+        printf '# Title\\n\\n## Steps\\n\\n| a |\\n' > "$table"
+        printf 'a,b\\n1,2\\n' > "${table%.table}.csv" ;;
     *) echo "error: no"; exit 2 ;;
 esac
 """
@@ -49,6 +51,7 @@ def test_every_part_has_its_section(checkout):
     assert "### Steps\n\n| a |" in text  # of the table, without its title
     assert "# Title" not in text
     assert "## costs-ire: **failed**" in text
+    assert (checkout / "benchmarks" / "results" / f"{date.today()}-gpu.csv").read_text() == "a,b\n1,2\n"
     commands = (checkout / "commands").read_text().splitlines()
     assert "-m pytest -n 0 -q -m gpu -p no:cacheprovider tests/gpu/test_device_parity.py" in commands
     assert sum("benchmarks/costs.py --device cuda" in command for command in commands) == 7
@@ -67,3 +70,4 @@ def test_a_rehearsal_is_no_result(checkout):
     assert not (checkout / "benchmarks" / "results").exists()
     assert "### Steps" in (checkout / "build" / "gpu_check" / "cpu" / "result.md").read_text()
     assert run(checkout, "tpu") == 2
+    assert run(checkout, "cpu", "nothing") == 2
