@@ -13,7 +13,7 @@ from transformers import Trainer, default_data_collator
 
 from helpers import devices, toys
 from hf_gr import GRTrainer, create_optimizer
-from hf_gr.optim import IRE, OPTIMIZERS, ire
+from hf_gr.optim import IRE, OPTIMIZERS, tensors
 from hf_gr.optim.ascents import ASCENTS
 from hf_gr.optim.radius_rules import RADIUS_RULES
 from hf_gr.optimizer_factory import TIME_VARYING_DEFAULTS
@@ -90,8 +90,14 @@ def by_name(name: str, model: nn.Module) -> torch.optim.Optimizer:
 # ---- Memory ----
 
 
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Beside these few weights, as the real ones are beside those of other models."""
+    monkeypatch.setattr(tensors, "GPU_BLOCK", 2**16)
+
+
 @pytest.mark.parametrize("flags", GR_CASES, ids=str)
-def test_a_step_needs_a_copy_of_the_weights(flags, device, tmp_path):
+def test_a_step_needs_a_copy_of_the_weights(flags, device, tmp_path, small_blocks):
     """Beyond what a plain step needs that adds to the gradients of an earlier micro-batch."""
     trainer, inputs = between_steps(device, tmp_path, **flags)
     model = trainer.model
@@ -105,8 +111,7 @@ def nbytes(model: nn.Module) -> int:
 
 
 @pytest.mark.parametrize("name", [*OPTIMIZERS, "IRE"])
-def test_an_optimizer_needs_a_copy_of_the_weights(name, device, monkeypatch):
-    monkeypatch.setattr(ire, "GPU_BLOCK", 2**16)  # as small, beside these weights, as the real one is beside others
+def test_an_optimizer_needs_a_copy_of_the_weights(name, device, small_blocks):
     model, optimizer = optimizer_of(device, name)
     extra = devices.extra_memory(device, optimizer.step)
     assert extra <= (1 + SLACK) * nbytes(model), extra / nbytes(model)
