@@ -461,14 +461,14 @@ def save(folder: Path, part: str, rows: list[Cells]) -> None:
         writer = csv.DictWriter(file, dict.fromkeys(head for row in rows for head in row), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    page = [f"# Scale ({date.today()})", "`python benchmarks/scale.py memory traffic time`."]
-    page[1] += f" {', '.join(versions())}; {processor('cpu')}."
-    for other, (_, introduction) in PARTS.items():
-        table = folder / f"{name}-{other}.csv"
-        if table.exists():
-            title, _, text = introduction.partition(". ")
-            with table.open(newline="", encoding="utf-8") as file:
-                page += [f"## {title}", textwrap.fill(" ".join(text.split()), 120), as_table([*csv.DictReader(file)])]
+    known = {other: folder / f"{name}-{other}.csv" for other in PARTS}
+    known = {other: table for other, table in known.items() if table.exists()}
+    command = f"`python benchmarks/scale.py {' '.join(known)}` at the commit of this file: "
+    page = [f"# Scale ({date.today()})", textwrap.fill(f"{command}{', '.join(versions())}; {processor('cpu')}.", 120)]
+    for other, table in known.items():
+        title, _, text = PARTS[other][1].partition(". ")
+        with table.open(newline="", encoding="utf-8") as file:
+            page += [f"## {title}", textwrap.fill(" ".join(text.split()), 120), as_table([*csv.DictReader(file)])]
     (folder / f"{name}.md").write_text("\n\n".join(page) + "\n", encoding="utf-8")
 
 
