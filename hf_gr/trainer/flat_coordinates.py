@@ -279,7 +279,7 @@ class FlatCoordinates(Part):
         assert self._divergence is not None
         is_halved = self._divergence.observe(mean, self._flags.ire_guard, cooldown=self._flags.ire_interval)
         self._unread.add(self._trainer.state.global_step + 1, mean, is_halved)
-        if self._trainer.nonfinite_guard.looks_at_once:
+        if self._trainer.nonfinite_guard.looks_at_once or self._unread.is_full:
             self._tell(ire)
 
     def _tell(self, ire: IRE) -> None:

@@ -23,6 +23,8 @@ from .recording import Recorder
 logger = get_logger(__name__)
 #: Consecutive non-finite steps after which training stops.
 PATIENCE = 3
+#: Steps that may wait to be read in a run that logs rarely or never.
+MOST_UNREAD = 500
 #: Weight of the newest loss in the running mean, which spans about 50 steps.
 WEIGHT = 0.02
 
@@ -47,6 +49,11 @@ class Unread:
     def clear(self) -> None:
         self._steps.clear()
 
+    @property
+    def is_full(self) -> bool:
+        """Whether it is time to read them, whatever is logged."""
+        return len(self._steps) >= MOST_UNREAD
+
 
 class NonFiniteGuard(Part, TrainerCallback):
     """In a run with GR or IRE, skips steps whose gradient is infinite or NaN, and stops after `PATIENCE` in a row
@@ -55,10 +62,10 @@ class NonFiniteGuard(Part, TrainerCallback):
     It checks the reduced gradient that the optimizer would use, so all processes decide alike. A gradient scaler (fp16)
     skips such steps itself, and often does until its scale fits: only those it skips at a scale below 1 count.
 
-    On a CPU it sees such a step at once. A GPU would have to wait at each step for the host to look; there the fused
-    optimizers of torch skip the step themselves, and the guard looks at the steps that are logged or saved. It then
-    stops the run if the last `PATIENCE` steps were skipped. Other optimizers cannot skip, and are looked after at each
-    step.
+    On a CPU it sees such a step at once. A GPU would have to wait at each step for the host to look. There the fused
+    optimizers of torch skip the step themselves, and the guard looks at the steps that are logged or saved, and at
+    least every `MOST_UNREAD`: it stops the run if the last `PATIENCE` steps before that were skipped. Other optimizers
+    cannot skip, and are looked after at each step.
 
     Attributes:
         looks_at_once: whether it looks at each step; by default, on a CPU.
@@ -132,7 +139,8 @@ class NonFiniteGuard(Part, TrainerCallback):
             self._stop()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if control.should_log or control.should_save or control.should_evaluate or control.should_training_stop:
+        is_seen = control.should_log or control.should_save or control.should_evaluate or control.should_training_stop
+        if is_seen or self._unread.is_full:
             self.look()
 
     def look(self) -> None:

@@ -168,11 +168,16 @@ def test_skipping_leaves_the_state_of_the_optimizer_alone(tmp_path):
         assert mine.keys() == its.keys() and all(torch.equal(mine[key], its[key]) for key in mine)
 
 
-def test_the_run_stops_at_the_logging_step_after_too_many(tmp_path):
+def test_the_run_stops_at_the_logging_step_after_too_many(tmp_path, monkeypatch):
     trainer, recorder = poisoned(tmp_path, set(range(6, 9)))
     with pytest.raises(FloatingPointError, match=r"of steps 6 to 8 are not finite.*has the weights of step 5"):
         trainer.train()
     assert PATIENCE == 3 and torch.equal(toys.weights(trainer.model), recorder.path[5])
+
+    monkeypatch.setattr("hf_gr.trainer.guards.MOST_UNREAD", 4)  # a run that logs nothing
+    trainer, _ = poisoned(tmp_path, {2, 3, 4}, logging_strategy="no")
+    with pytest.raises(FloatingPointError, match="of steps 2 to 4 are not finite"):
+        trainer.train()
 
     trainer, _ = poisoned(tmp_path, {1, 2, 3})  # the fourth step has recovered
     trainer.train()
