@@ -161,12 +161,14 @@ def test_the_random_numbers_go_on_as_without_a_second_pass(device, tmp_path):
 @contextmanager
 def group_of_one(monkeypatch):
     names = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "localhost"}
-    for name, value in {**names, "MASTER_PORT": "0"}.items():
+    # Without a number of threads, accelerate sets one and warns.
+    for name, value in {**names, "MASTER_PORT": "0", "OMP_NUM_THREADS": "1"}.items():
         monkeypatch.setenv(name, value)
     try:
         yield
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
         AcceleratorState._reset_state(reset_partial_state=True)
 
 
