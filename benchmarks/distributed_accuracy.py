@@ -19,9 +19,9 @@ import transformers
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
-from distributed_worker import PRECISIONS
-from test_distributed import launch, reference_path
-from test_trainer import relative_error_of_path
+from helpers.distributed_worker import PRECISIONS
+from helpers.training import relative_error_of_path
+from trainer.test_distributed import launch, reference_path
 
 
 def main() -> None:

@@ -101,10 +101,14 @@ def scale_gradients_(params: Iterable[Tensor], factor: Tensor | float) -> None:
 
 
 def _scale_(grads: list[Tensor | None], factor: Tensor | float) -> None:
-    is_number = not isinstance(factor, Tensor)
-    present = [] if is_number and factor == 1 else [local(grad) for grad in grads if grad is not None]
-    if present:
-        torch._foreach_zero_(present) if is_number and factor == 0 else torch._foreach_mul_(present, factor)
+    present = [local(grad) for grad in grads if grad is not None]
+    if isinstance(factor, Tensor):
+        for block in blocks_of(present):
+            torch._foreach_mul_(block, factor.to(block[0].device))
+    elif present and factor == 0:
+        torch._foreach_zero_(present)
+    elif present and factor != 1:
+        torch._foreach_mul_(present, factor)
 
 
 @torch.no_grad()
@@ -207,7 +211,7 @@ class Perturbation:
             self._move(moving)
             self._follows_gradient &= all(d is p.grad for p, d in moving)
             if self._ascent.passes > 1 and not self._ascent.is_metric:
-                slopes += [torch.sum(d * grad_of(p)) for p, d in moving]
+                slopes += [torch.sum(d * grad_of(p)).to(size.device) for p, d in moving]
             self._scale_or_drop(block, grad_scale)
         self.slope = size - NORM_EPS if self._ascent.is_metric else whole(sum(slopes, torch.zeros(()))) / size
 

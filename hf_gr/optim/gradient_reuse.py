@@ -57,11 +57,11 @@ class GradientReuse:
         """
         both = zip(self._kept, (p.grad for p in self._params), strict=True)
         pairs = [(g1, g) for g1, g in both if g1 is not None and g is not None]
-        product = sum((torch.sum(g1 * g) for g1, g in pairs), torch.zeros(()))
+        product = sum((torch.sum(g1 * g).to(pairs[0][0].device) for g1, g in pairs), torch.zeros(()))
         along = torch.where(product != 0, product / length(g1 for g1, _ in pairs) ** 2, 0.0)
         for g1, p in zip(self._kept, self._params, strict=True):
             if g1 is not None:
-                g1.mul_(-along)
+                g1.mul_(-along.to(g1.device))
                 if p.grad is not None:
                     g1.add_(p.grad)
         norm = length(v for v in self._kept if v is not None)
@@ -70,7 +70,7 @@ class GradientReuse:
         self.is_ready = (rounding < norm) & norm.isfinite()
         for v in self._kept:
             if v is not None:
-                v.div_(norm + NORM_EPS).masked_fill_(~self.is_ready, 0.0)
+                v.div_((norm + NORM_EPS).to(v.device)).masked_fill_(~self.is_ready.to(v.device), 0.0)
         self.has_kept = True
 
     @torch.no_grad()

@@ -437,7 +437,7 @@ def _amplify_(
     """p += kappa mask (p - old), where `decay` times `old` is first taken out of the difference; overwrites `old`, and
     on a GPU the masks."""
     if isinstance(kappa, Tensor) and not kappa.is_cpu:
-        torch._foreach_mul_(masks, kappa)
+        torch._foreach_mul_(masks, kappa.to(masks[0].device))
         kappa = 1.0
     if decay:
         torch._foreach_mul_(old, 1 - decay)
