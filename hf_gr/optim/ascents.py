@@ -15,12 +15,12 @@ rule, the model card, the docs and the tests read that table.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .tensors import blocks_of
+from .tensors import blocks_of, grad_of
 
 #: Added to the length that divides a direction. The released code of GR adds nothing: a zero gradient becomes NaN.
 NORM_EPS = 1e-12
@@ -65,23 +65,43 @@ def adaptive_weights(params: Sequence[Tensor], norm: Tensor, optimizer: Any = No
 
 
 def _scaled(params: Sequence[Tensor], is_scaled: Callable[[Tensor], bool]) -> Directions:
-    """T^2 g1 and ||T g1||, where T is 1 for parameters that are not scaled."""
+    """T^2 g1 and ||T g1||, where T is 1 for parameters that are not scaled.
 
-    def times(power: int) -> Iterator[Tensor | None]:
+    On a GPU, where a call costs more than its arithmetic, T is kept from one to the other. A block of it is given back
+    when it has been used, so that the copies of theta can have its memory.
+    """
+    kept: list[list[Tensor]] = []
+
+    def once(block: list[Tensor]) -> Sequence[Tensor]:
+        scales = _scales(block)
+        if _calls_cost(block):
+            kept.append(scales)
+        return torch._foreach_mul(scales, [grad_of(p) for p in block])
+
+    def twice(block: list[Tensor]) -> Sequence[Tensor]:
+        scales = kept.pop(0) if kept else _scales(block)
+        torch._foreach_mul_(scales, scales)
+        torch._foreach_mul_(scales, [grad_of(p) for p in block])
+        return scales
+
+    def gradients(scaled: Callable[[list[Tensor]], Sequence[Tensor]]) -> Iterator[Tensor | None]:
         for block in blocks_of(params):
-            values = [p.grad for p in block]
-            chosen = [i for i, p in enumerate(block) if values[i] is not None and is_scaled(p)]
-            if chosen:
-                scales = torch._foreach_abs([block[i].detach() for i in chosen])
-                torch._foreach_add_(scales, ADAPTIVE_ETA)
-                if power == 2:
-                    torch._foreach_mul_(scales, scales)
-                torch._foreach_mul_(scales, cast(list[Tensor], [values[i] for i in chosen]))
-                for i, scale in zip(chosen, scales, strict=True):
-                    values[i] = scale
-            yield from values
+            chosen = [p for p in block if p.grad is not None and is_scaled(p)]
+            changed = dict(zip(chosen, scaled(chosen), strict=True)) if chosen else {}
+            yield from (changed.get(p, p.grad) for p in block)
 
-    return times(2), length(t for t in times(1) if t is not None) + NORM_EPS
+    size = length(g for g in gradients(once) if g is not None) + NORM_EPS
+    return gradients(twice), size
+
+
+def _calls_cost(block: list[Tensor]) -> bool:
+    return not block[0].is_cpu
+
+
+def _scales(params: list[Tensor]) -> list[Tensor]:
+    scales = list(torch._foreach_abs([p.detach() for p in params]))
+    torch._foreach_add_(scales, ADAPTIVE_ETA)
+    return scales
 
 
 def momentum(params: Sequence[Tensor], norm: Tensor, optimizer: Any) -> Directions:

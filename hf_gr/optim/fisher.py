@@ -29,18 +29,20 @@ def sample_labels(logits: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def classification_losses(logits: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
-    """-log p(y | x) for a sampled y in place of each label that is not -100.
+    """-log p(y | x) for a sampled y in place of each label, and 0 for those that are -100: to leave these out, a GPU
+    would have to tell the host how many there are.
 
     Args:
         logits: ... x classes.
         labels: with the same leading dimensions: one label per example, per token or per masked position.
     """
-    logits = logits.flatten(0, -2)[labels.flatten() != IGNORED]
-    return F.cross_entropy(logits.float(), sample_labels(logits, generator), reduction="none")
+    logits, labels = logits.flatten(0, -2), labels.flatten()
+    sampled = sample_labels(logits, generator).masked_fill_(labels == IGNORED, IGNORED)
+    return F.cross_entropy(logits.float(), sampled, reduction="none", ignore_index=IGNORED)
 
 
 def causal_lm_losses(logits: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
-    """-log p(y_t | x_<t) for a sampled y_t at each position whose label, the next token, is not -100.
+    """-log p(y_t | x_<t) for a sampled y_t at each position, and 0 where the label, the next token, is -100.
 
     Args:
         logits: batch x length x vocabulary.

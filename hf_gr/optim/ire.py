@@ -105,7 +105,7 @@ class IRE(Optimizer):
         active: set to False while IRE should not act yet.
         kappa_scale: factor of kappa, a number or a tensor, 1 at first; saved. `GRTrainer` halves it where training
             diverges.
-        updates: how many times the mask has been chosen.
+        updates: how many times the mask has been chosen. Read from the device when it is asked for.
 
     Raises:
         ValueError: an argument is out of its range, or the base optimizer or a parameter is one of those refused above.
@@ -161,7 +161,8 @@ class IRE(Optimizer):
         self._masks: dict[Tensor, Tensor] = {}
         self._averages: dict[Tensor, Tensor] = {}
         self._counts = _Counts()
-        self._steps = self.updates = 0
+        self._updates: Tensor | int = 0
+        self._steps = 0
 
     def _share(self, *_: Any) -> None:
         self.param_groups = self.base_optimizer.param_groups
@@ -245,10 +246,15 @@ class IRE(Optimizer):
         return 0.0 if self.amplify_weight_decay else float(group["lr"]) * group.get("weight_decay", 0.0)
 
     @property
+    def is_acting(self) -> Tensor | bool:
+        """Whether the next step is amplified: IRE is active, has a kappa, and has chosen coordinates. On a GPU a
+        tensor, as the device alone knows whether the gradient of a choice was finite."""
+        return self.active and self.kappa != 0 and self._updates > 0
+
+    @property
     def kappa_now(self) -> Tensor | float:
-        """kappa_t of the next step, of the first parameter group; 0 while IRE does not act. A tensor on the device if
-        `kappa_scale` is one."""
-        return self._kappa_of(self.param_groups[0]) if self.active and self._masks else 0.0
+        """kappa_t of the next step, of the first parameter group; 0 while IRE does not act. On a GPU a tensor."""
+        return self._kappa_of(self.param_groups[0]) * self.is_acting
 
     @property
     def kappa_in_force(self) -> float:
@@ -267,6 +273,10 @@ class IRE(Optimizer):
         return bool(self._masks)
 
     @property
+    def updates(self) -> int:
+        return int(self._updates)
+
+    @property
     def flat_fraction(self) -> float:
         """The share of the coordinates that is amplified; 0 before the first mask."""
         return sum(self.flat_counts.values()) / max(1, sum(p.numel() for p in self.flat_counts))
@@ -278,38 +288,41 @@ class IRE(Optimizer):
 
     @property
     def mask_overlap(self) -> float | None:
-        """|A and B| / |A or B| of the last two masks (Jaccard index), None before the second."""
+        """|A and B| / |A or B| of the last two masks (Jaccard index); None while the one before was empty, and 1 where
+        a gradient that was not finite left it as it was."""
         return self._counts.read().overlap
 
     def _amplifiable(self) -> list[Tensor]:
         return [p for i, p in enumerate(self._parameters()) if p.requires_grad and i not in self._excluded]
 
     @torch.no_grad()
-    def update_mask(self) -> bool:
+    def update_mask(self, only_if: Tensor | bool = True) -> Tensor:
         """Choose the flat coordinates again, from the estimate in `.grad`, which is left unchanged.
 
         The floor(gamma N) coordinates with the smallest squared gradient are flat, and with them every other one whose
         value equals the largest of those. A parameter without a gradient counts as zero. Constant factors, such as the
         batch size in the Gauss-Newton-Bartlett estimator, do not change the order and are left out.
 
-        Returns False, and keeps the current mask, if the gradient is not finite. To know that is the one number that
-        travels from a GPU to the host.
+        Where the gradient is not finite, or `only_if` is False, the masks, the averages and `updates` stay as they are.
+        Returns whether they changed, as a 0-dimensional tensor on the device: nothing here waits for it.
         """
         params = self._amplifiable()
-        if self.needs_estimate and not _are_finite(params):
-            return False
-        self.updates += 1
-        values, thresholds = self._values(params)
-        is_first = not self._masks
+        changes = _are_finite(params) if self.needs_estimate else torch.tensor(True)
+        changes = changes & torch.as_tensor(only_if, device=changes.device)
+        # What is known to change need not be kept.
+        is_chosen = None if changes.is_cpu and changes else changes
+        self._updates = self._updates + (1 if is_chosen is None else changes.long())
+        values, thresholds = self._values(params, is_chosen)
         for p in params:
             if p not in self._masks:
                 self._masks[p] = torch.zeros_like(p, dtype=torch.uint8)
         scan = Scan(params)
-        found = replace_masks(scan, [self._masks[p] for p in params], values, thresholds, self._chooser(scan))
-        self._counts = self._counts.followed_by(params, found, is_first)
-        return True
+        masks = [self._masks[p] for p in params]
+        found = replace_masks(scan, masks, values, thresholds, self._chooser(scan), is_chosen)
+        self._counts = self._counts.followed_by(params, found)
+        return changes
 
-    def _values(self, params: list[Tensor]) -> tuple[list[Tensor], Sequence[float | Tensor]]:
+    def _values(self, params: list[Tensor], is_chosen: Tensor | None) -> tuple[list[Tensor], Sequence[float | Tensor]]:
         """For each parameter the values whose magnitudes are compared, and the threshold."""
         if self.mask == "random":
             return [self._draw(i, p) for i, p in enumerate(params)], [self.gamma] * len(params)
@@ -318,7 +331,7 @@ class IRE(Optimizer):
         # |g| has the order of g^2, and does not underflow.
         values = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
         if self.beta > 0:
-            values = [self._average(p, value) for p, value in zip(params, values, strict=True)]
+            values = [self._average(p, value, is_chosen) for p, value in zip(params, values, strict=True)]
         if self.scope == "per_tensor":
             return values, kth_smallest_of_each(
                 [[v] for v in values], [math.floor(self.gamma * v.numel()) for v in values]
@@ -343,12 +356,18 @@ class IRE(Optimizer):
             return lambda values, threshold: scan.at_most(values, threshold).logical_not_()
         return scan.at_most
 
-    def _average(self, p: Tensor, grad: Tensor) -> Tensor:
+    def _average(self, p: Tensor, grad: Tensor, is_chosen: Tensor | None) -> Tensor:
         """h / (1 - beta^n) after n updates, for h <- beta h + (1 - beta) g^2, kept in its bias-corrected form."""
         if p not in self._averages:
             self._averages[p] = torch.zeros_like(p)
-        weight = (1 - self.beta) / (1 - self.beta**self.updates)
-        return self._averages[p].lerp_(grad.square(), weight)
+        average, square = local(self._averages[p]), local(grad.square())
+        weight = (1 - self.beta) / (1 - self.beta**self._updates)
+        if is_chosen is None:
+            average.lerp_(square, weight)
+        else:
+            is_chosen = is_chosen.to(average.device)
+            average.copy_(torch.where(is_chosen, average.lerp(square, torch.as_tensor(weight).to(average)), average))
+        return self._averages[p]
 
     # ---- State ----
 
@@ -408,7 +427,7 @@ class IRE(Optimizer):
         self._averages = {params[i]: _like(params[i], value) for i, value in ire.get("averages", {}).items()}
         flat = {params[i]: count for i, count in ire.get("flat_counts", {}).items()}
         self._counts = _Counts(flat, ire.get("mask_overlap"))
-        self._steps, self.updates = ire.get("step", 0), ire.get("updates", 0)
+        self._steps, self._updates = ire.get("step", 0), ire.get("updates", 0)
         self.kappa_scale = ire.get("kappa_scale", 1.0)
 
     def _load_base(self, state_dict: dict[str, Any]) -> None:
@@ -451,7 +470,7 @@ def _like(p: Tensor, value: Tensor) -> Tensor:
     return torch.empty_like(p, dtype=value.dtype).copy_(part_like(p, value.to(p.device)))
 
 
-def _are_finite(params: list[Tensor]) -> bool:
+def _are_finite(params: list[Tensor]) -> Tensor:
     """Whether no gradient is infinite or NaN, on any process."""
     grads: dict[Layout, list[Tensor]] = {}
     for p in params:
@@ -461,7 +480,7 @@ def _are_finite(params: list[Tensor]) -> bool:
             raise RuntimeError("IRE cannot read sparse gradients. Build embeddings with sparse=False.")
         grads.setdefault(layout_of(p.grad), []).append(local(p.grad))
     norms = [sum_over_parts_(torch.nn.utils.get_total_norm(of), layout) for layout, of in grads.items()]
-    return bool(torch.isfinite(torch.stack(norms)).all()) if norms else True
+    return torch.stack([norm.to(norms[0].device) for norm in norms]).isfinite().all() if norms else torch.tensor(True)
 
 
 @dataclass
@@ -476,20 +495,18 @@ class _Counts:
     flat: dict[Tensor, int] = field(default_factory=dict)
     overlap: float | None = None
     #: The parameters; on the device their counts, and how many coordinates both masks have; how many the last one had.
-    _unread: tuple[list[Tensor], Tensor, Tensor | None] | None = None
+    _unread: tuple[list[Tensor], Tensor, Tensor] | None = None
 
-    def followed_by(self, params: list[Tensor], found: Tensor, is_first: bool) -> "_Counts":
+    def followed_by(self, params: list[Tensor], found: Tensor) -> "_Counts":
         """The counts of the next mask."""
-        before = sum(self.flat.values()) if self._unread is None else self._unread[1][:-1].sum()
-        last = None if is_first else torch.as_tensor(before)
-        return _Counts(_unread=(params, found, last))
+        last = sum(self.flat.values()) if self._unread is None else self._unread[1][:-1].sum()
+        return _Counts(_unread=(params, found, torch.as_tensor(last)))
 
     def read(self) -> "_Counts":
         if self._unread is not None:
             params, found, last = self._unread
-            *counts, common = found.tolist()
+            (*counts, common), n_last = found.tolist(), int(last)
             self.flat = dict(zip(params, counts, strict=True))
-            union = 0 if last is None else int(last) + sum(counts) - common
-            self.overlap = common / union if union else None
+            self.overlap = common / (n_last + sum(counts) - common) if n_last else None
             self._unread = None
         return self

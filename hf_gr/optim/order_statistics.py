@@ -256,8 +256,9 @@ def replace_masks(
     values: list[Tensor],
     thresholds: Sequence[float | Tensor],
     choose: Callable[[Tensor, float | Tensor], Tensor],
+    is_chosen: Tensor | None = None,
 ) -> Tensor:
-    """Write `choose(values, threshold)`, blockwise, into the masks.
+    """Write `choose(values, threshold)`, blockwise, into the masks; if `is_chosen` is False, leave them as they are.
 
     Returns, on their device, how many elements of each mask are True now, and at the end how many, over all masks, were
     also True before. Of sharded masks these are the numbers of the wholes.
@@ -269,7 +270,7 @@ def replace_masks(
     common = []
     for layout, indices in groups.items():
         own, sizes = ([local(tensors[i]) for i in indices] for tensors in (masks, values))
-        n_common = _replace(scan, own, sizes, [thresholds[i] for i in indices], choose)
+        n_common = _replace(scan, own, sizes, [thresholds[i] for i in indices], choose, is_chosen)
         found = _as_vector([*(count_true(mask.view(torch.bool)) for mask in own), n_common])
         *of_masks, of_all = sum_over_parts_(found, layout).unbind()
         counts.update(zip(indices, of_masks, strict=True))
@@ -283,12 +284,16 @@ def _replace(
     values: list[Tensor],
     thresholds: Sequence[float | Tensor],
     choose: Callable[[Tensor, float | Tensor], Tensor],
+    is_chosen: Tensor | None,
 ) -> Tensor:
     """Returns how many elements are True both before and after."""
     common = []
     for value, mask, threshold, parts in merge_small(values, masks, thresholds):
         for block, part in in_blocks(value, mask):
-            common.append(scan.replace(part, choose(block, threshold)))
+            new = choose(block, threshold)
+            if is_chosen is not None:
+                new = torch.where(is_chosen.to(part.device), new.view(part.shape), part.view(torch.bool))
+            common.append(scan.replace(part, new))
         if parts:
             torch._foreach_copy_(parts, torch.split(mask, [len(part) for part in parts]))
     return _as_vector(common).sum()

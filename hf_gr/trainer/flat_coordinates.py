@@ -57,6 +57,7 @@ class FlatCoordinates(Part):
         self._has_probed = False
         self._losses: list[Tensor] = []
         self._unread = Unread()  # the losses of steps, and whether kappa was halved
+        self._choices = Unread()  # whether they could be made, and the numbers of labels
         self._kappa: Tensor | float = 0.0
 
     def check(self) -> None:
@@ -128,6 +129,8 @@ class FlatCoordinates(Part):
         return IRE(optimizer, **flags.ire_settings() | {"exclude": excluded}, seed=self._trainer.args.seed)
 
     def plan(self, num_training_steps: int) -> None:
+        self._unread.clear()
+        self._choices.clear()
         ire = self.optimizer
         if ire is None:
             return
@@ -196,31 +199,23 @@ class FlatCoordinates(Part):
             return
         # There are gradients only if a dataset of unknown length left an incomplete step behind.
         with gradients_set_aside([*self._trainer.model.parameters(), *trainable_parameters(ire)]):
-            if not self._probe(ire, batch_samples):
-                return
-            if ire.update_mask():
-                self._recorder.segment.ire_choices += 1
-            else:
-                reaction = "keeps its last choice of" if ire.has_mask else "keeps waiting for its first choice of"
-                logger.warning(
-                    f"Step {self._trainer.state.global_step}: the gradient of the sampled labels is not finite. IRE "
-                    f"{reaction} coordinates."
-                )
+            label_count = self._probe(ire, batch_samples)
+            is_chosen = ire.update_mask(only_if=label_count > 0)
+        self._recorder.count("ire_choices", is_chosen)
+        self._choices.add(self._trainer.state.global_step, is_chosen, label_count.to(is_chosen.device))
+        if self._trainer.nonfinite_guard.looks_at_once or self._choices.is_full:
+            self.tell()
 
-    def _probe(self, ire: IRE, batch_samples: list[dict[str, Any]]) -> bool:
-        """Leave in `.grad` the gradient of sampled labels, averaged over the micro-batches and processes.
-
-        Returns False if there is no label to sample.
-        """
+    def _probe(self, ire: IRE, batch_samples: list[dict[str, Any]]) -> Tensor:
+        """Leave in `.grad` the gradient of sampled labels, averaged over the micro-batches and processes. Returns
+        the number of labels; without one, the gradient means nothing."""
         trainer, model, accelerator = self._trainer, self._trainer.model_wrapped, self._trainer.accelerator
         parts = self._select(batch_samples)
         # Any scale common to all parts and processes gives the same order. This one makes the loss a mean, like the
         # training loss, to which a gradient scaler is tuned.
         head = head_of(trainer.model)
-        count = sum(_label_count(part, head).to(trainer.args.device, non_blocking=True) for part in parts)
-        total = accelerator.reduce(count, "sum").item()
-        if total == 0:
-            return False
+        counts = [_label_count(part, head).to(trainer.args.device, non_blocking=True) for part in parts]
+        total = accelerator.reduce(torch.stack(counts).sum(), "sum")
         scale = accelerator.num_processes / total
         seed = np.random.SeedSequence([trainer.args.seed, trainer.state.global_step, accelerator.process_index])
         # A Python int, as NumPy 1 cannot shift a uint64 by one.
@@ -237,13 +232,14 @@ class FlatCoordinates(Part):
         finally:
             rng_state.restore()
         if accelerator.scaler is not None:
-            scale_gradients_(trainable_parameters(ire), 1 / accelerator.scaler.get_scale())
+            factor = accelerator.scaler.scale(torch.ones((), device=trainer.args.device))
+            scale_gradients_(trainable_parameters(ire), 1 / factor)
         self._has_probed = True
         segment, share = self._recorder.segment, _row_count(parts) / _row_count(batch_samples)
         segment.ire_estimates += 1
         segment.ire_passes += share
         segment.passes += share
-        return True
+        return total
 
     def _select(self, batch_samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """The first `ire_probe_fraction` of the step's examples, rounded up, in as few micro-batches as possible."""
@@ -280,10 +276,22 @@ class FlatCoordinates(Part):
         is_halved = self._divergence.observe(mean, self._flags.ire_guard, cooldown=self._flags.ire_interval)
         self._unread.add(self._trainer.state.global_step + 1, mean, is_halved)
         if self._trainer.nonfinite_guard.looks_at_once or self._unread.is_full:
-            self._tell(ire)
+            self.tell()
 
-    def _tell(self, ire: IRE) -> None:
-        """Warn of the steps since the last call at which kappa was halved."""
+    def tell(self) -> None:
+        """Warn of the steps since the last call at which no choice could be made, or kappa was halved."""
+        if self.optimizer is not None:
+            self._tell_of_choices(self.optimizer)
+            self._tell_of_halvings(self.optimizer)
+
+    def _tell_of_choices(self, ire: IRE) -> None:
+        for step, (is_chosen, label_count) in self._choices.read():
+            if not is_chosen:
+                reason = "the gradient of the sampled labels is not finite" if label_count else "its batch has no label"
+                reaction = "keeps its last choice of" if ire.updates else "keeps waiting for its first choice of"
+                logger.warning(f"Step {step}: {reason}. IRE {reaction} coordinates.")
+
+    def _tell_of_halvings(self, ire: IRE) -> None:
         halvings = [(step, loss) for step, (loss, is_halved) in self._unread.read() if is_halved]
         for later, (step, loss) in reversed(list(enumerate(reversed(halvings)))):
             kappa = ire.kappa * float(ire.kappa_scale) * 2**later
@@ -296,7 +304,7 @@ class FlatCoordinates(Part):
         ire = self.optimizer
         if ire is None:
             return {}
-        self._tell(ire)
+        self.tell()
         values = {"ire_kappa": float(self._kappa), "ire_flat_fraction": ire.flat_fraction}
         values |= {f"ire_flat_fraction_{kind}": fraction for kind, fraction in self.flat_fractions().items()}
         return values if ire.mask_overlap is None else values | {"ire_mask_overlap": ire.mask_overlap}

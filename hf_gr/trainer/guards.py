@@ -236,20 +236,18 @@ class DivergenceGuard:
         """
         loss = as_tensor(loss)
         mean, count, start, wait = self._losses.on_device_of(loss)
-        is_acting = self.ire.active and self.ire.has_mask and self.ire.kappa != 0
-        if is_acting:
-            start = torch.where(start.isnan() & (count > 0), mean, start)
+        is_acting = torch.as_tensor(self.ire.is_acting, device=loss.device)
+        start = torch.where(is_acting & start.isnan() & (count > 0), mean, start)
         wait = (wait - 1).clamp(min=0)
         # The small loss of a nearly converged model can jump by `factor` from batch to batch. Only a loss that also
         # exceeds the level at which IRE started counts.
         is_high = ~loss.isfinite() | ((loss > start) & (loss - mean > (factor - 1) * mean.abs()))
         count = count + ~is_high
         mean = torch.where(is_high, mean, mean + (loss - mean) * (1 / count).clamp(min=WEIGHT))
-        is_halved = is_high & (wait == 0) if is_acting else torch.zeros_like(is_high)
+        is_halved = is_high & (wait == 0) & is_acting
         wait = torch.where(is_halved, cooldown, wait)
         self._losses = _Losses(mean, count, start, wait)
-        if is_acting:
-            self.ire.kappa_scale = self.ire.kappa_scale * torch.where(is_halved, 0.5, 1.0)
+        self.ire.kappa_scale = self.ire.kappa_scale * torch.where(is_halved, 0.5, 1.0)
         return is_halved
 
     def _save(self, _: Optimizer, state_dict: dict[str, Any]) -> None:

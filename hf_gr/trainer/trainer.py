@@ -243,6 +243,7 @@ class GRMixin(Host):
         finally:
             self.recorder.finish()
             self.gr.reset()
+        self.ire.tell()
         self.nonfinite_guard.require_trained()
         return output
 

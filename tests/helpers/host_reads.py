@@ -82,3 +82,12 @@ class HostReads(TorchDispatchMode):
             frame = frame.f_back
         file = "/".join(frame.f_code.co_filename.split("/")[-2:])
         self.by_caller[f"{name} at {file}:{frame.f_lineno}"] += 1
+
+
+def take_the_way_of_a_gpu(monkeypatch: Any) -> None:
+    """IRE chooses without NumPy, thresholds digit by digit, and counts that are tensors until the end; on the CPU."""
+    statistics = sys.modules["hf_gr.optim.order_statistics"]
+    monkeypatch.setattr("hf_gr.optim._cpu.suits_numpy", lambda _: False)
+    monkeypatch.setattr(statistics, "count_true", lambda flags: flags.sum())
+    monkeypatch.setattr(statistics, "kth_smallest", None)
+    monkeypatch.setattr(statistics, "is_ordinary", lambda _: False)

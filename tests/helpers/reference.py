@@ -85,11 +85,11 @@ def sampled_label_gradient(model: nn.Module, batches_per_rank: list[list[dict]],
             logits, labels = model(**inputs).logits, batch["labels"]
             if logits.dim() == 3:  # a language model predicts the next token
                 logits, labels = logits[:, :-1], labels[:, 1:]
-            log_p = logits[labels != -100].log_softmax(dim=-1)
+            log_p, counts = logits.flatten(0, -2).log_softmax(dim=-1), labels.flatten() != -100
             race = torch.empty_like(log_p).exponential_(generator=generator)
             sampled = (log_p.detach().exp() / race).argmax(dim=-1)
-            total = total - log_p.gather(1, sampled[:, None]).sum()
-            count += len(sampled)
+            total = total - log_p.gather(1, sampled[:, None])[counts].sum()
+            count += counts.sum()
     model.train(was_training)
     return list(torch.autograd.grad(total / count, list(model.parameters())))
 

@@ -120,7 +120,10 @@ def compare_masks(settings: dict, layout: tuple) -> dict[str, bool]:
         }  # fmt: skip
         same = {key: value and same.get(key, True) for key, value in now.items()}
     parts[0].grad.to_local().mul_(float("inf") if dist.get_rank() == 0 else 1.0)
-    same["overflow"] = ires[1].update_mask() == (not ires[1].needs_estimate)
+    before = [full(mask).clone() for mask in ires[1]._masks.values()]
+    same["overflow"] = bool(ires[1].update_mask()) == (not ires[1].needs_estimate)
+    if ires[1].needs_estimate:
+        same["kept"] = all(map(torch.equal, before, (full(mask) for mask in ires[1]._masks.values())))
     return same
 
 

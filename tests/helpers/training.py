@@ -51,9 +51,9 @@ class Estimates(GRTrainer):
         optimizer = super().create_optimizer(*args, **kwargs)
         choose = self.ire_optimizer.update_mask
 
-        def watched() -> bool:
+        def watched(**kwargs) -> torch.Tensor:
             self.estimates.append([p.grad.clone() for p in self.model.parameters()])
-            return choose()
+            return choose(**kwargs)
 
         self.ire_optimizer.update_mask = watched
         return optimizer

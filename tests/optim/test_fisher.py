@@ -83,13 +83,15 @@ def test_estimate_equals_the_exact_fisher_diagonal_of_a_softmax_regression():
 
 
 def test_language_model_counts_each_position_with_a_label_once():
+    """Labels are drawn for all positions; those without one have the loss 0."""
     logits = torch.randn(2, 5, 7, generator=generator())
     labels = torch.tensor([[-100, 1, 2, -100, 4], [-100, -100, -100, -100, 3]])
     losses = causal_lm_losses(logits, labels, generator(1))
-    rows = torch.stack([logits[0, 0], logits[0, 1], logits[0, 3], logits[1, 3]])  # each predicts the next token
+    rows = logits[:, :-1].flatten(0, 1)  # each predicts the next token
     expected = F.cross_entropy(rows, sample_labels(rows, generator(1)), reduction="none")
-    assert torch.equal(losses, expected)
-    assert len(classification_losses(logits[:, 0], torch.tensor([-100, 3]), generator())) == 1
+    counts = torch.tensor([True, True, False, True, False, False, False, True])
+    assert torch.equal(losses, expected * counts)
+    assert classification_losses(logits[:, 0], torch.tensor([-100, 3]), generator()).count_nonzero() == 1
     # A process may have nothing to count, and must still take part in the reduction.
     weight = logits.clone().requires_grad_()
     causal_lm_losses(weight, torch.full((2, 5), -100), generator()).sum().backward()
@@ -138,7 +140,7 @@ def test_mean_of_the_estimate_is_the_exact_fisher_matrix_of_the_head(name):
     torch.testing.assert_close(estimate, exact, rtol=0, atol=0.05)
     assert (estimate[counts == 0] == 0).all()
     per_position = shape[-1] if HEADS[name].allows_fractions else 1
-    assert losses.numel() == draws * counts.sum() * per_position
+    assert losses.count_nonzero() == draws * counts.sum() * per_position
 
 
 def test_estimate_of_a_masked_language_model_is_its_exact_fisher_diagonal():

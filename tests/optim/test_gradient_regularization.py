@@ -74,6 +74,21 @@ def test_restore_is_exact_and_keeps_the_storage(dtype):
     assert all(torch.equal(p, t) for p, t in zip(params, theta, strict=True))
 
 
+@pytest.mark.parametrize("ascent", ["adaptive", "adaptive_weights"])
+def test_scales_that_are_kept_are_those_computed_again(ascent, monkeypatch):
+    """As on a GPU, where T of all blocks waits for the length; here on a CPU, with several blocks."""
+    moved = []
+    for is_kept in (False, True):
+        monkeypatch.setattr("hf_gr.optim.ascents._calls_cost", lambda _, is_kept=is_kept: is_kept)
+        torch.manual_seed(0)
+        params = [nn.Parameter(torch.randn(shape)) for shape in ((300, 400), (7,), (500, 300), (3,), (2, 5))]
+        for p in params[:3] + params[4:]:
+            p.grad = torch.randn_like(p)
+        Perturbation(params, ascent).apply(0.5, gradient_norm(params))
+        moved.append(torch.cat([p.detach().flatten() for p in params]))
+    assert torch.equal(*moved)
+
+
 def test_parameters_without_gradient_stay():
     used, unused = torch.ones(3, requires_grad=True), torch.ones(3, requires_grad=True)
     used.grad = torch.ones(3)

@@ -13,7 +13,7 @@ from torch import nn
 from torch.optim import SGD, Adam, AdamW, RMSprop
 
 from helpers import pages
-from helpers.host_reads import HostReads
+from helpers.host_reads import HostReads, take_the_way_of_a_gpu
 from hf_gr import IRE, LAMB
 from hf_gr.optim._cpu import STEP_BLOCK
 from hf_gr.optim.order_statistics import SAMPLE, _kth_by_digits, kth_smallest
@@ -315,15 +315,6 @@ def test_no_weight_decay_is_no_weight_decay():
     torch.testing.assert_close(p.detach(), torch.full((3,), -0.2))
 
 
-def take_the_way_of_a_gpu(monkeypatch) -> None:
-    """Without NumPy, thresholds digit by digit, and counts that are tensors until the end; here on the CPU."""
-    statistics = sys.modules["hf_gr.optim.order_statistics"]
-    monkeypatch.setattr("hf_gr.optim._cpu.suits_numpy", lambda _: False)
-    monkeypatch.setattr(statistics, "count_true", lambda flags: flags.sum())
-    monkeypatch.setattr(statistics, "kth_smallest", None)
-    monkeypatch.setattr(statistics, "is_ordinary", lambda _: False)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("scope", ["global", "per_tensor"])
 def test_the_way_of_a_gpu_gives_the_same(scope, dtype, monkeypatch):
@@ -344,8 +335,8 @@ def test_the_way_of_a_gpu_gives_the_same(scope, dtype, monkeypatch):
 
 
 @pytest.mark.parametrize("settings", [{}, {"scope": "per_tensor", "beta": 0.5}, {"mask": "random"}], ids=str)
-def test_the_way_of_a_gpu_reads_one_number(settings, monkeypatch):
-    """Whether the gradient is finite. Counts are read when they are asked for, the step reads nothing."""
+def test_counts_are_read_when_they_are_asked_for(settings, monkeypatch):
+    """On a CPU one number is, whether the gradient is finite, which waits for nothing."""
     take_the_way_of_a_gpu(monkeypatch)
     params = parameters()
     ire = IRE(SGD(params, lr=1.0, foreach=True), **settings)
@@ -353,7 +344,7 @@ def test_the_way_of_a_gpu_reads_one_number(settings, monkeypatch):
     with HostReads() as reads:
         ire.update_mask()
         ire.update_mask()
-    assert reads.total == 2 * ire.needs_estimate, reads.by_caller
+    assert reads.total == 2, reads.by_caller
     with HostReads() as reads:
         ire.step()
     assert reads.by_caller == {}
@@ -364,15 +355,16 @@ def test_the_way_of_a_gpu_reads_one_number(settings, monkeypatch):
 
 @pytest.mark.parametrize("make", [lambda ps: AdamW(ps, foreach=True), lambda ps: LAMB(ps, 0.1)], ids=["AdamW", "LAMB"])
 @pytest.mark.parametrize("settings", [{}, {"scope": "per_tensor", "beta": 0.5}, {"mask": "inverted"}], ids=str)
-def test_no_number_is_read_from_another_device(make, settings, monkeypatch):
-    """Tensors of the device "meta" have none, so the one that is read is given here."""
-    monkeypatch.setattr("hf_gr.optim.ire._are_finite", lambda _: True)
+def test_no_number_is_read_from_another_device(make, settings):
+    """Tensors of the device "meta" have none to be read."""
     params = [nn.Parameter(torch.empty(shape, device="meta")) for shape in SHAPES]
     ire = IRE(make(params), **settings)
     for p in params:
         p.grad = torch.empty_like(p)
     for _ in range(2):
-        assert ire.update_mask()
+        with HostReads() as reads:
+            ire.update_mask()
+        assert reads.total == 0
         ire.step()
 
 

@@ -6,7 +6,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from helpers import toys
-from helpers.host_reads import HostReads
+from helpers.host_reads import HostReads, take_the_way_of_a_gpu
 from hf_gr import IRE, GRConfig, GRTrainer
 from hf_gr.optim.ascents import ASCENTS
 from hf_gr.optim.gradient_regularization import Perturbation, gradient_norm, scale_gradients_
@@ -65,9 +65,42 @@ def test_a_step_with_gr_reads_what_a_plain_one_reads(case, plain_reads, tmp_path
     expected = plain_reads[CASES[case].get("gradient_accumulation_steps", 1)]
     # The first step creates state, and the first one of `functional` looks at the graph.
     steps = reads_of(tmp_path, **{"gr_warmup": "none", **CASES[case]})[1:]
-    # On a CPU, where it waits for nothing, IRE reads its kappa.
+    # On a CPU, where it waits for nothing, IRE reads its kappa and whether a gradient is finite.
     assert [{k: n for k, n in step.items() if "optim/ire.py" not in k} for step in steps] == expected[1:]
     assert any(expected)
+
+
+CHOICES = {
+    "images": {},
+    "per tensor": {"ire_scope": "per_tensor"},
+    "average of half the batch": {"ire_beta": 0.9, "ire_probe_fraction": 0.5},
+    "text": {},
+    "scaled": {},
+}
+
+
+@pytest.mark.parametrize("case", CHOICES)
+def test_a_choice_of_coordinates_reads_nothing(case, monkeypatch, tmp_path):
+    take_the_way_of_a_gpu(monkeypatch)
+    flags = {"gr_lambda": 0, "ire_kappa": 2.0, "ire_start_step": 0, "ire_interval": 1, "max_steps": 3}
+    args = GRConfig(**toys.arguments(tmp_path, **flags, logging_steps=100, **CHOICES[case]))
+    model, data = (toys.llama(), toys.text()) if case == "text" else (toys.vit(), toys.images())
+    trainer = toys.ScaledTrainer if case == "scaled" else GRTrainer
+    trainer = trainer(model, args, train_dataset=data)
+    trainer.nonfinite_guard.looks_at_once = False
+    choose, found = trainer.ire.choose, []
+
+    def counted(batch_samples) -> None:
+        with HostReads() as reads:
+            choose(batch_samples)
+        # On a CPU, where it waits for nothing, IRE looks whether the gradient is finite; a model has its own reads.
+        theirs = ("optim/ire.py", "transformers/")
+        found.append([where for where in reads.by_caller if not any(part in where for part in theirs)])
+        assert reads.operations["mm"] + reads.operations["addmm"] > 0
+
+    monkeypatch.setattr(trainer.ire, "choose", counted)
+    trainer.train()
+    assert found == [[]] * 3 and trainer.ire_optimizer.updates == trainer.recorder.record.segments[-1].ire_choices == 3
 
 
 @pytest.mark.parametrize("scale", [1.0, torch.full((), 0.5, device="meta")])
@@ -101,7 +134,8 @@ def test_bookkeeping_is_a_few_calls_without_a_value(ascent, degree, count):
         perturbation.restore()
         scale_gradients_(params, degree / 0.1)
     calls = sum(calls for name, calls in reads.operations.items() if name.startswith("_foreach"))
-    assert calls <= (12 if ascent == "gradient" else 16) and reads.total == 0
+    adaptive = ascent != "gradient"
+    assert calls == 5 + 6 * adaptive + 2 * (degree != 0.1) and reads.total == 0
 
 
 # ---- A gradient that is not finite ----
