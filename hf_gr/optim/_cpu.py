@@ -22,6 +22,8 @@ from .tensors import grad_of
 Group = dict[str, Any]
 State = Mapping[Tensor, dict[str, Any]]
 
+_has_kernels = hasattr(torch, "_fused_sgd_") and hasattr(torch, "_fused_adamw_")
+
 # ---- Order statistics: NumPy ----
 
 #: Elements that NumPy gets at a time; a matrix of ViT-Ti, 192 x 768, in one piece.
@@ -81,8 +83,13 @@ def kth(values: Tensor, k: int) -> float:
 
 # ---- IRE around AdamW: block by block ----
 
-#: Elements that are updated at a time, so that they stay in the processor's cache.
-STEP_BLOCK = 2**19
+#: Elements that a thread updates at a time, so that they stay in its cache.
+STEP_BLOCK = 2**17
+
+
+def step_block() -> int:
+    return STEP_BLOCK * torch.get_num_threads()
+
 
 #: The parameters of one group and what belongs to their update: (p, grad, exp_avg, exp_avg_sq, mask, step) of each.
 Block = list[tuple[Tensor, ...]]
@@ -118,34 +125,24 @@ def step_adamw_blockwise(
     Yields, while a block is in the processor's cache, its group, its new parameters, the old ones and the masks as
     numbers, all flat. The last two are overwritten by the next block.
     """
-    blocks = [(group, block) for group in optimizer.param_groups for block in _blocks(group, optimizer.state, masks)]
+    groups, state = optimizer.param_groups, optimizer.state
+    blocks = [(group, block) for group in groups for block in _blocks(group, state, masks)]
     if not blocks:
         return
+    torch._foreach_add_([state[p]["step"] for group in groups for p in group["params"] if p.grad is not None], 1.0)
     # One piece of scratch space for all blocks: fresh memory would cost more than the arithmetic.
     largest = max(sum(p.numel() for p, *_ in block) for _, block in blocks)
     scratch = torch.empty(2, largest, dtype=blocks[0][1][0][0].dtype)
+    parts_of: dict[tuple[int, ...], list[list[Tensor]]] = {}
     for group, block in blocks:
-        params, grads, exp_avgs, exp_avg_sqs, flags, steps = (list(tensors) for tensors in zip(*block, strict=True))
+        params, grads, exp_avgs, exp_avg_sqs, flags, steps = map(list, zip(*block, strict=True))
         flat = [p.view(-1) for p in params]
-        sizes = [len(p) for p in flat]
-        old, numbers = (list(torch.split(half[: sum(sizes)], sizes)) for half in scratch)
+        sizes = tuple(map(len, flat))
+        if sizes not in parts_of:
+            parts_of[sizes] = [list(half[: sum(sizes)].split(sizes)) for half in scratch]
+        old, numbers = parts_of[sizes]
         torch._foreach_copy_(old, flat)
-        adamw(
-            params,
-            grads,
-            exp_avgs,
-            exp_avg_sqs,
-            [],
-            steps,
-            fused=True,
-            amsgrad=False,
-            beta1=group["betas"][0],
-            beta2=group["betas"][1],
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
-            eps=group["eps"],
-            maximize=group["maximize"],
-        )
+        _fused_adamw(params, grads, exp_avgs, exp_avg_sqs, steps, group)
         torch._foreach_copy_(numbers, [mask.view(-1) for mask in flags])
         yield group, flat, old, numbers
 
@@ -153,26 +150,44 @@ def step_adamw_blockwise(
 def _blocks(group: Group, state: State, masks: Mapping[Tensor, Tensor]) -> Iterator[Block]:
     """Small parameters share a block, large ones are cut."""
     block: Block = []
-    size = 0
-    for part in (part for p in group["params"] if p.grad is not None for part in _parts(p, state[p], masks.get(p))):
+    size, limit = 0, step_block()
+    params = [p for p in group["params"] if p.grad is not None]
+    for part in (part for p in params for part in _parts(p, state[p], masks.get(p), limit)):
         block.append(part)
         size += part[0].numel()
-        if size >= STEP_BLOCK:
+        if size >= limit:
             yield block
             block, size = [], 0
     if block:
         yield block
 
 
-def _parts(p: Tensor, state: dict[str, Tensor], mask: Tensor | None) -> Iterator[tuple[Tensor, ...]]:
+def _parts(p: Tensor, state: dict[str, Tensor], mask: Tensor | None, limit: int) -> Iterator[tuple[Tensor, ...]]:
     mask = torch.zeros_like(p, dtype=torch.uint8) if mask is None else mask
     tensors: tuple[Tensor, ...] = (p, grad_of(p), state["exp_avg"], state["exp_avg_sq"], mask)
-    if p.numel() > STEP_BLOCK:
-        # The kernel counts a step with each part, so all but the last one count on a copy.
-        *parts, tensors = zip(*(torch.split(t.view(-1), STEP_BLOCK) for t in tensors), strict=True)
-        for part in parts:
-            yield (*part, state["step"].clone())
-    yield (*tensors, state["step"])
+    if p.numel() <= limit:
+        yield (*tensors, state["step"])
+        return
+    for part in zip(*(torch.split(t.view(-1), limit) for t in tensors), strict=True):
+        yield (*part, state["step"])
+
+
+def _fused_adamw(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    steps: list[Tensor],
+    group: Group,
+) -> None:
+    """`adamw(fused=True)` of a step that has been counted, by its private kernel where there is one: the checks of
+    `adamw` are felt in small blocks."""
+    settings: Group = {key: group[key] for key in ("lr", "weight_decay", "eps", "maximize")}
+    settings |= {"beta1": group["betas"][0], "beta2": group["betas"][1], "amsgrad": False}
+    if _has_kernels:
+        torch._fused_adamw_(params, grads, exp_avgs, exp_avg_sqs, [], steps, **settings)
+    else:
+        adamw(params, grads, exp_avgs, exp_avg_sqs, [], [step - 1 for step in steps], fused=True, **settings)
 
 
 # ---- LARS, TVLARS, LAMB: layer by layer ----
@@ -246,13 +261,10 @@ def _fused_sgd(
 ) -> None:
     """`sgd(fused=True)`, by its private kernel where there is one: the checks of `sgd` are felt in small layers."""
     settings: Group = {"weight_decay": weight_decay, "momentum": momentum, "lr": lr, "dampening": dampening}
-    if _has_kernel:
+    if _has_kernels:
         torch._fused_sgd_(params, grads, buffers, nesterov=False, maximize=False, is_first_step=False, **settings)
     else:
         sgd(params, grads, buffers or [None] * len(params), fused=True, nesterov=False, maximize=False, **settings)
-
-
-_has_kernel = hasattr(torch, "_fused_sgd_")
 
 
 def step_lamb(layers: list[Tensor], others: list[Tensor], state: State, group: Group) -> list[float]:

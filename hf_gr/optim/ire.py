@@ -225,7 +225,7 @@ class IRE(Optimizer):
             kappa, decay = self._kappa_of(group), self._decay_of(group)
             # A closure computes the gradients later.
             moving = [p for p in group["params"] if p.grad is not None or closure is not None]
-            lists = blocks_of([p for p in moving if p in self._masks], _cpu.STEP_BLOCK)
+            lists = blocks_of([p for p in moving if p in self._masks], _cpu.step_block())
             amplified += [(params, [local(p).clone() for p in params], kappa, decay) for params in lists]
         result = self.base_optimizer.step(closure)
         while amplified:  # each copy is freed as soon as it has been used

@@ -108,5 +108,25 @@ def test_the_private_kernel_of_sgd_is_the_public_one_bitwise(momentum, monkeypat
         return params
 
     fast = trained()
-    monkeypatch.setattr(_cpu, "_has_kernel", False)
+    monkeypatch.setattr(_cpu, "_has_kernels", False)
+    assert all(torch.equal(a, b) for a, b in zip(fast, trained(), strict=True))
+
+
+def test_the_private_kernel_of_adamw_is_the_public_one_bitwise(monkeypatch):
+    """IRE's blocks, small enough that the large parameters are cut."""
+    monkeypatch.setattr(_cpu, "STEP_BLOCK", 64)
+
+    def trained() -> list[torch.Tensor]:
+        params = [nn.Parameter(w) for w in draw(0, torch.float32)]
+        base = AdamW(params, 0.1, weight_decay=0.1, fused=True)
+        ire = IRE(base, kappa=2.0)
+        for step in range(3):
+            for p, g in zip(params, draw(step + 1, torch.float32), strict=True):
+                p.grad = g
+            ire.update_mask()
+            ire.step()
+        return [*params, *(t for state in base.state.values() for t in state.values())]
+
+    fast = trained()
+    monkeypatch.setattr(_cpu, "_has_kernels", False)
     assert all(torch.equal(a, b) for a, b in zip(fast, trained(), strict=True))

@@ -15,7 +15,6 @@ from torch.optim import SGD, Adam, AdamW, RMSprop
 from helpers import pages
 from helpers.host_reads import HostReads, take_the_way_of_a_gpu
 from hf_gr import IRE, LAMB
-from hf_gr.optim._cpu import STEP_BLOCK
 from hf_gr.optim.order_statistics import SAMPLE, _kth_by_digits, kth_smallest
 
 BASES = {
@@ -27,6 +26,12 @@ BASES = {
     "rmsprop": lambda params: RMSprop(params, lr=1e-2),
 }
 SHAPES = [(600, 1000), (7,), (5, 3, 2), (), (70, 90)]  # the first is longer than a block
+BLOCK = 2**17
+
+
+@pytest.fixture(autouse=True)
+def blocks_of_one_thread(monkeypatch):
+    monkeypatch.setattr("hf_gr.optim._cpu.step_block", lambda: BLOCK)
 
 
 def parameters(dtype=torch.float32) -> list[nn.Parameter]:
@@ -729,7 +734,7 @@ def test_less_than_half_flat_is_said(caplog):
 def test_the_blockwise_path_is_taken():
     """Otherwise the comparisons above would not have tested it."""
     params = parameters()
-    assert params[0].numel() > STEP_BLOCK
+    assert params[0].numel() > BLOCK
     ire = IRE(BASES["fused adamw"](params))
     trained(2, ire, params)
     called = []
