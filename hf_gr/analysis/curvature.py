@@ -33,7 +33,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader
 
 from ..optim.ascents import ASCENTS, as_float, length
-from ..optim.gradient_regularization import HALF_PRECISION, gradient_norm, gradients_set_aside
+from ..optim.gradient_regularization import HALF_PRECISION, gradient_norm, gradients_set_aside, scale_gradients_
 from ..optim.pass_state import RNGState, preserve_buffers
 from .estimates import Estimate
 
@@ -269,11 +269,15 @@ class _Loss:
 
     def gradient(self, offsets: list[Tensor] | None = None, scale: float = 0.0) -> list[Tensor]:
         """The gradient of L at theta + scale * offsets."""
+        self._drop_gradients()
+        self._add_gradient(offsets, scale)
+        return self._take_gradients()
+
+    def _add_gradient(self, offsets: list[Tensor] | None, scale: float) -> None:
+        """Add it to the gradients that are there."""
         with self._moved(offsets, scale):
-            self._drop_gradients()
             for loss in self._losses():
                 (loss / len(self._batches)).backward()
-            return self._take_gradients()
 
     def product(self, v: list[Tensor], method: str) -> list[Tensor]:
         """H v."""
@@ -294,11 +298,15 @@ class _Loss:
         return self._take_gradients()
 
     def _difference(self, v: list[Tensor]) -> list[Tensor]:
-        if as_float(length(v)) == 0:
-            return [torch.zeros_like(p) for p in self.params]
         scale = difference_scale(self.params, v)
-        pairs = zip(self.gradient(v, scale), self.gradient(v, -scale), strict=True)
-        return [(above - below) / (2 * scale) for above, below in pairs]
+        if scale == math.inf:  # v is 0
+            return [torch.zeros_like(p) for p in self.params]
+        self._drop_gradients()
+        self._add_gradient(v, -scale)
+        scale_gradients_(self.params, -1.0)
+        self._add_gradient(v, scale)
+        scale_gradients_(self.params, 1 / (2 * scale))
+        return self._take_gradients()
 
     def _drop_gradients(self) -> None:
         for p in self.params:
@@ -354,11 +362,13 @@ def difference_scale(params: Sequence[Tensor], v: Sequence[Tensor]) -> float:
     which is 5e-4 of it in float32 (eps = 1.2e-7). The error from the fourth derivatives grows with s^2, that from
     rounding with eps / s, which is where the cube root comes from. A bound on the coordinates, not on ||s v||, is good
     for both kinds of vectors that occur: random signs, and eigenvectors, which a few coordinates dominate.
+    Infinite if v is 0.
     """
     count = sum(p.numel() for p in params)
     eps = max(torch.finfo(p.dtype).eps for p in params)
-    largest = max(as_float(x.abs().max()) for x in v)
-    return 0.1 * eps ** (1 / 3) * (1 + as_float(length(params))) / math.sqrt(count) / largest
+    largest = max(max(as_float(x.max()), -as_float(x.min())) for x in v)
+    size = 0.1 * eps ** (1 / 3) * (1 + as_float(length(params))) / math.sqrt(count)
+    return size / largest if largest > 0 else math.inf
 
 
 @contextmanager

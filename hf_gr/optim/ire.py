@@ -308,7 +308,7 @@ class IRE(Optimizer):
         """
         params = self._amplifiable()
         changes = _are_finite(params) if self.needs_estimate else torch.tensor(True)
-        changes = changes & torch.as_tensor(only_if, device=changes.device)
+        changes &= only_if.to(changes.device) if isinstance(only_if, Tensor) else only_if
         # What is known to change need not be kept.
         is_chosen = None if changes.is_cpu and changes else changes
         self._updates = self._updates + (1 if is_chosen is None else changes.long())

@@ -236,8 +236,10 @@ class DivergenceGuard:
         """
         loss = as_tensor(loss)
         mean, count, start, wait = self._losses.on_device_of(loss)
-        is_acting = torch.as_tensor(self.ire.is_acting, device=loss.device)
-        start = torch.where(is_acting & start.isnan() & (count > 0), mean, start)
+        is_acting = self.ire.is_acting
+        if isinstance(is_acting, torch.Tensor):
+            is_acting = is_acting.to(loss.device)
+        start = torch.where(start.isnan() & (count > 0) & is_acting, mean, start)
         wait = (wait - 1).clamp(min=0)
         # The small loss of a nearly converged model can jump by `factor` from batch to batch. Only a loss that also
         # exceeds the level at which IRE started counts.

@@ -136,6 +136,18 @@ def test_an_optimizer_never_waits(name, device):
         optimizer.step()
 
 
+@pytest.mark.parametrize("settings", [{}, {"scope": "per_tensor", "beta": 0.9}, {"mask": "inverted"}], ids=str)
+def test_a_choice_of_coordinates_never_waits(settings, device):
+    model = Wide().to("meta" if device == "cpu" else device)
+    ire = IRE(adamw(model), **settings)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    has_labels = torch.ones((), dtype=torch.bool, device=next(model.parameters()).device)
+    with devices.never_waiting(device) if device == "cuda" else nullcontext():
+        for _ in range(2):
+            ire.update_mask(only_if=has_labels)
+
+
 @pytest.mark.parametrize("flags", [{}, {"gr_ascent": "momentum"}, ADMIRE], ids=["GR", "MSAM", "AdmIRE"])
 def test_between_two_logs_a_run_waits_as_a_plain_one(flags, device, tmp_path):
     def of_two_steps(**flags) -> Counter[str]:
