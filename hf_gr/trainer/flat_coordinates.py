@@ -367,8 +367,7 @@ class FlatCoordinates(Part):
 
 
 def sampled_losses(trainer: Host, model: nn.Module, inputs: dict[str, Any], generator: torch.Generator) -> Tensor:
-    """-log p(y | x), differentiable, for labels y drawn from the prediction of `model`; 0, or no entry,
-    where nothing is predicted.
+    """-log p(y | x), differentiable, for labels y drawn from the prediction of `model`; 0 without a label.
 
     Override this for a model with another kind of output, and draw only from `generator`:
 
