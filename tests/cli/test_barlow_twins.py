@@ -2,8 +2,6 @@
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +12,7 @@ from PIL import Image as PILImage
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 from transformers import Trainer as PlainTrainer
 
-from helpers import SCRIPTS, scripts, toys
+from helpers import scripts, toys
 from helpers.scripts import load_script
 from hf_gr import GRConfig
 from hf_gr.analysis.features import knn_predictions
@@ -49,10 +47,7 @@ def data(tmp_path_factory):
 def run(data, tmp_path_factory):
     """The folder of a run in a process of its own, and what it printed."""
     folder = tmp_path_factory.mktemp("run") / "barlow"
-    command = [SCRIPTS / "pretrain_barlow_twins.py", *data, *FLAGS, *QUIET, "--output_dir", folder]
-    done = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return folder, done.stdout + done.stderr
+    return folder, scripts.launch(*data, *FLAGS, *QUIET, "--output_dir", folder, script="pretrain_barlow_twins.py")
 
 
 def test_run_ends_in_accuracy_pictures_and_a_backbone(run):

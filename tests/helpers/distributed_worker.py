@@ -1,11 +1,7 @@
-"""What each process of `test_distributed.py` runs: training, once per case; the paths go to a file.
-
-torchrun --nproc_per_node N distributed_worker.py FOLDER SUITE...
-"""
+"""What each process of `test_distributed.py` runs: training, once per case; the paths go to a file."""
 
 import os
 import shutil
-import sys
 from typing import Any
 
 import torch
@@ -464,15 +460,10 @@ SUITES = {
 }
 
 
-if __name__ == "__main__":
-    folder = sys.argv[1]
-    results = {suite: SUITES[suite](folder) for suite in sys.argv[2:]}
+def main(folder: str, *suites: str) -> None:
+    results = {suite: SUITES[suite](folder) for suite in suites}
     if int(os.environ["RANK"]) == 0:
         torch.save(results, f"{folder}/results.pt")
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
-    # FSDP leaves groups whose threads torch sometimes aborts on as the process ends: pytorch/pytorch#190489. Everything
-    # has been written by then.
-    sys.stdout.flush()
-    os._exit(0)

@@ -1,8 +1,10 @@
 """Trainings that `test_faults.py` runs in processes of their own, to kill them or to take their disk away."""
 
 import logging
+import os
 import resource
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -13,7 +15,6 @@ from helpers import toys
 from hf_gr import GRConfig, GRTrainer
 from hf_gr.trainer.checkpoints import last_complete_checkpoint
 
-STEPS = 240
 SAVE_STEPS = 2
 #: Bytes: the weights have 95 KiB, the state of the optimizer 230.
 NOT_THE_WEIGHTS, NOT_THE_OPTIMIZER = 2**16, 2**17
@@ -31,24 +32,40 @@ class NoMoreRoom(TrainerCallback):
         self.steps -= 1
 
 
-def train(folder: str, room: tuple[int, int] | None = None, dies_while_saving: bool = False, dies_after: float = 0.0):
-    """Go on from the last complete checkpoint, if there is one; leave the final weights in final.pt.
+class DiesAfter(TrainerCallback):
+    """After so many seconds of processor time in training the process is ended by `SIGPROF`."""
+
+    def __init__(self, seconds: float):
+        self.seconds = seconds
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        signal.setitimer(signal.ITIMER_PROF, self.seconds)
+
+
+def train(
+    folder: str,
+    steps: int,
+    room: tuple[int, int] | None = None,
+    dies_while_saving: bool = False,
+    dies_after: float = 0.0,
+):
+    """Go on from the last complete checkpoint, if there is one; leave the final weights in final.pt, and in seconds.txt
+    the processor time.
 
     Args:
         room: after so many steps there is none for a file of more than so many bytes (`NOT_THE_WEIGHTS`,
             `NOT_THE_OPTIMIZER`): an error, or, if it `dies_while_saving`, the end by `SIGXFSZ` amid that file.
-        dies_after: so many seconds of processor time the end comes by `SIGPROF`.
+        dies_after: so many seconds of training the end comes by `SIGPROF`; 0 for never.
     """
     if dies_while_saving:
         signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
-    signal.setitimer(signal.ITIMER_PROF, dies_after)
-    began = time.process_time()
     torch.set_num_threads(1)
+    sys.stdout = sys.stderr = Path(os.devnull).open("w")  # pytest's file for it may be too large to grow
     logging.basicConfig(filename=f"{folder}/log.txt", level=logging.WARNING)
     args = GRConfig(
         **toys.arguments(
             folder,
-            max_steps=STEPS,
+            max_steps=steps,
             save_strategy="steps",
             save_steps=SAVE_STEPS,
             save_total_limit=3,
@@ -61,8 +78,9 @@ def train(folder: str, room: tuple[int, int] | None = None, dies_while_saving: b
             learning_rate=1e-3,
         )
     )
-    callbacks = [] if room is None else [NoMoreRoom(*room)]
+    callbacks = [DiesAfter(dies_after), *([] if room is None else [NoMoreRoom(*room)])]
     trainer = GRTrainer(toys.llama(0.1), args, train_dataset=toys.text(), callbacks=callbacks)
+    began = time.process_time()
     try:
         trainer.train(resume_from_checkpoint=last_complete_checkpoint(folder))
     except OSError as error:

@@ -12,7 +12,7 @@ from unittest import mock
 
 import pytest
 
-from helpers import SCRIPTS
+from helpers import SCRIPTS, forks
 from hf_gr.cli import script
 
 
@@ -21,13 +21,21 @@ def load_script(name: str) -> ModuleType:
     return importlib.import_module(f"hf_gr.scripts.{name}")
 
 
-def launch(*arguments, processes=1, script="train_vit.py"):
-    """`accelerate launch` with a shipped configuration, on any free port."""
+def launch(*arguments, processes=1, script="train_vit.py", has_launcher=False) -> str:
+    """What a script prints, run by one or by two processes.
+
+    Args:
+        has_launcher: `accelerate launch` starts it with a shipped configuration, on any free port, as users do. Else it
+            runs in forks, which is much faster.
+    """
+    path, arguments = SCRIPTS / script, [*map(str, arguments)]
+    if not has_launcher:
+        return forks.run(forks.script, path, *arguments, processes=processes, ACCELERATE_USE_CPU="true")
     config = SCRIPTS / "accelerate" / ("cpu.yaml" if processes == 1 else "cpu_ddp.yaml")
     command = ["accelerate.commands.launch", "--config_file", str(config), "--num_processes", str(processes),
                "--main_process_port", "0"]  # fmt: skip
     done = subprocess.run(
-        [sys.executable, "-m", *command, str(SCRIPTS / script), *map(str, arguments)],
+        [sys.executable, "-m", *command, str(path), *arguments],
         capture_output=True,
         text=True,
         timeout=1800,

@@ -1,9 +1,5 @@
-"""What each process of `test_trl.py` runs: GRPO on two processes, against two passes by hand, averaged over them.
+"""What each process of `test_trl.py` runs: GRPO on two processes, against two passes by hand, averaged over them."""
 
-torchrun --nproc_per_node 2 trl_worker.py FOLDER
-"""
-
-import sys
 from pathlib import Path
 
 import torch
@@ -45,8 +41,7 @@ def run(folder: Path) -> dict:
     }
 
 
-if __name__ == "__main__":
-    folder = Path(sys.argv[1])
+def main(folder: Path) -> None:
     result = run(folder)
     torch.save(result, folder / f"rank{dist.get_rank()}.pt")
     dist.destroy_process_group()

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from helpers import TESTS, own_loop, toys
+from helpers import TESTS, distributed_worker, forks, own_loop, toys
 from helpers.distributed_worker import (
     ASCENT_CASES,
     BARLOW_BATCH,
@@ -78,10 +78,7 @@ def reference_path(scope: str, accumulation: int, degree: float, precision: str,
 
 
 def launch(folder: Path, processes: int, *suites: str) -> dict:
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--master_port=0",
-               "--standalone", str(TESTS / "helpers" / "distributed_worker.py"), str(folder), *suites]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=1800)
-    assert done.returncode == 0, done.stderr[-5000:]
+    forks.run(distributed_worker.main, str(folder), *suites, processes=processes)
     return torch.load(folder / "results.pt")
 
 

@@ -1,11 +1,9 @@
 """Killed, out of disk, interrupted, not a number: nothing is lost, and nothing perturbed is kept."""
 
-import multiprocessing
-import multiprocessing.forkserver
 import os
 import random
 import signal
-import sys
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
@@ -13,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from helpers import faults_worker, toys
+from helpers import faults_worker, forks, toys
 from hf_gr import GRConfig, GRTrainer
 from hf_gr.trainer.checkpoints import last_complete_checkpoint
 from hf_gr.trainer.guards import PATIENCE
@@ -26,27 +24,20 @@ PATIENT = 600
 
 @pytest.fixture(scope="module")
 def start():
-    """Starts a training in a process that has its imports behind it."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["helpers.faults_worker"])
-    with pytest.MonkeyPatch.context() as patch:  # the server finds modules by this alone
-        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
-        multiprocessing.forkserver.ensure_running()
+    """Starts a training in a process of its own."""
 
-    def start(folder: Path, **kwargs) -> multiprocessing.Process:
+    def start(folder: Path, steps: int, **kwargs) -> BaseProcess:
         folder.mkdir(exist_ok=True)
-        process = context.Process(target=faults_worker.train, args=(str(folder),), kwargs=kwargs)
+        process = forks.context().Process(target=faults_worker.train, args=(str(folder), steps), kwargs=kwargs)
         process.start()
         return process
 
     return start
 
 
-@pytest.fixture(scope="module")
-def uninterrupted(start, tmp_path_factory) -> tuple[torch.Tensor, float]:
-    """The final weights, and how much processor time it took."""
-    folder = tmp_path_factory.mktemp("faults") / "whole"
-    process = start(folder)
+def uninterrupted(start, folder: Path, steps: int) -> tuple[torch.Tensor, float]:
+    """The final weights, and how much processor time they took."""
+    process = start(folder, steps)
     process.join(PATIENT)
     assert process.exitcode == 0
     return torch.load(folder / "final.pt"), float((folder / "seconds.txt").read_text())
@@ -56,20 +47,22 @@ def incomplete(folder: Path) -> list[str]:
     return [p.name for p in folder.glob("checkpoint-*") if not (p / "trainer_state.json").exists()]
 
 
-def test_killed_twenty_times(start, uninterrupted, tmp_path):
+@pytest.mark.parametrize("kills", [4, pytest.param(20, marks=pytest.mark.slow)])
+def test_killed_again_and_again(kills, start, tmp_path):
     """Half of the kills come at a random moment, half while a checkpoint is being written."""
-    draw, folder = random.Random(0), tmp_path / "killed"
-    weights, seconds = uninterrupted
-    for kill in range(20):  # all of them together are shorter than the run
+    draw, folder, steps = random.Random(0), tmp_path / "killed", 12 * kills  # more than all of them together take
+    weights, seconds = uninterrupted(start, tmp_path / "whole", steps)
+    for kill in range(kills):
         if kill % 2 == 0:
-            process, death = start(folder, dies_after=draw.uniform(0.2, 1.0) * seconds / 30), signal.SIGPROF
+            when, death = {"dies_after": draw.uniform(0.2, 1.0) * seconds / steps * 8}, signal.SIGPROF
         else:
             size = draw.choice([faults_worker.NOT_THE_WEIGHTS, faults_worker.NOT_THE_OPTIMIZER])
-            process, death = start(folder, room=(draw.randrange(8), size), dies_while_saving=True), signal.SIGXFSZ
+            when, death = {"room": (draw.randrange(8), size), "dies_while_saving": True}, signal.SIGXFSZ
+        process = start(folder, steps, **when)
         process.join(PATIENT)
         assert process.exitcode == -death, f"kill {kill}"
         assert incomplete(folder) or kill % 2 == 0
-    process = start(folder)
+    process = start(folder, steps)
     process.join(PATIENT)
     assert process.exitcode == 0
     assert torch.equal(torch.load(folder / "final.pt"), weights)
@@ -77,9 +70,10 @@ def test_killed_twenty_times(start, uninterrupted, tmp_path):
     assert "is not used: " in log and "is missing; the checkpoint is incomplete" in log
 
 
-def test_a_full_disk_loses_nothing(start, uninterrupted, tmp_path):
-    folder = tmp_path / "full"
-    process = start(folder, room=(2, faults_worker.NOT_THE_WEIGHTS))
+def test_a_full_disk_loses_nothing(start, tmp_path):
+    folder, steps = tmp_path / "full", 8
+    weights, _ = uninterrupted(start, tmp_path / "whole", steps)
+    process = start(folder, steps, room=(2, faults_worker.NOT_THE_WEIGHTS))
     process.join(PATIENT)
     assert process.exitcode == 1
     message = (folder / "error.txt").read_text()
@@ -88,10 +82,10 @@ def test_a_full_disk_loses_nothing(start, uninterrupted, tmp_path):
     )
     assert message.endswith("resume_from_checkpoint=True in Python, --resume_from_checkpoint last for a script.")
     assert last_complete_checkpoint(str(folder)) == str(folder / "checkpoint-2")
-    process = start(folder)
+    process = start(folder, steps)
     process.join(PATIENT)
     assert process.exitcode == 0
-    assert torch.equal(torch.load(folder / "final.pt"), uninterrupted[0])
+    assert torch.equal(torch.load(folder / "final.pt"), weights)
 
 
 def test_the_last_complete_checkpoint(tmp_path, caplog):

@@ -1,9 +1,6 @@
 """The promise of the project: a script that uses `Trainer` works with two class names replaced."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +9,7 @@ from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, ViTImageProcessorPil
 
-from helpers import toys
+from helpers import forks, toys
 
 SCRIPTS = Path(__file__).parent / "swap"
 
@@ -32,14 +29,7 @@ def swapped(script: Path, folder: Path) -> Path:
 
 def launch(script: Path, *flags: str, **named) -> None:
     flags = [*flags, *(part for name, value in named.items() for part in (f"--{name}", str(value)))]
-    done = subprocess.run(
-        [sys.executable, str(script), *flags],
-        capture_output=True,
-        text=True,
-        timeout=1800,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    forks.run(forks.script, script, *flags)
 
 
 COMMON = {

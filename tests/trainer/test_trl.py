@@ -5,15 +5,13 @@ import copy
 import importlib
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import LlamaForSequenceClassification, Trainer, TrainerCallback, set_seed
 
-from helpers import ROOT, TESTS, toys
+from helpers import ROOT, forks, toys
 from helpers.training import with_gr
 from hf_gr import GRConfig, GRMixin
 from hf_gr.trainer.compatibility import GENERATING_TRAINERS
@@ -260,11 +258,10 @@ def test_without_gr_it_is_trl_bit_for_bit(case, folder, tmp_path):
 
 @pytest.mark.distributed
 def test_grpo_on_two_processes(tmp_path):
+    from helpers import trl_worker  # it imports this file
+
     toys.llama().save_pretrained(tmp_path)
-    worker = TESTS / "helpers" / "trl_worker.py"
-    command = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(worker), str(tmp_path)]
-    done = subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stderr[-4000:]
+    forks.run(trl_worker.main, tmp_path, processes=2)
     ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]
     for rank in ranks:
         assert max(rank["errors"]) <= 1e-5 and rank["generated"] == 2
