@@ -30,6 +30,7 @@ def modules():
             del sys.modules[name]
 
 
+@pytest.mark.slow
 def test_a_rehearsal_writes_every_row(tmp_path, modules, monkeypatch):
     done = costs("--tiny", "--rounds", "1", "--threads", "1", "--output", tmp_path / "2000-01-01-costs.md")
     assert done.returncode == 0, done.stderr[-3000:]

@@ -26,6 +26,7 @@ def modules():
             del sys.modules[name]
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel's count of bytes written is read from /proc")
 def test_two_processes_send_what_the_formulas_say(modules):

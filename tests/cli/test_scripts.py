@@ -37,7 +37,7 @@ def finished(tmp_path_factory):
     """The default job, cut to two epochs."""
     folder = tmp_path_factory.mktemp("vit") / "digits"
     printed = launch("--output_dir", folder, "--num_train_epochs", 2, "--save_strategy", "epoch",
-                     "--license", "apache-2.0")  # fmt: skip
+                     "--license", "apache-2.0", has_launcher=True)  # fmt: skip
     return folder, printed
 
 
@@ -164,7 +164,7 @@ def test_resnet_with_tvlars_by_flags(tmp_path):
 
 def test_label_noise_by_flags(tmp_path):
     folder = tmp_path / "noisy"
-    printed = launch("--output_dir", folder, "--num_train_epochs", 2, "--label_noise", 0.4,
+    printed = launch("--output_dir", folder, "--max_steps", 4, "--logging_steps", 2, "--label_noise", 0.4,
                      "--label_noise_type", "pairflip", "--max_eval_samples", 50)  # fmt: skip
     assert "Test error" in printed
     results = json.loads((folder / "all_results.json").read_text())
@@ -180,8 +180,8 @@ def test_label_noise_by_flags(tmp_path):
 
 
 def test_a_validation_part_and_the_test_set_once(tmp_path):
-    printed = launch("--output_dir", tmp_path, "--num_train_epochs", 2, "--label_noise", 0.4, "--max_eval_samples", 50,
-                     "--validation_fraction", 0.2)  # fmt: skip
+    printed = launch("--output_dir", tmp_path, "--max_steps", 4, "--eval_strategy", "steps", "--eval_steps", 2,
+                     "--label_noise", 0.4, "--max_eval_samples", 50, "--validation_fraction", 0.2)  # fmt: skip
     assert "on 50 images" in printed
     results = json.loads((tmp_path / "all_results.json").read_text())
     assert f"Test error {100 * results['test_error']:.2f} %" in printed
@@ -215,7 +215,7 @@ def test_recipe_in_json_flags_overrule_it_and_two_processes(tmp_path):
         "use_cpu": True,
     }
     (tmp_path / "recipe.json").write_text(json.dumps(recipe))
-    printed = launch(tmp_path / "recipe.json", "--max_steps", 3, processes=2)
+    printed = launch(tmp_path / "recipe.json", "--max_steps", 3, processes=2, has_launcher=True)
     # 41 images over two processes: one of them is padded, and must not be counted twice.
     assert "on 41 images" in printed
     state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())

@@ -4,7 +4,6 @@ import logging
 import os
 import resource
 import signal
-import sys
 import time
 from pathlib import Path
 
@@ -60,7 +59,8 @@ def train(
     if dies_while_saving:
         signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
     torch.set_num_threads(1)
-    sys.stdout = sys.stderr = Path(os.devnull).open("w")  # pytest's file for it may be too large to grow
+    for stream in (1, 2):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream)  # pytest's file for it may be too large to grow
     logging.basicConfig(filename=f"{folder}/log.txt", level=logging.WARNING)
     args = GRConfig(
         **toys.arguments(

@@ -4,6 +4,7 @@ To import Trainer takes a process some ten seconds, more than most of what is ru
 server, so that a fork is like a process that has only just imported the same modules.
 """
 
+import gc
 import multiprocessing
 import os
 import runpy
@@ -12,6 +13,7 @@ import tempfile
 from collections.abc import Callable
 from functools import cache
 from multiprocessing import connection, forkserver
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from unittest.mock import patch
 
@@ -41,6 +43,18 @@ def context():
     return found
 
 
+def start(target: Callable, *args, **kwargs) -> BaseProcess:
+    """`target(*args, **kwargs)` in a fork."""
+    fork = context().Process(target=_start, args=(target, *args), kwargs=kwargs)
+    fork.start()
+    return fork
+
+
+def _start(target: Callable, *args, **kwargs) -> None:
+    gc.freeze()  # as conftest.py does
+    target(*args, **kwargs)
+
+
 def run(target: Callable, *args, processes: int = 1, **environment: str) -> str:
     """What `target(*args)` prints in a fork, or in several that form a group, as those of torchrun do.
 
@@ -54,13 +68,9 @@ def run(target: Callable, *args, processes: int = 1, **environment: str) -> str:
         ranks = [group_of(store.port, rank, processes) for rank in range(processes)]
     with tempfile.TemporaryDirectory() as folder:
         logs = [Path(folder, str(rank)) for rank in range(processes)]
-        forks = [
-            context().Process(target=_call, args=(log, {**environment, **rank}, target, args))
-            for log, rank in zip(logs, ranks, strict=True)
-        ]
-        for fork in forks:
-            fork.start()
-        codes = ended(forks)
+        codes = ended([
+            start(_call, log, {**environment, **rank}, target, args) for log, rank in zip(logs, ranks, strict=True)
+        ])  # fmt: skip
         printed = [log.with_suffix(kind).read_text() for kind in (".out", ".err") for log in logs]
     assert not any(codes), f"exit codes {codes}\n" + "".join(text[-2500:] for text in printed)
     return "".join(printed)
@@ -73,7 +83,7 @@ def group_of(port: int, rank: int, processes: int) -> dict[str, str]:
     return {**store, "TORCHELASTIC_RESTART_COUNT": "0", **{name: str(value) for name, value in place.items()}}
 
 
-def ended(forks: list) -> list[int | None]:
+def ended(forks: list[BaseProcess]) -> list[int | None]:
     """Their exit codes. Once one has failed, or if none ends for a long time, those that are left are killed."""
     left = {fork.sentinel: fork for fork in forks}
     while left:

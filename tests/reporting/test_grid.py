@@ -666,6 +666,7 @@ def test_presets_run(path, tmp_path):
     assert (tmp_path / "table.md").is_file() and any(tmp_path.glob("*.png"))
 
 
+@pytest.mark.slow
 def test_the_script_runs_real_trainings(tmp_path):
     content = {"script": "train_vit.py", "metric": "eval_error", "percent": True, "arms": ARMS, "baseline": "off"}
     (tmp_path / "grid.yaml").write_text(yaml.safe_dump(content))

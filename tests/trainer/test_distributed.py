@@ -142,6 +142,7 @@ def test_sharded_parameters_step_as_ordinary_ones_on_four_processes(tmp_path):
     require_same_as_ordinary(launch(tmp_path, 4, "shards")["shards"])
 
 
+@pytest.mark.slow
 def test_four_processes(four):
     for case, path in four["float32"].items():
         assert relative_error_of_path(path, reference_path(*case, 4)) <= TOLERANCE["float32"], case
@@ -231,7 +232,7 @@ def path_of_one_process(folder: Path, **flags) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("case", OPTIMIZER_CASES, ids=lambda case: "-".join(map(str, case)))
 def test_optimizers_step_as_in_one_process(case, results, tmp_path):
-    expected = path_of_one_process(tmp_path, **OPTIMIZER_CASES[case])
+    expected = path_of_one_process(tmp_path, **{**OPTIMIZER_CASES[case], "layer_statistics_steps": 0})
     # float32; LAMB divides by the root of second moments that are nearly 0 in places.
     assert relative_error_of_path(results["optimizers"][case], expected) <= (1e-3 if case[0] == "lamb" else 1e-5)
 
@@ -276,7 +277,7 @@ def test_sharded_parameters_step_as_ordinary_ones(sharded):
     require_same_as_ordinary(sharded["shards"])
 
 
-@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_barlow_twins_trains_as_in_one_process(processes, request, tmp_path):
     """In float64: the loss, BatchNorm and their gradients are those of the global batch."""
     found = request.getfixturevalue("results" if processes == 2 else "four")["barlow"]
@@ -320,13 +321,13 @@ def test_memorization_is_counted_on_all_processes(results, tmp_path):
     assert len(shares) == 2 and shares[0] != shares[1]
 
 
-@pytest.mark.parametrize(("suite", "error"), [("results", 1e-4), ("sharded", 2e-3)])
-def test_sharpness_is_that_of_one_process(suite, error, request, tmp_path):
+@pytest.mark.parametrize(("suite", "batches", "error"), [("results", 4, 1e-4), ("sharded", 2, 2e-3)])
+def test_sharpness_is_that_of_one_process(suite, batches, error, request, tmp_path):
     """During training and after it. Sharded parameters have central differences in float32; a rise of the loss has the
     rounding of a loss of 4, and residuals are themselves errors."""
     (logged, after), expected = (
         request.getfixturevalue(suite)["sharpness"],
-        sharpness_of(str(tmp_path), ddp_backend=None),
+        sharpness_of(str(tmp_path), batches=batches, ddp_backend=None),
     )
     assert len(after) == 7 and expected[0] == expected[1]
     for found in (logged, after):

@@ -22,20 +22,13 @@ PATIENT = 600
 # ---- Killed, and started again ----
 
 
-@pytest.fixture(scope="module")
-def start():
+def start(folder: Path, steps: int, **kwargs) -> BaseProcess:
     """Starts a training in a process of its own."""
-
-    def start(folder: Path, steps: int, **kwargs) -> BaseProcess:
-        folder.mkdir(exist_ok=True)
-        process = forks.context().Process(target=faults_worker.train, args=(str(folder), steps), kwargs=kwargs)
-        process.start()
-        return process
-
-    return start
+    folder.mkdir(exist_ok=True)
+    return forks.start(faults_worker.train, str(folder), steps, **kwargs)
 
 
-def uninterrupted(start, folder: Path, steps: int) -> tuple[torch.Tensor, float]:
+def uninterrupted(folder: Path, steps: int) -> tuple[torch.Tensor, float]:
     """The final weights, and how much processor time they took."""
     process = start(folder, steps)
     process.join(PATIENT)
@@ -48,10 +41,10 @@ def incomplete(folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("kills", [4, pytest.param(20, marks=pytest.mark.slow)])
-def test_killed_again_and_again(kills, start, tmp_path):
+def test_killed_again_and_again(kills, tmp_path):
     """Half of the kills come at a random moment, half while a checkpoint is being written."""
     draw, folder, steps = random.Random(0), tmp_path / "killed", 12 * kills  # more than all of them together take
-    weights, seconds = uninterrupted(start, tmp_path / "whole", steps)
+    weights, seconds = uninterrupted(tmp_path / "whole", steps)
     for kill in range(kills):
         if kill % 2 == 0:
             when, death = {"dies_after": draw.uniform(0.2, 1.0) * seconds / steps * 8}, signal.SIGPROF
@@ -70,9 +63,9 @@ def test_killed_again_and_again(kills, start, tmp_path):
     assert "is not used: " in log and "is missing; the checkpoint is incomplete" in log
 
 
-def test_a_full_disk_loses_nothing(start, tmp_path):
+def test_a_full_disk_loses_nothing(tmp_path):
     folder, steps = tmp_path / "full", 8
-    weights, _ = uninterrupted(start, tmp_path / "whole", steps)
+    weights, _ = uninterrupted(tmp_path / "whole", steps)
     process = start(folder, steps, room=(2, faults_worker.NOT_THE_WEIGHTS))
     process.join(PATIENT)
     assert process.exitcode == 1
