@@ -1,4 +1,4 @@
-.PHONY: style quality test fast coverage docs test-lowest third-party bench
+.PHONY: style quality test slow fast coverage docs test-lowest third-party bench
 
 style:  ## rewrite the code to the house style
 	ruff check --fix .
@@ -12,6 +12,9 @@ quality:  ## what CI checks
 
 test:
 	python -m pytest
+
+slow:  ## what `test` leaves out; CI runs both
+	python -m pytest -m slow
 
 fast:  ## the math and the flags
 	python -m pytest tests/optim tests/test_config.py

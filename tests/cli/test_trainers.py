@@ -1,6 +1,7 @@
 """Evaluation on every example, memorization, augmentation, and BatchNorm's statistics."""
 
 import functools
+import gc
 import math
 
 import pytest
@@ -39,13 +40,17 @@ def test_evaluation_sees_the_last_batch(tmp_path):
     assert issubclass(CausalLMTrainer, FullEvaluation)
 
 
-def test_persistent_workers_evaluate_the_dataset_that_is_given(tmp_path):
+def test_persistent_workers_evaluate_the_dataset_that_is_given(tmp_path, monkeypatch):
     whole = trainer(Whole, tmp_path, 10, dataloader_num_workers=1, dataloader_persistent_workers=True)
     for data in (None, toys.images(5), None, toys.images(3)):
         metrics = whole.evaluate(data, metric_key_prefix="test")
         entry = whole.state.log_history[-1]
         expected = whole.eval_dataset if data is None else data
         assert "test_loss" in metrics and entry["evaluated_examples"] == len(expected)
+    # torch would wait five seconds for each of the workers, in whatever test collects garbage next.
+    monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.1)
+    del whole
+    gc.collect()
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """`GRTrainer` against an independent loop, against `Trainer` where they must be equal, and with Trainer's options."""
 
 import copy
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -389,7 +390,10 @@ def test_activation_checkpointing_changes_nothing(tmp_path):
     assert torch.equal(toys.weights(plain.model), toys.weights(checkpointed.model))
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+NEEDS_COMPILER = pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="no C++ compiler")
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=[pytest.mark.slow, NEEDS_COMPILER])])
 def test_torch_compile(backend, tmp_path):
     plain = run(toys.llama(), toys.text(), tmp_path, gr_warmup="none", max_steps=3)
     compiled = run(toys.llama(), toys.text(), tmp_path, gr_warmup="none", max_steps=3, torch_compile=True,
