@@ -13,7 +13,7 @@ quality:  ## what CI checks
 test:
 	python -m pytest
 
-slow:  ## what `test` leaves out; CI runs both
+slow:  ## what `test` leaves out; CI runs all but the presets
 	python -m pytest -m slow
 
 fast:  ## the math and the flags
