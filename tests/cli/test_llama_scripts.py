@@ -56,7 +56,7 @@ def pretrained(data, tmp_path_factory):
 def adapters(data, pretrained, tmp_path_factory):
     folder = tmp_path_factory.mktemp("lora") / "lora"
     printed = launch("--model_name_or_path", pretrained[0], "--dataset_name", data["with_holes"], "--output_dir",
-                     folder, "--skip_bad_examples", True, "--num_train_epochs", 4, "--eval_examples", 8,
+                     folder, "--skip_bad_examples", True, "--num_train_epochs", 2, "--eval_examples", 8,
                      "--generate_samples", 2, "--max_new_tokens", 5, "--learning_rate", 1e-3,
                      "--gr_warmup", "none", "--merge_and_save", True, "--logging_steps", 1,
                      "--gradient_accumulation_steps", 1, script="finetune_llama_lora.py")  # fmt: skip
