@@ -61,7 +61,8 @@ def load_text_dataset(
 def _load_standard_library(streaming: bool) -> TextDatasets:
     folder = Path(sysconfig.get_paths()["stdlib"])
     paths = sorted(p for p in folder.rglob("*.py") if SKIPPED_PACKAGES.isdisjoint(p.relative_to(folder).parts))
-    documents = [path.read_text(encoding="utf-8", errors="replace") for path in paths]
+    # Each once: Debian's Python has a module under two names, of which one could be held out.
+    documents = dict.fromkeys(path.read_text(encoding="utf-8", errors="replace") for path in paths)
     dataset = Dataset.from_dict({"text": [text for text in documents if text.strip()]})
     # Adjacent modules belong to one package: every twentieth module is held out, not the last ones.
     held_out = range(0, len(dataset), 20)

@@ -156,6 +156,15 @@ def test_the_standard_library(streaming):
     assert any("def dumps(" in text for text in train + evaluation)
 
 
+def test_a_module_under_two_names_is_one_document(tmp_path, monkeypatch):
+    for i in range(30):
+        (tmp_path / f"module{i:02}.py").write_text(f"number = {i % 25}")
+    monkeypatch.setattr("hf_gr.data.text.sysconfig.get_paths", lambda: {"stdlib": str(tmp_path)})
+    dataset = load_text_dataset("python")
+    train, evaluation = dataset["train"]["text"], dataset["validation"]["text"]
+    assert sorted([*train, *evaluation]) == sorted(f"number = {i}" for i in range(25))
+
+
 def test_files(tmp_path):
     (tmp_path / "a.txt").write_text("one\nmore\n\ntwo\n")
     assert [text.strip() for text in load_text_dataset(str(tmp_path / "a.txt"))["train"]["text"]] == [
