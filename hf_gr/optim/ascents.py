@@ -14,7 +14,8 @@ To add an ascent, write the function and give it an entry in `ASCENTS`: the comm
 rule, the model card, the docs and the tests read that table.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -84,14 +85,16 @@ def _scaled(params: Sequence[Tensor], is_scaled: Callable[[Tensor], bool]) -> Di
         torch._foreach_mul_(scales, [grad_of(p) for p in block])
         return scales
 
-    def gradients(scaled: Callable[[list[Tensor]], Sequence[Tensor]]) -> Iterator[Tensor | None]:
-        for block in blocks_of(params):
-            chosen = [p for p in block if p.grad is not None and is_scaled(p)]
-            changed = dict(zip(chosen, scaled(chosen), strict=True)) if chosen else {}
-            yield from (changed.get(p, p.grad) for p in block)
+    def gradients(block: list[Tensor], scaled: Callable[[list[Tensor]], Sequence[Tensor]]) -> list[Tensor | None]:
+        chosen = [p for p in block if p.grad is not None and is_scaled(p)]
+        changed = dict(zip(chosen, scaled(chosen), strict=True)) if chosen else {}
+        return [changed.get(p, p.grad) for p in block]
 
-    size = length(g for g in gradients(once) if g is not None) + NORM_EPS
-    return gradients(twice), size
+    norms: list[Tensor] = []
+    for block in blocks_of(params):
+        if present := [g for g in gradients(block, once) if g is not None]:
+            norms += torch._foreach_norm(present)
+    return chain.from_iterable(gradients(block, twice) for block in blocks_of(params)), _total(norms) + NORM_EPS
 
 
 def _calls_cost(block: list[Tensor]) -> bool:
@@ -126,6 +129,11 @@ def length(tensors: Iterable[Tensor]) -> Tensor:
     blocks = [tensors] if isinstance(tensors, list) else blocks_of(tensors)
     with torch.no_grad():
         norms = [norm for block in blocks if block for norm in torch._foreach_norm(block)]
+    return _total(norms)
+
+
+@torch.no_grad()
+def _total(norms: list[Tensor]) -> Tensor:
     if not norms:
         return torch.zeros(())
     return whole(torch.linalg.vector_norm(torch.stack([n.to(norms[0].device) for n in norms])))

@@ -4,6 +4,8 @@ import pytest
 import torch
 from torch import nn
 
+from helpers import devices
+from hf_gr.optim.ascents import ASCENTS
 from hf_gr.optim.gradient_regularization import Perturbation, gradient_norm, scale_gradients_
 
 
@@ -86,7 +88,24 @@ def test_scales_that_are_kept_are_those_computed_again(ascent, monkeypatch):
             p.grad = torch.randn_like(p)
         Perturbation(params, ascent).apply(0.5, gradient_norm(params))
         moved.append(torch.cat([p.detach().flatten() for p in params]))
+        directions, _ = ASCENTS[ascent].direction(params, torch.ones(()), None)
+        assert [d is None for d in directions] == [p.grad is None for p in params]
     assert torch.equal(*moved)
+
+
+@pytest.mark.parametrize("is_kept", [False, True])
+def test_scales_need_the_memory_of_the_copies_and_two_blocks(is_kept, monkeypatch):
+    monkeypatch.setattr("hf_gr.optim.ascents._calls_cost", lambda _: is_kept)
+    params = [nn.Parameter(torch.ones(2**15)) for _ in range(80)]  # 20 blocks
+    for p in params:
+        p.grad = torch.ones_like(p)
+
+    def perturb() -> None:
+        perturbation = Perturbation(params, "adaptive")
+        perturbation.apply(0.5, gradient_norm(params))
+        perturbation.restore()
+
+    assert devices.extra_memory("cpu", perturb) <= 1.11 * sum(p.nbytes for p in params)
 
 
 def test_parameters_without_gradient_stay():
