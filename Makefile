@@ -34,7 +34,7 @@ test-lowest:  ## the lower bounds of pyproject.toml, all together (torch has CUD
 	build/lowest/bin/pip install -c constraints-lowest.txt -e ".[test]"
 	build/lowest/bin/python -m pytest -o filterwarnings=default $(LOWEST_TESTS)
 
-bench:  ## the table of costs, some 25 minutes of an idle machine; PEERS are folders with timm, kornia, torchvision
+bench:  ## the table of costs, some 30 minutes of an idle machine; PEERS are folders with timm, kornia, torchvision
 	python benchmarks/costs.py $(if $(PEERS),--peers $(PEERS))
 
 third-party:  ## transformers' own trainer tests with GRTrainer in Trainer's place; TRANSFORMERS is a checkout

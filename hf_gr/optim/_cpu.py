@@ -83,11 +83,13 @@ def kth(values: Tensor, k: int) -> float:
 
 # ---- IRE around AdamW: block by block ----
 
-#: Elements that a thread updates at a time, so that they stay in its cache.
+#: Elements that a thread updates at a time: so few that most of what belongs to them stays in its cache, and so many
+#: that the calls do not count.
 STEP_BLOCK = 2**17
 
 
 def step_block() -> int:
+    """Elements that all threads update at a time."""
     return STEP_BLOCK * torch.get_num_threads()
 
 

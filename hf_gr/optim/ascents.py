@@ -75,7 +75,7 @@ def _scaled(params: Sequence[Tensor], is_scaled: Callable[[Tensor], bool]) -> Di
 
     def once(block: list[Tensor]) -> Sequence[Tensor]:
         scales = _scales(block)
-        if _calls_cost(block):
+        if _is_kept(block):
             kept.append(scales)
         return torch._foreach_mul(scales, [grad_of(p) for p in block])
 
@@ -97,11 +97,13 @@ def _scaled(params: Sequence[Tensor], is_scaled: Callable[[Tensor], bool]) -> Di
     return chain.from_iterable(gradients(block, twice) for block in blocks_of(params)), _total(norms) + NORM_EPS
 
 
-def _calls_cost(block: list[Tensor]) -> bool:
+def _is_kept(block: list[Tensor]) -> bool:
+    """Whether T of these parameters is."""
     return not block[0].is_cpu
 
 
 def _scales(params: list[Tensor]) -> list[Tensor]:
+    """T."""
     scales = list(torch._foreach_abs([p.detach() for p in params]))
     torch._foreach_add_(scales, ADAPTIVE_ETA)
     return scales

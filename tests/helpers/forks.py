@@ -55,19 +55,19 @@ def _start(target: Callable, *args, **kwargs) -> None:
     target(*args, **kwargs)
 
 
-def run(target: Callable, *args, processes: int = 1, **environment: str) -> str:
-    """What `target(*args)` prints in a fork, or in several that form a group, as those of torchrun do.
+def run(target: Callable, *args, processes: int | None = None, **environment: str) -> str:
+    """What `target(*args)` prints in a fork alone, or in so many that form a group, as those of torchrun do.
 
     Raises:
         AssertionError: a process has failed. The others are killed.
     """
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
     ranks = [{}]
-    if processes > 1:
+    if processes is not None:
         store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         ranks = [group_of(store.port, rank, processes) for rank in range(processes)]
     with tempfile.TemporaryDirectory() as folder:
-        logs = [Path(folder, str(rank)) for rank in range(processes)]
+        logs = [Path(folder, str(rank)) for rank in range(len(ranks))]
         codes = ended([
             start(_call, log, {**environment, **rank}, target, args) for log, rank in zip(logs, ranks, strict=True)
         ])  # fmt: skip

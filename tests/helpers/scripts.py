@@ -30,7 +30,8 @@ def launch(*arguments, processes=1, script="train_vit.py", has_launcher=False) -
     """
     path, arguments = SCRIPTS / script, [*map(str, arguments)]
     if not has_launcher:
-        return forks.run(forks.script, path, *arguments, processes=processes, ACCELERATE_USE_CPU="true")
+        group = processes if processes > 1 else None
+        return forks.run(forks.script, path, *arguments, processes=group, ACCELERATE_USE_CPU="true")
     config = SCRIPTS / "accelerate" / ("cpu.yaml" if processes == 1 else "cpu_ddp.yaml")
     command = ["accelerate.commands.launch", "--config_file", str(config), "--num_processes", str(processes),
                "--main_process_port", "0"]  # fmt: skip

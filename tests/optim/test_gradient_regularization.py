@@ -81,7 +81,7 @@ def test_scales_that_are_kept_are_those_computed_again(ascent, monkeypatch):
     """As on a GPU, where T of all blocks waits for the length; here on a CPU, with several blocks."""
     moved = []
     for is_kept in (False, True):
-        monkeypatch.setattr("hf_gr.optim.ascents._calls_cost", lambda _, is_kept=is_kept: is_kept)
+        monkeypatch.setattr("hf_gr.optim.ascents._is_kept", lambda _, is_kept=is_kept: is_kept)
         torch.manual_seed(0)
         params = [nn.Parameter(torch.randn(shape)) for shape in ((300, 400), (7,), (500, 300), (3,), (2, 5))]
         for p in params[:3] + params[4:]:
@@ -95,7 +95,7 @@ def test_scales_that_are_kept_are_those_computed_again(ascent, monkeypatch):
 
 @pytest.mark.parametrize("is_kept", [False, True])
 def test_scales_need_the_memory_of_the_copies_and_two_blocks(is_kept, monkeypatch):
-    monkeypatch.setattr("hf_gr.optim.ascents._calls_cost", lambda _: is_kept)
+    monkeypatch.setattr("hf_gr.optim.ascents._is_kept", lambda _: is_kept)
     params = [nn.Parameter(torch.ones(2**15)) for _ in range(80)]  # 20 blocks
     for p in params:
         p.grad = torch.ones_like(p)

@@ -65,7 +65,7 @@ def test_a_step_with_gr_reads_what_a_plain_one_reads(case, plain_reads, tmp_path
     expected = plain_reads[CASES[case].get("gradient_accumulation_steps", 1)]
     # The first step creates state, and the first one of `functional` looks at the graph.
     steps = reads_of(tmp_path, **{"gr_warmup": "none", **CASES[case]})[1:]
-    # On a CPU, where it waits for nothing, IRE reads its kappa and whether a gradient is finite.
+    # On a CPU, where it waits for nothing, IRE reads its kappa.
     assert [{k: n for k, n in step.items() if "optim/ire.py" not in k} for step in steps] == expected[1:]
     assert any(expected)
 
