@@ -168,7 +168,7 @@ class FlatCoordinates(Part):
             return
         step = self._trainer.state.global_step
         ire.active = self._since_start(step) >= 0
-        # A mask may be missing after an overflow, or in a resumed run that had no IRE: it is then chosen at once.
+        # A resumed run that had no IRE has no mask yet, and gets one at once.
         if ire.active and (self._is_due(step) or not ire.has_mask):
             self._update_mask(ire, batch_samples)
 

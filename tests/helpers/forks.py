@@ -36,7 +36,7 @@ PATIENCE = 1800
 def context():
     found = multiprocessing.get_context("forkserver")
     found.set_forkserver_preload(PRELOADED)
-    # The server finds modules by this alone, and libraries read the other variable as they are imported.
+    # The server finds modules by the first alone, and libraries read the others as they are imported.
     environment = {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     with patch.dict(os.environ, environment):
         forkserver.ensure_running()

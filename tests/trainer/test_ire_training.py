@@ -217,13 +217,24 @@ def test_gradients_left_by_an_incomplete_step_are_kept(recorder, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(*paths, strict=True))
 
 
-def test_an_estimate_that_is_not_finite_keeps_the_mask(tmp_path, caplog):
+@pytest.mark.parametrize("at_once", [True, False])
+def test_an_estimate_that_is_not_finite_keeps_the_mask(at_once, tmp_path, caplog):
+    """It is told at once, or, as on a GPU, when numbers are read: here at the end."""
+
     class Overflows(GRTrainer):
+        def get_batch_samples(self, *args):
+            self.nonfinite_guard.looks_at_once = at_once
+            samples = super().get_batch_samples(*args)
+            if self.state.global_step == 3:
+                assert ("is not finite" in caplog.text) == at_once
+            return samples
+
         def ire_sampled_losses(self, *args):
             return super().ire_sampled_losses(*args) * (math.inf if self.state.global_step == 3 else 1)
 
-    trainer = run(toys.vit(), toys.images(), tmp_path, cls=Overflows, **IRE_FLAGS)
+    trainer = run(toys.vit(), toys.images(), tmp_path, cls=Overflows, logging_steps=100, **IRE_FLAGS)
     assert "Step 3: the gradient of the sampled labels is not finite. IRE keeps its last choice" in caplog.text
+    assert trainer.recorder.record.segments[-1].ire_choices == 2
     assert trainer.ire_optimizer.state_dict()["ire"]["updates"] == 2
     assert toys.weights(trainer.model).isfinite().all()
 
